@@ -1,0 +1,134 @@
+"""Condense digits with every estimator at equal outer steps: test accuracy, process time, and how it was reached.
+
+    python benchmarks/condensation.py
+
+Runs the preset `digits` of the task `condensation`, a process for each run, with several seeds, and writes
+`benchmarks/results/condensation.json` and `.md`. Nothing is tuned per estimator: all have the preset's settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from bilevel.files import write_json, write_text
+from bilevel.progress import bar
+
+RESULTS = Path(__file__).parent / "results"
+
+ESTIMATORS = (
+    "reverse",
+    "forward-gradient(directions=16)",
+    "truncated-reverse(steps=5)",
+    "hessian-free",
+    "implicit(solver=neumann)",
+    "implicit(solver=conjugate-gradient(damping=1.0))",
+    "zeroth-order(directions=8, step_size=0.01)",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Condense digits with every estimator at equal outer steps."""
+
+    outer_steps: int = 200
+    """Outer steps of each run."""
+    seeds: int = 3
+    """Runs of each estimator."""
+    estimators: tuple[str, ...] = ESTIMATORS
+    """What to run."""
+    name: str = "condensation"
+    """Of the files in benchmarks/results."""
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    rows: list[dict[str, Any]] = []
+    with bar("runs", len(options.estimators) * options.seeds) as shown:
+        for estimator in options.estimators:
+            runs = []
+            for seed in range(options.seeds):
+                runs.append(one_run(estimator, options.outer_steps, seed))
+                shown.advance(f"{estimator}: {runs[-1]['accuracy']['condensed']['mean']:.1%}")
+            rows.append(summary(estimator, runs))
+    command = "python benchmarks/condensation.py " + " ".join(sys.argv[1:])
+    write_json(
+        RESULTS / f"{options.name}.json",
+        {"command": command.strip(), "outer_steps": options.outer_steps, "versions": rows[0]["versions"], "rows": rows},
+    )
+    write_text(RESULTS / f"{options.name}.md", as_markdown(rows, options, command.strip()))
+    table = Table("estimator", "condensed, %", "outer loop, s")
+    for row in rows:
+        table.add_row(row["estimator"], percent(row["condensed"]), f"{row['outer_loop_seconds']:.0f}")
+    Console().print(table)
+
+
+def one_run(estimator: str, outer_steps: int, seed: int) -> dict[str, Any]:
+    """The results of one run, in a process of its own on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-m", "bilevel", "run", "condensation", "--estimator", estimator]
+        command += ["--outer-steps", str(outer_steps), "--seed", str(seed), "--out", str(out)]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+        return json.loads((out / "results.json").read_text())
+
+
+def summary(estimator: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One estimator's runs: accuracies over the seeds, each the mean over its evaluation networks."""
+
+    def over_seeds(name: str) -> dict[str, Any]:
+        means = [run["accuracy"][name]["mean"] for run in runs]
+        return {
+            "mean": statistics.fmean(means),
+            "std": statistics.stdev(means) if len(means) > 1 else 0.0,
+            "runs": means,
+        }
+
+    return {
+        "estimator": estimator,
+        **{name: over_seeds(name) for name in runs[0]["accuracy"]},
+        "outer_loop_seconds": statistics.median(run["outer_loop_seconds"] for run in runs),
+        "versions": runs[0]["versions"],
+    }
+
+
+def percent(found: dict[str, Any]) -> str:
+    """Mean ± standard deviation in percent."""
+    return f"{100 * found['mean']:.1f} ± {100 * found['std']:.1f}"
+
+
+def as_markdown(rows: list[dict[str, Any]], options: Options, command: str) -> str:
+    """The table with the command that made it."""
+    lines = [
+        "# Condensing digits with every estimator",
+        "",
+        f"`{command}`: {options.outer_steps} outer steps, {options.seeds} seeds, one image per class; test accuracy "
+        "in %, mean ± standard deviation over seeds (each the mean of 5 fresh networks); median seconds of the outer "
+        f"loop, one thread. torch {rows[0]['versions']['torch']}, bilevel {rows[0]['versions']['bilevel']}.",
+        "",
+        "| estimator | condensed images | as many random real images | the whole real set | outer loop, s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [f"`{row['estimator']}`", *(percent(row[n]) for n in ("condensed", "random_real", "whole_set"))]
+        lines.append(f"| {' | '.join(cells)} | {row['outer_loop_seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

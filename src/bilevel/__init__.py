@@ -1,0 +1,70 @@
+"""Hypergradients at any scale, for PyTorch.
+
+Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`), then take its hypergradient by any method:
+`Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `ZerothOrder`, `Implicit`, `HessianFree`.
+"""
+
+from bilevel.batches import batches, no_batches
+from bilevel.comparison import Compared, compare
+from bilevel.errors import (
+    BilevelError,
+    CheckpointError,
+    DataError,
+    MissingDerivativeError,
+    NoDependenceError,
+    NonFiniteError,
+)
+from bilevel.estimators import (
+    Estimate,
+    Estimator,
+    Forward,
+    ForwardGradient,
+    HessianFree,
+    Implicit,
+    Reverse,
+    TruncatedReverse,
+    ZerothOrder,
+)
+from bilevel.linear_solvers import ConjugateGradient, Neumann
+from bilevel.modules import ModuleView
+from bilevel.optim import Optimizer, optimizer
+from bilevel.outer_loop import OuterStep, Phase
+from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
+from bilevel.training import FitResult, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BilevelError",
+    "BlackBox",
+    "CheckpointError",
+    "Compared",
+    "ConjugateGradient",
+    "DataError",
+    "Descent",
+    "Estimate",
+    "Estimator",
+    "FitResult",
+    "Forward",
+    "ForwardGradient",
+    "GradientDescent",
+    "HessianFree",
+    "Implicit",
+    "MissingDerivativeError",
+    "ModuleView",
+    "Neumann",
+    "NoDependenceError",
+    "NonFiniteError",
+    "Optimizer",
+    "OuterStep",
+    "Phase",
+    "Problem",
+    "Reverse",
+    "TruncatedReverse",
+    "ZerothOrder",
+    "batches",
+    "compare",
+    "fit",
+    "no_batches",
+    "optimizer",
+]

@@ -1,0 +1,250 @@
+"""Derivatives of functions from trees to trees: tangents pushed forward, cotangents pulled back, Jacobian products.
+
+Directions and tangents of k at once carry a leading axis of length k: `[k, *leaf.shape]` for every leaf.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from bilevel import trees
+from bilevel.errors import MissingDerivativeError
+from bilevel.trees import Tree
+
+
+class Pushed(NamedTuple):
+    """A function's value and its directional derivatives along k directions."""
+
+    value: Tree
+    tangents: list[Tensor]
+    """One for each differentiable leaf of `value`, `[k, *leaf.shape]`."""
+
+
+def push_forward(
+    function: Callable[..., Tree], arguments: Sequence[Tree], tangents: Sequence[Sequence[Tensor]]
+) -> Pushed:
+    """`function(*arguments)` and its derivative along k directions at once, in forward mode.
+
+    The value is computed once, whatever k: the cost is that of one evaluation and k tangents. `tangents` holds, for
+    every argument, a list with one `[k, *leaf.shape]` tensor for each differentiable leaf. Inside, random draws are
+    the same for all directions, and `torch.no_grad()` stops derivatives as it does in reverse mode.
+
+    >>> pushed = push_forward(lambda x: x**2, [torch.tensor(3.0)], [[torch.tensor([1.0, 10.0])]])
+    >>> pushed.value, pushed.tangents
+    (tensor(9.), [tensor([ 6., 60.])])
+    """
+    parts = [trees.split(argument) for argument in arguments]
+    primals = tuple(tuple(part.differentiable) for part in parts)
+    directions = tuple(tuple(tangent) for tangent in tangents)
+    result: list[trees.Split] = []
+
+    def flat(*inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        output = function(*(part.rebuild(tensors) for part, tensors in zip(parts, inputs, strict=True)))
+        result[:] = [trees.split(output)]
+        # A fresh tensor for each: an output that *is* an input would leave with the input's own tangent.
+        return tuple(t.view_as(t) for t in result[0].differentiable), tuple(result[0].other)
+
+    def one_direction(*direction: Sequence[Tensor]) -> Any:
+        return torch.func.jvp(flat, primals, direction, has_aux=True)
+
+    count = directions[0][0].shape[0]
+    with named_missing_derivatives(count), torch.enable_grad(), _NoGradStopsTangents():
+        if count == 1:
+            value, tangent, other = one_direction(*(tuple(t[0] for t in group) for group in directions))
+            tangent = [t.unsqueeze(0) for t in tangent]
+        else:
+            batched = torch.vmap(one_direction, out_dims=(None, 0, None), randomness="same")  # pyright: ignore[reportArgumentType]
+            value, tangent, other = batched(*directions)
+    value, other, tangent = ([t.detach() for t in tensors] for tensors in (value, other, tangent))
+    return Pushed(result[0].rebuild(value, other), tangent)
+
+
+class Transpose:
+    """The transposed Jacobian of a function at a point, ready to be applied to many cotangents.
+
+    The function is evaluated once, keeping its graph; each product is one backward pass through it. For the gradient
+    of a scalar the Jacobian is a Hessian, which is symmetric, so these are Hessian-vector products as well.
+
+    >>> cube = Transpose(lambda x, y: x**3 + y, [torch.tensor(2.0), torch.tensor(1.0)])
+    >>> cube.value, cube([torch.tensor(1.0)]), cube([torch.tensor(2.0)], of=[0])
+    (tensor(9.), [[tensor(12.)], [tensor(1.)]], [[tensor(24.)]])
+    """
+
+    def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree]) -> None:
+        parts = [trees.split(argument) for argument in arguments]
+        self._inputs = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
+        with torch.enable_grad(), named_missing_derivatives():
+            output = function(*(part.rebuild(ts) for part, ts in zip(parts, self._inputs, strict=True)))
+        self._outputs = trees.split(output).differentiable
+        self.value: Tree = trees.detach(output)
+        self.connected = any(t.requires_grad for t in self._outputs)
+        """Whether the value depends on the arguments at all."""
+
+    def __call__(
+        self, cotangents: Sequence[Tensor | None], of: Sequence[int] | None = None, keep: bool = True
+    ) -> list[list[Tensor | None]]:
+        """cotangentᵀ · ∂value/∂argument, a list of leaves for each argument (for those numbered in `of`).
+
+        `None` as a cotangent counts as zero; `None` in the result marks a leaf that the value does not depend on.
+        With `keep=False` the graph is freed.
+        """
+        groups = [self._inputs[i] for i in (range(len(self._inputs)) if of is None else of)]
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(self._outputs, cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        wanted = [t for group in groups for t in group]
+        if not (pairs and wanted):
+            return [[None for _ in group] for group in groups]
+        outputs, weights = zip(*pairs, strict=True)
+        with named_missing_derivatives():
+            found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=keep))
+        return [[next(found) for _ in group] for group in groups]
+
+
+def pull_back(
+    function: Callable[..., Tree], arguments: Sequence[Tree], cotangents: Sequence[Tensor | None] | None = None
+) -> tuple[Tree, list[list[Tensor | None]]]:
+    """`function(*arguments)`, and for every argument cotangentᵀ · Jacobian, in reverse mode.
+
+    `cotangents` has one entry for each differentiable leaf of the value; left out, the value must be a scalar and its
+    gradient is taken. Results as in `Transpose`, whose graph is freed.
+
+    >>> pull_back(lambda x, y: 3 * x, [torch.tensor(2.0), torch.tensor(5.0)])
+    (tensor(6.), [[tensor(3.)], [None]])
+    """
+    transpose = Transpose(function, arguments)
+    if cotangents is None:
+        cotangents = [torch.ones_like(transpose.value)]
+    return transpose.value, transpose(cotangents, keep=False)
+
+
+def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree) -> list[Tensor]:
+    """Zeros of the right shape in place of `None`, for the differentiable leaves of a tree."""
+    shapes = trees.split(tree).differentiable
+    return [torch.zeros_like(s) if t is None else t for t, s in zip(tensors, shapes, strict=True)]
+
+
+def start_graph(tree: Tree) -> Tree:
+    """The same values in tensors that record what is computed from them."""
+    return trees.map_leaves(
+        lambda leaf: leaf.detach().requires_grad_() if trees.is_differentiable(leaf) else leaf, tree
+    )
+
+
+def has_graph(tree: Tree) -> bool:
+    """Whether any tensor of the tree was computed from tensors that record, through whatever derivatives, even zeros.
+
+    >>> phi = start_graph(torch.tensor(-1.0))
+    >>> has_graph(phi.relu()), has_graph(phi.detach())
+    (True, False)
+    """
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in trees.leaves(tree))
+
+
+@contextmanager
+def differentiable_kernels(modules: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Inside, PyTorch takes kernels that have forward-mode and second derivatives, where it has a choice.
+
+    Fused attention and the fused transformer layer have neither; nor have the fused recurrent kernels (oneDNN on
+    CPU, cuDNN on GPU), which are switched off only if one of the modules is recurrent, because convolutions share the
+    switch. On leaving, everything is as before.
+    """
+    fast_transformer = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(layer, nn.RNNBase) for module in modules for layer in module.modules()):
+            # Their own context managers would also set, and warn about, precisions that do not matter here.
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+                stack.callback(setattr, backend, "enabled", backend.enabled)
+                backend.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_transformer)
+        yield
+
+
+class _NoGradStopsTangents(TorchFunctionMode):
+    """PyTorch has a switch for either mode of differentiation, and `torch.no_grad()` throws that of reverse mode alone.
+
+    A user who computes targets or weights under `no_grad` means them to be constants. Inside, they are; entered with
+    gradients enabled.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(args[0])  # pyright: ignore[reportAttributeAccessIssue]
+        return result
+
+
+@contextmanager
+def named_missing_derivatives(directions: int = 1) -> Iterator[None]:
+    """Turn PyTorch's reports of derivatives it does not have into one kind of error that says what to do instead.
+
+    `directions` is the number carried at once: from two on it is done by `torch.vmap`, which has its own gaps.
+    """
+    try:
+        yield
+    except MissingDerivativeError:
+        raise
+    except (NotImplementedError, RuntimeError) as error:
+        advice = _advice(error, directions)
+        if advice is None:
+            raise
+        raise MissingDerivativeError(advice) from error
+
+
+_FORWARD_MODE = (
+    "which Forward, ForwardGradient and forward-over-reverse products need; take Reverse() or ZerothOrder(...)"
+)
+
+
+def _advice(error: Exception, directions: int) -> str | None:
+    message, version = str(error), f"torch {torch.__version__}"
+    function = _custom_function(error)
+    lacks_jvp = function is not None and function.jvp is torch.autograd.Function.jvp
+    if found := re.search(r"forward AD with (\w+)", message):
+        return (
+            f"the operation {found[1]!r} has no forward-mode derivative in {version}, {_FORWARD_MODE}, or write that "
+            "operation in terms of others"
+        )
+    if found := re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", message):
+        return (
+            f"the operation {found[1]!r} has no derivative in {version}, and hypergradients need that of the inner "
+            "gradient too; take ZerothOrder(...), or write the operation in terms of others"
+        )
+    if function is not None and "setup_context" in message:
+        return (
+            f"the custom autograd.Function {function.__name__!r} saves for its derivative in forward(ctx, ...), which "
+            "function transforms do not take; give it a static method setup_context(ctx, inputs, output), and forward "
+            "without ctx"
+        )
+    if function is not None and lacks_jvp and ("jvp function" in message or "vmap" in message):
+        return (
+            f"the custom autograd.Function {function.__name__!r} has no forward-mode derivative, {_FORWARD_MODE}, or "
+            "give it a static method jvp"
+        )
+    if directions > 1 and ("vmap" in message or "atching rule not implemented" in message):
+        return (
+            f"{directions} directions are carried at once by torch.vmap, which does not take this model ({message}); "
+            "take them one by one with chunk_size=1"
+        )
+    return None
+
+
+def _custom_function(error: Exception) -> type[torch.autograd.Function] | None:
+    """The user's `autograd.Function` in which the error came up, if it was in one."""
+    apply = inspect.unwrap(torch.autograd.Function.apply).__code__
+    inside = [frame.f_locals["cls"] for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is apply]
+    return inside[-1] if inside else None

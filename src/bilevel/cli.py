@@ -1,0 +1,238 @@
+"""The command `bilevel`: list, run, compare, report."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from bilevel import __version__, arguments, comparison, trees
+from bilevel.errors import BilevelError
+from bilevel.estimators import names
+from bilevel.files import write_json
+from bilevel.run_record import CHECKPOINT
+
+if TYPE_CHECKING:
+    from bilevel.tasks.task import Task
+
+_USAGE = """usage: bilevel COMMAND ...
+
+  list                    the tasks, their presets, and the estimators
+  run TASK [options]      train, evaluate, write a folder with results and a report
+  compare TASK [options]  several estimators at one point, against the exact hypergradient
+  report DIR              make the report of a finished run again
+
+`bilevel run TASK --help` shows a task's options, `bilevel --version` the version."""
+
+_OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "tensorboard"}
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What `bilevel compare` is told besides the task's own settings."""
+
+    estimators: tuple[str, ...] = field(
+        default=tuple(name for name in names.ESTIMATORS if name != "forward"), metadata={"metavar": "NAME [NAME ...]"}
+    )
+    """Estimators, such as reverse or "forward-gradient(directions=32)"."""
+    seed: int = 0
+    """Determines every random number."""
+    data_dir: Path | None = None
+    """Folder with the data files, for presets that need any."""
+    out: Path | None = None
+    """Also write the table to this JSON file."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. What a user can put right ends with one message and exit code 1 (2 for a wrong command)."""
+    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    if command == "--version":
+        print(f"bilevel {__version__}")
+        return
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "list": _list,
+        "run": _run,
+        "compare": _compare,
+        "report": _report,
+    }
+    helps = ("-h", "--help")
+    if command in (*helps, "help") or (command in commands and rest[:1] in ([h] for h in helps)):
+        print(_USAGE)
+        return
+    if command not in commands:
+        _fail(f"there is no command {command!r}\n\n{_USAGE}", code=2)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}", "yellow")
+        try:
+            commands[command](rest)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").split(".")[0]
+            if package not in _OPTIONAL_PACKAGES:
+                raise
+            _fail(f"this needs the package {package}: pip install 'bilevel[tasks]'", code=1)
+        except (BilevelError, ValueError, OSError) as error:
+            _fail(str(error), code=1)
+        except KeyboardInterrupt as error:
+            _fail(str(error) or "interrupted", code=130)
+
+
+def _list(rest: list[str]) -> None:
+    from bilevel.tasks.registry import TASKS
+
+    if rest:
+        raise ValueError(f"bilevel list takes no arguments, but was given {' '.join(rest)}")
+    console = Console()
+    tasks = Table("task", "preset", "what it is", title="tasks", title_justify="left")
+    for task in TASKS.values():
+        for i, (name, preset) in enumerate(task.presets.items()):
+            tasks.add_row(task.name if i == 0 else "", name, preset.summary)
+    console.print(tasks)
+    estimators = Table("estimator", "settings", "what it is", title="estimators", title_justify="left")
+    for name, kind in names.ESTIMATORS.items():
+        summary = (kind.__doc__ or "").split(". ")[0].split("\n")[0]
+        estimators.add_row(name, ", ".join(names.settings_of(kind)), summary)
+    console.print(estimators)
+
+
+def _run(rest: list[str]) -> None:
+    from bilevel.tasks import running
+
+    task, preset = _task_and_preset("run", rest)
+    _, options, config, settings = arguments.parse(
+        f"bilevel run {task.name}",
+        f"{task.summary[:1].upper()}{task.summary[1:]}.",
+        rest[1:],
+        preset=_preset_option(task, preset),
+        run=running.RunOptions(),
+        task=task.presets[preset].config,
+        estimator=arguments.estimator_settings(),
+    )
+    folder = running.folder_of(task, options)
+    try:
+        results = running.run(task, task.presets[preset], config, options, arguments.given(settings))
+    except KeyboardInterrupt:
+        if not (folder / CHECKPOINT).exists():
+            raise
+        raise KeyboardInterrupt(f"interrupted; {folder} holds a checkpoint: go on with --resume") from None
+    table = Table(show_header=False, box=None)
+    for name, value in task.headline(results):
+        table.add_row(name, value)
+    Console().print(table)
+    print(f"report: {folder / running.REPORT}")
+
+
+def _compare(rest: list[str]) -> None:
+    from bilevel.tasks import running
+
+    task, preset = _task_and_preset("compare", rest)
+    _, options, config = arguments.parse(
+        f"bilevel compare {task.name}",
+        "The hypergradient at the task's starting point by several estimators, against the exact one.",
+        rest[1:],
+        preset=_preset_option(task, preset),
+        compare=CompareOptions(),
+        task=task.presets[preset].config,
+    )
+    if not options.estimators:
+        raise ValueError(f"--estimators needs at least one; there are {', '.join(names.ESTIMATORS)}")
+    estimators = [names.parse(text) for text in options.estimators]
+    setup = task.setup(config, options.data_dir, 1, options.seed)
+    inner_batches = setup.inner_batches_of(draw=0)
+    rows = comparison.compare(
+        setup.problem,
+        setup.meta,
+        inner_batches,
+        setup.outer_batch_of(draw=0),
+        options.seed,
+        estimators=estimators,
+        progress=True,
+    )
+    if options.out is not None:
+        write_json(options.out, {"task": task.name, "rows": comparison.as_dicts(rows), "versions": running.versions()})
+    console = Console()
+    point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
+    console.print(_comparison_table(rows, point if inner_batches is None else f"{point}, T = {len(inner_batches)}"))
+    console.print(
+        "relative error: ‖estimate − exact‖/‖exact‖; standard error: what the estimator expects of itself, likewise "
+        "relative; units: process time over that of the inner loop alone. Times are the best of up to three.",
+        style="dim",
+    )
+
+
+def _comparison_table(rows: Sequence[comparison.Compared], title: str) -> Table:
+    numbers = ("relative error", "cosine", "standard error", "units", "seconds")
+    table = Table(
+        Column("estimator", overflow="fold"),
+        *(Column(name, justify="right") for name in numbers),
+        title=title,
+        title_justify="left",
+    )
+    for row in rows:
+        table.add_row(
+            row.estimator,
+            f"{row.relative_error:.3g}",
+            f"{row.cosine:.4f}",
+            "–" if row.standard_error is None else f"{row.standard_error:.3g}",
+            f"{row.units:.1f}",
+            f"{row.seconds:.2f}",
+        )
+    return table
+
+
+def _report(rest: list[str]) -> None:
+    from bilevel.tasks import running
+    from bilevel.tasks.registry import TASKS
+
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise ValueError("usage: bilevel report DIR, the folder of a finished run")
+    folder = Path(rest[0])
+    name = running.read_json(folder / running.CONFIG).get("task")
+    if name not in TASKS:
+        raise ValueError(f"{folder} holds a run of task {name!r}; there are {', '.join(TASKS)}")
+    print(f"report: {running.write_report(TASKS[name], folder)}")
+
+
+def _task_and_preset(command: str, rest: list[str]) -> tuple[Task[Any], str]:
+    """The task that the first argument names, and the preset that --preset names among the others.
+
+    The preset decides on the defaults of the flags, so it is read before they are.
+    """
+    from bilevel.tasks.registry import TASKS
+
+    if not rest or rest[0] not in TASKS:
+        wrong = f"there is no task {rest[0]!r}" if rest else "a task is needed"
+        raise ValueError(f"{wrong}; there are {', '.join(TASKS)}: bilevel {command} {next(iter(TASKS))} [options]")
+    task = TASKS[rest[0]]
+    preset = next(iter(task.presets))
+    for flag, following in zip(rest, [*rest[1:], "-"], strict=True):
+        if flag == "--preset" and not following.startswith("-"):
+            preset = following
+        elif flag.startswith("--preset="):
+            preset = flag.removeprefix("--preset=")
+    if preset not in task.presets:
+        raise ValueError(f"{task.name} has no preset {preset!r}; there are {', '.join(task.presets)}")
+    return task, preset
+
+
+def _preset_option(task: Task[Any], chosen: str) -> Any:
+    lines = "\n".join(f"{name}: {preset.summary}." for name, preset in task.presets.items())
+    title = "The configuration to start from; the defaults below are its own."
+    return arguments.choice("preset", list(task.presets), chosen, title, lines)
+
+
+def _say(message: str, style: str) -> None:
+    """To standard error, unbroken: messages hold paths and commands to copy."""
+    text = Text(f"bilevel: {message}", style)
+    Console(stderr=True).print(text, soft_wrap=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _say(message, "red")
+    raise SystemExit(code)

@@ -1,0 +1,42 @@
+"""What can go wrong while a bilevel problem is solved. Wrong arguments are plain `TypeError` and `ValueError`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class BilevelError(Exception):
+    """Base of the errors below."""
+
+
+class NonFiniteError(BilevelError, ArithmeticError):
+    """A loss, state or hypergradient became NaN or infinite.
+
+    `inner_step` is the first inner step (from 0) whose result was not finite, `None` when every inner step was fine;
+    `last_finite_state` is the inner state before that step.
+    """
+
+    def __init__(self, message: str, inner_step: int | None = None, last_finite_state: Any = None) -> None:
+        super().__init__(message)
+        self.inner_step = inner_step
+        self.last_finite_state = last_finite_state
+
+
+class NoDependenceError(BilevelError, ValueError):
+    """What must depend on something does not, so that the hypergradient would be zero for the wrong reason.
+
+    The inner loop must depend on the meta parameters, the inner loss on the inner parameters, and the outer loss on
+    the final inner state.
+    """
+
+
+class MissingDerivativeError(BilevelError, NotImplementedError):
+    """An operation of the user's model lacks the kind of derivative that the chosen estimator needs."""
+
+
+class CheckpointError(BilevelError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class DataError(BilevelError):
+    """A data file is missing or damaged."""

@@ -1,0 +1,106 @@
+"""The shape that all estimators share: settings in the constructor, one call, one kind of result."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from bilevel import autodiff, trees
+from bilevel.batches import Batches
+from bilevel.modules import as_plain_tree, modules_in
+from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.trees import Tree
+from bilevel.unroll import Unroll, unroll
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient and what is known about it."""
+
+    value: Tensor
+    """The outer loss h(φ)."""
+    grad: Tree
+    """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor."""
+    state: Tree
+    """The final inner state θ_T. With a module inside, `state.params.named_tensors` goes into `load_state_dict`."""
+    standard_error: float | None = None
+    """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    """What the method observed on the way, such as the residual of a linear solve."""
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """A method that estimates ∇h(φ) for h(φ) = outer_loss(θ_T(φ), φ)."""
+
+    needs_derivatives: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        problem: Unrollable | BlackBox,
+        meta: Any,
+        inner_batches: Batches | None = None,
+        outer_batch: Any = None,
+        seed: int = 0,
+    ) -> Estimate:
+        """Estimate the hypergradient at `meta`.
+
+        Args:
+            problem: a `Problem`, `GradientDescent` or (for `ZerothOrder`) `BlackBox`.
+            meta: φ: a tensor, a tree of tensors, or an `nn.Module`. It is not changed.
+            inner_batches: T batches by random access, one for each inner step; `None` for a black box.
+            outer_batch: passed to the outer loss.
+            seed: determines every random number: directions, dropout, random initialisation.
+
+        Raises:
+            NonFiniteError: the outer loss, an inner state or the hypergradient is NaN or infinite.
+            NoDependenceError: the inner loop does not use the meta parameters, or the outer loss not the inner state.
+            MissingDerivativeError: an operation lacks the derivative this method needs.
+            TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
+        """
+        if isinstance(problem, BlackBox) and self.needs_derivatives:
+            raise TypeError(
+                f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
+                "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
+            )
+        run = unroll(problem, meta, inner_batches, outer_batch, seed)
+        if not self.needs_derivatives:
+            return _checked(run, self._estimate(run))
+        start = run.start()
+        with autodiff.differentiable_kernels(modules_in([run.meta, start])):
+            return _checked(run, self._estimate(run))
+
+    @abstractmethod
+    def _estimate(self, run: Unroll) -> Estimate:
+        """The estimate for checked arguments; `grad` is a tree like `run.meta`."""
+
+
+def _checked(run: Unroll, estimate: Estimate) -> Estimate:
+    run.require_finite(estimate.value, estimate.state, estimate.grad)
+    return Estimate(
+        value=estimate.value.detach(),
+        grad=as_plain_tree(trees.detach(estimate.grad)),
+        state=trees.detach(estimate.state),
+        standard_error=estimate.standard_error,
+        diagnostics=estimate.diagnostics,
+    )
+
+
+def like_meta(run: Unroll, tensors: list[Tensor]) -> Tree:
+    """Tensors for the leaves of φ as a tree like φ."""
+    return trees.split(run.meta).rebuild(tensors)
+
+
+def require_gradient_descent(run: Unroll, estimator: Estimator) -> GradientDescent:
+    """The problem, if it is a `GradientDescent`: its inner loss is what implicit methods differentiate."""
+    if not isinstance(run.problem, GradientDescent):
+        raise TypeError(
+            f"{type(estimator).__name__} needs the inner loss, whose gradient vanishes at the inner solution; a "
+            f"{type(run.problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take "
+            "Reverse, Forward or ForwardGradient"
+        )
+    return run.problem

@@ -1,0 +1,141 @@
+"""Hypergradients by the implicit function theorem."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bilevel import autodiff, checks, trees
+from bilevel.errors import NoDependenceError, NonFiniteError
+from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
+from bilevel.linear_solvers import ConjugateGradient, LinearSolver
+from bilevel.problem import Descent, GradientDescent
+from bilevel.unroll import Unroll
+
+
+@dataclass(frozen=True)
+class Implicit(Estimator):
+    """Hypergradient from the condition that the inner loss is stationary at θ_T. The literature's IFT, AID, iMAML.
+
+    If ∇_θ g(θ_T, φ) = 0, then dθ/dφ = −H⁻¹Y with H = ∂²g/∂θ² `[M, M]` and Y = ∂²g/∂θ∂φ `[M, N]`, hence
+
+        ∇h ≈ c − λᵀY,   Hλ = d,
+
+    with d = ∂outer/∂θ_T `[M]` and c = ∂outer/∂φ `[N]`. g is the inner loss, with the optimiser's weight decay added
+    where that acts through the gradient.
+
+    Args:
+        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)` or `Neumann(...)`.
+        batches: g is the mean over the last so many inner batches.
+
+    Cost: T units for the inner loop, one gradient with its graph, and 2 units per product with H. Memory: the graph
+    of one inner gradient, whatever T.
+    Bias: the inner loop must have come to rest; what is missing, d(dθ_T/dφ + H⁻¹Y), is not measured by the method (the
+    diagnostic `gradient_norm`, ‖∇g(θ_T)‖, says how far from rest it is). The solver adds its own error. Dependence on φ
+    through the initial state or the learning rate does not move the solution and is not seen.
+
+    Reference: Pedregosa, ICML 2016 (CG); Lorraine et al., AISTATS 2020 (Neumann); Shen et al., NeurIPS 2024, App. B.
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: 0.5 * (2 * theta - phi) ** 2,
+    ...     outer_loss=lambda theta, phi, batch: theta,
+    ...     params=torch.tensor(0.0),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.25),
+    ... )
+    >>> bilevel.Implicit()(problem, torch.tensor(2.0), bilevel.no_batches(1)).grad  # θ* = φ/2
+    tensor(0.5000)
+    """
+
+    solver: LinearSolver = field(default_factory=ConjugateGradient)
+    batches: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, LinearSolver):
+            raise TypeError(
+                f"solver is {self.solver!r} ({type(self.solver).__name__}); a solver with its settings is needed, such "
+                "as ConjugateGradient(iterations=20) or Neumann(iterations=20, step_size=0.01)"
+            )
+        checks.whole_number(self.batches, "batches")
+
+    def _estimate(self, run: Unroll) -> Estimate:
+        problem = require_gradient_descent(run, self)
+        if self.batches > run.steps:
+            raise ValueError(
+                f"Implicit(batches={self.batches}) of an inner loop with {run.steps} batches; take batches <= "
+                f"{run.steps}"
+            )
+        state: Descent = run.descend(run.start())
+        value, d, c = run.outer_cotangents(state)
+        jacobian = stationarity_transpose(run, problem, state, self.batches)
+        theta = trees.split(state.params).differentiable
+        d = d[: len(theta)]  # the optimiser's memory is not part of the solution
+
+        def hessian(vector: Sequence[Tensor]) -> list[Tensor]:
+            return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
+
+        solution = self.solver.solve(hessian, d)
+        if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
+            raise NonFiniteError(
+                f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, or a "
+                "second derivative of inner_loss overflows or is undefined at the final state",
+                last_finite_state=state,
+            )
+        if not solution.converged:
+            warnings.warn(f"Implicit: {solution.message}", stacklevel=3)  # where the estimator was called
+        grad = subtract_mixed_product(run, problem, state, c, jacobian, solution.x)
+        diagnostics = {
+            "solver_iterations": float(solution.iterations),
+            "solver_residual": solution.residual,
+            "gradient_norm": float(trees.squared_norm(jacobian.value).sqrt()),
+        }
+        return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
+
+
+def stationarity_transpose(run: Unroll, problem: GradientDescent, state: Descent, batches: int) -> autodiff.Transpose:
+    """The transposed Jacobian of (θ, φ) ↦ ∇_θ g at the final state, g the mean over the last `batches` batches."""
+
+    def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
+        moved = state._replace(params=params)
+        each = []
+        for t in range(run.steps - batches, run.steps):
+            with run.seeded_step(t):
+                each.append(problem.stationarity(moved, meta, run.inner_batches[t]))
+        return [torch.stack(parts).mean(0) for parts in zip(*each, strict=True)]
+
+    return autodiff.Transpose(gradient, [state.params, run.meta])
+
+
+def subtract_mixed_product(
+    run: Unroll,
+    problem: GradientDescent,
+    state: Descent,
+    c: list[Tensor],
+    jacobian: autodiff.Transpose,
+    vector: Sequence[Tensor],
+) -> list[Tensor]:
+    """C − vᵀY, with an error if the inner loss does not depend on φ on any batch."""
+    mixed = jacobian(vector, of=[1], keep=False)[0]
+    if all(part is None for part in mixed):
+        _require_dependence_of_loss(run, problem, state)
+    return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta), strict=True)]
+
+
+def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
+    """Raise unless ∇_θ g is computed from φ on some batch, if not on the last ones."""
+    meta = autodiff.start_graph(run.meta)
+    for t in range(run.steps):
+        with torch.enable_grad(), run.seeded_step(t):
+            if autodiff.has_graph(problem.stationarity(state, meta, run.inner_batches[t])):
+                return
+    raise NoDependenceError(
+        "inner_loss does not depend on the meta parameters (in no term that has params in it as well), and an implicit "
+        "method sees no other dependence; for meta parameters in the optimiser's settings or in the initial parameters "
+        "take Reverse, Forward or ForwardGradient; else use meta in inner_loss, without .detach(), .item() or "
+        "torch.no_grad() on the way"
+    )

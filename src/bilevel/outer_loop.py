@@ -1,0 +1,283 @@
+"""One outer step after another: the state of an outer loop, what moves it, and what a checkpoint must hold of it."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel import modules, randomness, trees
+from bilevel.errors import NonFiniteError
+from bilevel.estimators import Estimate, Estimator
+from bilevel.metrics import Row
+from bilevel.optim import Optimizer
+from bilevel.problem import BlackBox, Unrollable
+from bilevel.trees import Tree
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the outer loop with one estimator.
+
+    Args:
+        estimator: how the hypergradient is found.
+        steps: outer steps at most.
+        accumulate: estimates averaged for one outer step. Each has directions and batches of its own.
+        patience: end the phase early when the outer loss has not improved for so many outer steps.
+        min_improvement: what counts as an improvement, as a fraction of the best outer loss so far.
+
+    The paper's two phases, a cheap biased method first and (FG)²U from where it leads:
+
+    >>> from bilevel import ForwardGradient, HessianFree
+    >>> phases = [Phase(HessianFree(), steps=100, patience=10), Phase(ForwardGradient(directions=32), steps=900)]
+
+    Reference: Shen et al., NeurIPS 2024, §3.2.
+    """
+
+    estimator: Estimator
+    steps: int
+    accumulate: int = 1
+    patience: int | None = None
+    min_improvement: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.estimator, Estimator):
+            raise TypeError(f"estimator is {self.estimator!r}; write Phase(bilevel.Reverse(), steps=100)")
+        for name in ("steps", "accumulate", "patience"):
+            count = getattr(self, name)
+            if count is None and name == "patience":
+                continue
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}={count!r}: a whole number of at least 1 is needed")
+        if not 0 <= self.min_improvement < 1:
+            raise ValueError(f"min_improvement={self.min_improvement!r}: a fraction in [0, 1) is needed")
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """What a callback sees after each outer step."""
+
+    number: int
+    """Outer steps done, this one included."""
+    meta: Any
+    """The meta parameters after the step, a copy in the form `fit` was given, with callable views for modules."""
+    estimate: Estimate
+    """The (last) estimate of the step, at the meta parameters before it."""
+    row: Row
+    """The numbers that go into the metrics; a callback may add its own."""
+
+
+def batches_of(inner_batches: Any, draw: int) -> Any:
+    """The inner batches of a draw: `inner_batches` itself, or what that function makes of the draw's number."""
+    if callable(inner_batches) and not hasattr(inner_batches, "__getitem__"):
+        made: Any = inner_batches(draw)
+        return made
+    return inner_batches
+
+
+def batch_of(outer_batch: Any, draw: int) -> Any:
+    """The outer batch of a draw: `outer_batch` itself, or what that function makes of the draw's number."""
+    return outer_batch(draw) if callable(outer_batch) else outer_batch
+
+
+@dataclass
+class OuterLoop:
+    """The state of an outer loop, and one step of it."""
+
+    problem: Unrollable | BlackBox
+    original_meta: Any
+    inner_batches: Any
+    outer_batch: Any
+    seed: int
+    phases: list[Phase]
+    optimizer: Optimizer
+    project: Callable[[Any], Any] | None
+    outer_step: int = 0
+    phase: int = 0
+    phase_step: int = 0
+    draws: int = 0
+    best: float | None = None
+    stalled: int = 0
+    seconds: float = 0.0
+    parameters: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        tree = modules.as_tree(self.original_meta)
+        self._parts = trees.split(tree)
+        for name, leaf in trees.named_leaves(tree, "meta"):
+            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+                what = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"{leaf!r} ({type(leaf).__name__})"
+                raise TypeError(
+                    f"{name} is {what}; meta must be floating-point tensors: a tree of them or an nn.Module"
+                )
+            if not trees.all_finite(leaf):
+                raise NonFiniteError(f"{name} holds NaN or infinity before the first outer step")
+        if not self._parts.differentiable:
+            raise ValueError(f"meta is {self.original_meta!r}, which holds no tensor to train")
+        self.parameters = [nn.Parameter(t.detach().clone()) for t in self._parts.differentiable]
+        self.torch_optimizer, self.scheduler = self.optimizer.bind(self.parameters)
+
+    @property
+    def total_steps(self) -> int:
+        """Outer steps of the whole run, as far as is known: those done, and those that are left at most."""
+        return self.outer_step - self.phase_step + sum(phase.steps for phase in self.phases[self.phase :])
+
+    @property
+    def finished(self) -> bool:
+        return self.phase == len(self.phases)
+
+    def advance(self) -> OuterStep:
+        """One outer step."""
+        began = time.perf_counter()
+        phase, estimate = self.phases[self.phase], None
+        sums = [torch.zeros_like(p) for p in self._detached()]
+        losses: list[float] = []
+        errors: list[float | None] = []
+        for number in range(phase.accumulate):  # of each estimate, no more is kept than is needed
+            estimate = self._estimate(phase, number)
+            sums = [total + part for total, part in zip(sums, trees.leaves(estimate.grad), strict=True)]
+            losses.append(float(estimate.value))
+            errors.append(estimate.standard_error)
+        assert estimate is not None
+        gradients = [total / phase.accumulate for total in sums]
+        outer_loss = sum(losses) / phase.accumulate
+        self._update(gradients)
+        row: Row = {
+            "outer_step": self.outer_step,
+            "phase": self.phase,
+            "outer_loss": outer_loss,
+            "grad_norm": float(trees.squared_norm(gradients).sqrt()),
+            "standard_error": _pooled(errors),
+        }
+        self.draws += phase.accumulate
+        self.outer_step += 1
+        self._count_phase_step(phase, outer_loss)
+        self.seconds += time.perf_counter() - began
+        row["seconds"] = round(self.seconds, 4)
+        return OuterStep(self.outer_step, self.user_meta(), estimate, row)
+
+    def _estimate(self, phase: Phase, number: int) -> Estimate:
+        draw = self.draws + number
+        inner, outer = batches_of(self.inner_batches, draw), batch_of(self.outer_batch, draw)
+        seed = randomness.derive(self.seed, randomness.DRAW, self.outer_step, number)
+        try:
+            return phase.estimator(self.problem, self.meta_tree(), inner, outer, seed)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"outer step {self.outer_step}: {error}", error.inner_step, error.last_finite_state
+            ) from error
+
+    def _update(self, gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        self.torch_optimizer.step()
+        if self.project is not None:
+            self._project(self.project)
+        if not trees.all_finite(self._detached()):
+            raise NonFiniteError(
+                f"outer step {self.outer_step}: the outer optimiser (or project) made the meta parameters NaN or "
+                "infinite from a finite hypergradient; a smaller outer learning rate is the usual cure"
+            )
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def _project(self, project: Callable[[Any], Any]) -> None:
+        allowed = modules.as_tree(project(self.user_meta()))
+        needed, returned = _shapes(self.meta_tree()), _shapes(allowed)
+        if returned != needed:
+            raise ValueError(
+                f"project returned {returned or allowed!r}; it must return meta parameters of the structure and shapes "
+                f"that it is given: {needed}"
+            )
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, trees.leaves(allowed), strict=True):
+                parameter.copy_(value)
+
+    def _count_phase_step(self, phase: Phase, outer_loss: float) -> None:
+        self.phase_step += 1
+        if self.best is None or outer_loss < self.best - phase.min_improvement * abs(self.best):
+            self.best, self.stalled = outer_loss, 0
+        else:
+            self.stalled += 1
+        if self.phase_step == phase.steps or self.stalled == phase.patience:
+            self.phase, self.phase_step, self.best, self.stalled = self.phase + 1, 0, None, 0
+
+    # -- meta parameters in the forms that others see them ---------------------------------------------------------
+
+    def meta_tree(self) -> Tree:
+        """φ as a tree, with views in place of modules."""
+        return self._parts.rebuild(self._detached())
+
+    def user_meta(self, write_modules: bool = False) -> Any:
+        """φ as the user gave it. Modules appear as views, or are themselves written to."""
+        tree = trees.map_leaves(torch.clone, self.meta_tree())
+        return modules.written_back(tree) if write_modules else tree
+
+    def _detached(self) -> list[Tensor]:
+        return [p.detach() for p in self.parameters]
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def identity(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must have in common."""
+        leaves = trees.named_leaves(self.meta_tree(), "meta")
+        return {
+            "seed": self.seed,
+            "phases": [_without_addresses(phase) for phase in self.phases],
+            "optimizer": _without_addresses(self.optimizer),
+            "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
+            "config": dict(config),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """A copy of everything that the following steps depend on."""
+        return copy.deepcopy(
+            {
+                "meta": self._detached(),
+                "optimizer": self.torch_optimizer.state_dict(),
+                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "counters": {name: getattr(self, name) for name in _COUNTERS},
+            }
+        )
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back (or forward) to a `state`."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["meta"], strict=True):
+                parameter.copy_(value)
+        self.torch_optimizer.load_state_dict(state["optimizer"])
+        # PyTorch casts what it loads to the parameter's dtype; but NAdam's running product, for one, has its own.
+        for index, stored in state["optimizer"]["state"].items():
+            memory = self.torch_optimizer.state[self.parameters[index]]
+            for name, value in stored.items():
+                if isinstance(value, Tensor):
+                    memory[name] = value.to(memory[name].device)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for name in _COUNTERS:
+            setattr(self, name, state["counters"][name])
+
+
+_COUNTERS = ("outer_step", "phase", "phase_step", "draws", "best", "stalled", "seconds")
+
+
+def _pooled(errors: Sequence[float | None]) -> float | None:
+    """The standard error of a mean of independent estimates, from theirs."""
+    known = [error for error in errors if error is not None]
+    return sum(error**2 for error in known) ** 0.5 / len(known) if len(known) == len(errors) else None
+
+
+def _shapes(tree: Tree) -> dict[str, Any]:
+    """The shape of every leaf; of what is no tensor, the type."""
+    return {n: tuple(t.shape) if isinstance(t, Tensor) else type(t) for n, t in trees.named_leaves(tree, "meta")}
+
+
+def _without_addresses(value: Any) -> str:
+    """Its `repr`, the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

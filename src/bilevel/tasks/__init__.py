@@ -1,0 +1,1 @@
+"""Experiments. They use the library; nothing in the library uses them."""

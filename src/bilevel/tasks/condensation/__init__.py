@@ -1,0 +1,1 @@
+"""Data condensation (paper §4, Table 1)."""

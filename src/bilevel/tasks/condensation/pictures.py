@@ -1,0 +1,65 @@
+"""Pictures of condensed images, and of the accuracy they lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bilevel import report
+
+
+def over_time(snapshots: Sequence[tuple[int, Tensor]], ipc: int) -> str:
+    """The first image of every class (a column each) at several outer steps (a row each)."""
+    rows, columns = len(snapshots), len(snapshots[0][1]) // ipc
+    fig, axes = report.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows + 0.2), squeeze=False)
+    for row, (step, images) in enumerate(snapshots):
+        for column in range(columns):
+            axis = axes[row, column]
+            _show(axis, images[column * ipc])
+            if column == 0:
+                axis.set_ylabel(f"step {step}", rotation=0, ha="right", va="center", fontsize=9)
+    fig.subplots_adjust(wspace=0.08, hspace=0.08)
+    return report.as_picture(fig)
+
+
+def final(images: Tensor, ipc: int) -> str:
+    """The condensed images, a column for each class, at most `MOST_OF_A_CLASS` of each."""
+    columns, rows = len(images) // ipc, min(ipc, MOST_OF_A_CLASS)
+    fig, axes = report.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows), squeeze=False)
+    for row in range(rows):
+        for column in range(columns):
+            _show(axes[row, column], images[column * ipc + row])
+    fig.subplots_adjust(wspace=0.08, hspace=0.08)
+    return report.as_picture(fig)
+
+
+def accuracies(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every evaluation run as a point, over a bar at the mean."""
+    fig, axis = report.figure(figsize=(6, 2.2))
+    for position, found in enumerate(results.values()):
+        axis.barh(position, 100 * found["mean"], color="0.88")
+        axis.plot([100 * run for run in found["runs"]], [position] * len(found["runs"]), "o", alpha=0.7, color="C0")
+    axis.set_yticks(range(len(results)), [NAMES[name] for name in results])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 100), xlabel="test accuracy, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    return report.as_picture(fig)
+
+
+MOST_OF_A_CLASS = 20
+"""Images that the report shows of one class."""
+
+NAMES = {
+    "condensed": "condensed images",
+    "random_real": "as many random real images",
+    "whole_set": "the whole real set",
+}
+
+
+def _show(axis: Any, image: Tensor) -> None:
+    pixels = np.moveaxis(image.cpu().numpy(), 0, -1)
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])

@@ -1,0 +1,140 @@
+"""Data condensation: a whole training set in a handful of synthetic images (paper §4, Table 1).
+
+The outer loss is "performance matching": the loss on real images after T inner steps on the condensed ones. Judged, as
+in the paper, by fresh networks trained on the condensed images alone.
+
+Departures from the paper and its released code: every outer step starts from a fresh random network; a full inner
+batch holds each condensed image once; the two controls (random real images, the whole set) are computed in the same
+run with the same trainings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel import checkpoints, metrics
+from bilevel.outer_loop import OuterStep
+from bilevel.report import Section
+from bilevel.run_record import CHECKPOINT
+from bilevel.tasks import image_data
+from bilevel.tasks.condensation import pictures
+from bilevel.tasks.condensation.config import Condensation
+from bilevel.tasks.condensation.evaluation import accuracies
+from bilevel.tasks.condensation.problem import setup
+from bilevel.tasks.running import CONFIG, read_json
+from bilevel.tasks.task import Preset, Setup, Task
+
+_SNAPSHOTS = 8
+
+
+class CondensationTask(Task[Condensation]):
+    """Condense labelled images."""
+
+    name = "condensation"
+    summary = "learn a few synthetic images per class on which a network trains as well as on the real set"
+    presets: Mapping[str, Preset[Condensation]] = {
+        "digits": Preset(
+            Condensation(),
+            estimator="reverse",
+            outer_steps=200,
+            summary="scikit-learn's 8x8 handwritten digits, one image per class; needs no files",
+        ),
+        "mnist": Preset(
+            Condensation(data="mnist", blocks=3, width=32, inner_lr=0.01, whole_set_epochs=2),
+            estimator="reverse(checkpoints='sqrt')",
+            outer_steps=200,
+            summary="MNIST from --data-dir, the paper's 3-block network at width 32, one image per class",
+        ),
+    }
+
+    def setup(self, config: Condensation, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:
+        return setup(config, _data(config, data_dir), outer_steps, seed)
+
+    def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:
+        wanted = {round(outer_steps * i / _SNAPSHOTS) for i in range(1, _SNAPSHOTS + 1)}
+
+        def keep(number: int, images: torch.Tensor) -> None:
+            checkpoints.save(folder / "images" / f"step-{number:06d}.safetensors", {"step": number, "images": images})
+
+        def keep_if_wanted(step: OuterStep) -> None:
+            if step.number == 1:  # not before: a first step that fails leaves nothing behind
+                keep(0, start)
+            if step.number in wanted:
+                keep(step.number, step.meta)
+
+        return [keep_if_wanted]
+
+    def evaluate(
+        self, config: Condensation, data_dir: Path | None, meta: Any, seed: int, progress: bool
+    ) -> dict[str, Any]:
+        return {"accuracy": accuracies(config, _data(config, data_dir), meta, seed, progress)}
+
+    def headline(self, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return [
+            (f"test accuracy, {pictures.NAMES[name]}", f"{_percent(found)} %")
+            for name, found in results["accuracy"].items()
+        ]
+
+    def sections(self, folder: Path, results: Mapping[str, Any]) -> list[Section]:
+        ipc = read_json(folder / CONFIG)["ipc"]
+        stored = (checkpoints.load(path) for path in sorted((folder / "images").glob("step-*.safetensors")))
+        snapshots = {content["step"]: content["images"] for content in stored}
+        snapshots[len(metrics.read(folder / metrics.FILE))] = load_images(folder)  # a phase may have ended early
+        accuracy = results["accuracy"]
+        rows = [
+            (
+                pictures.NAMES[name],
+                _percent(found),
+                ", ".join(f"{100 * run:.1f}" for run in found["runs"]),
+            )
+            for name, found in accuracy.items()
+        ]
+        sections = [
+            Section(
+                "Test accuracy",
+                "Fresh networks trained on these images alone, judged on real test images. Mean ± standard deviation.",
+                pictures.accuracies(accuracy),
+                ("trained on", "test accuracy, %", "each run"),
+                rows,
+            ),
+            Section(
+                "Condensed images over the outer steps",
+                "One column per class. They are made to train a network well, not to look like digits.",
+                pictures.over_time(sorted(snapshots.items()), ipc),
+            ),
+        ]
+        if ipc > 1:
+            sections.append(_all_images(load_images(folder), ipc))
+        return sections
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    spread = f" ± {100 * found['std']:.1f}" if len(found["runs"]) > 1 else ""
+    return f"{100 * found['mean']:.1f}{spread}"
+
+
+def _all_images(images: torch.Tensor, ipc: int) -> Section:
+    shown = min(ipc, pictures.MOST_OF_A_CLASS)
+    words = "One column per class." if shown == ipc else f"One column per class, the first {shown} of {ipc}."
+    return Section("All condensed images", words, pictures.final(images, ipc))
+
+
+def load_images(folder: Path) -> torch.Tensor:
+    """The condensed images at a run's last checkpoint, `[classes · ipc, channels, height, width]`."""
+    return checkpoints.load(folder / CHECKPOINT)["meta"][0]
+
+
+def _data(config: Condensation, data_dir: Path | None) -> image_data.LabelledImages:
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device={config.device!r} cannot be used ({reason}); take auto, cpu or cuda") from error
+    return image_data.load(config.data, data_dir).to(torch.device(device))

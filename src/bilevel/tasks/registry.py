@@ -1,0 +1,10 @@
+"""The tasks by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.tasks.condensation.task import CondensationTask
+from bilevel.tasks.task import Task
+
+TASKS: dict[str, Task[Any]] = {task.name: task for task in (CondensationTask(),)}

@@ -1,0 +1,128 @@
+"""`fit`: the meta parameters are trained by a `torch.optim` optimiser on estimated hypergradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel import randomness
+from bilevel.errors import NonFiniteError
+from bilevel.metrics import Row
+from bilevel.optim import Optimizer
+from bilevel.optim import optimizer as make_optimizer
+from bilevel.outer_loop import OuterLoop, OuterStep, Phase
+from bilevel.problem import BlackBox, Unrollable
+from bilevel.progress import bar
+from bilevel.run_record import RunRecord
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` leaves behind."""
+
+    meta: Any
+    """The trained meta parameters, in the form `fit` was given; an `nn.Module` is trained in place."""
+    history: list[Row]
+    """One dict for each outer step: `outer_step`, `phase`, `outer_loss`, `grad_norm`, `standard_error`, `seconds`."""
+
+
+def fit(
+    problem: Unrollable | BlackBox,
+    meta: Any,
+    inner_batches: Any = None,
+    outer_batch: Any = None,
+    seed: int = 0,
+    *,
+    phases: Sequence[Phase],
+    optimizer: Optimizer | None = None,
+    project: Callable[[Any], Any] | None = None,
+    callbacks: Sequence[Callable[[OuterStep], None]] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 50,
+    config: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> FitResult:
+    """Train the meta parameters: φ ← Ψ(φ, estimate of ∇h(φ)), with Ψ any `torch.optim` optimiser.
+
+    Args:
+        problem: as in the call of an estimator.
+        meta: φ to start from: a tensor, a tree of tensors, or an `nn.Module`.
+        inner_batches: T batches by random access, the same for every outer step; or a function from the number of the
+            draw (0, 1, 2, …: estimates made so far) to such a sequence.
+        outer_batch: a batch; or a function from the number of the draw to a batch.
+        phases: what estimates the hypergradient, and for how long. The outer optimiser's state goes on through them.
+        seed: determines every random number of the run; each estimate gets a seed of its own, a function of (seed,
+            outer step, number within the step).
+        optimizer: the outer optimiser, `bilevel.optimizer(torch.optim.Adam, lr=1e-2)` by default. Its schedule
+            advances once per outer step.
+        project: maps the meta parameters to the nearest allowed ones after each step: `lambda x: x.clamp(0, 1)`.
+        callbacks: called after each outer step.
+        out: a folder for `metrics.jsonl`, `checkpoint.safetensors` and TensorBoard events.
+        resume: go on from the checkpoint in `out` (or start, if there is none); the numbers that follow are those of a
+            run that was never interrupted.
+        checkpoint_every: outer steps between two checkpoints; one is also written at the end, on interruption and on
+            an error.
+        config: further settings that a checkpoint must agree with to be resumed.
+        tensorboard: write events into `out`/tensorboard.
+        progress: show a progress bar.
+
+    Raises:
+        NonFiniteError: an estimate is not finite; the meta parameters before it are in the checkpoint.
+        CheckpointError: on resuming, the checkpoint is damaged or belongs to another configuration.
+        FileExistsError: `out` holds a run already, and `resume` is false.
+
+    >>> import bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi) ** 2,
+    ...     outer_loss=lambda theta, phi, batch: 0.5 * (theta - 3.0) ** 2,
+    ...     params=torch.tensor(0.0),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    ... )
+    >>> result = bilevel.fit(
+    ...     problem, torch.tensor(0.0), bilevel.no_batches(10), progress=False,
+    ...     phases=[bilevel.Phase(bilevel.Reverse(), steps=50)], optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    ... )
+    >>> result.meta
+    tensor(3.0029)
+    """
+    if isinstance(phases, Phase) or not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise ValueError(f"phases={phases!r}: write phases=[bilevel.Phase(bilevel.Reverse(), steps=100)]")
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={checkpoint_every!r}: a whole number of at least 1 is needed")
+    randomness.check_seed(seed)
+    if out is None and (resume or tensorboard):
+        raise ValueError("resume=True and tensorboard=True need out=FOLDER")
+    if optimizer is None:
+        optimizer = make_optimizer(torch.optim.Adam, lr=1e-2)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
+    loop = OuterLoop(problem, meta, inner_batches, outer_batch, seed, list(phases), optimizer, project)
+    record = RunRecord(loop, None if out is None else Path(out), config or {}, resume, tensorboard)
+    try:
+        with bar("outer steps", loop.total_steps, loop.outer_step, progress) as shown:
+            while not loop.finished:
+                step = loop.advance()
+                for callback in callbacks:
+                    callback(step)
+                record.add(step.row)
+                if loop.outer_step % checkpoint_every == 0 or loop.finished:
+                    record.save()
+                shown.advance(
+                    f"outer loss {step.row['outer_loss']:.4g}",
+                    f"phase {step.row['phase'] + 1} of {len(phases)}",
+                    loop.total_steps,
+                )
+    except BaseException as error:
+        # A first step that fails, on its arguments for instance, leaves nothing behind.
+        if record.rows or isinstance(error, KeyboardInterrupt | NonFiniteError):
+            record.save()
+        raise
+    finally:
+        record.close()
+    return FitResult(loop.user_meta(write_modules=True), record.rows)

@@ -1,0 +1,113 @@
+"""Trees of tensors: nested dicts, lists, tuples and named tuples whose leaves are tensors (flattened by `optree`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+Tree: TypeAlias = Any
+"""Any nesting of containers around tensors; a lone tensor is a tree too."""
+
+NAMESPACE = "bilevel"
+
+
+def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """The leaves of a tree, and the spec that puts them back."""
+    return optree.tree_flatten(tree, namespace=NAMESPACE)
+
+
+def unflatten(spec: optree.PyTreeSpec, leaves: Sequence[Any]) -> Tree:
+    """The tree of that spec with these leaves."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves of a tree, in the order of `flatten`."""
+    return optree.tree_leaves(tree, namespace=NAMESPACE)
+
+
+def map_leaves(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """The tree with `function` applied to every leaf (and to the leaves of `rest` at the same places)."""
+    return optree.tree_map(function, tree, *rest, namespace=NAMESPACE)
+
+
+def named_leaves(tree: Tree, name: str) -> list[tuple[str, Any]]:
+    """Leaves with the expression that reaches each of them, such as `("meta['lr']", tensor)`.
+
+    >>> named_leaves({"lr": 1.0, "layers": [2.0]}, "meta")
+    [("meta['layers'][0]", 2.0), ("meta['lr']", 1.0)]
+    """
+    accessors, values, _ = optree.tree_flatten_with_accessor(tree, namespace=NAMESPACE)
+    return [(accessor.codify(name), value) for accessor, value in zip(accessors, values, strict=True)]
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether derivatives with respect to this leaf exist: it is a floating-point (or complex) tensor."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+@dataclass(frozen=True)
+class Split:
+    """A tree taken apart into what can be differentiated, other tensors, and the rest (numbers, strings)."""
+
+    differentiable: list[Tensor]
+    other: list[Tensor]
+    _spec: optree.PyTreeSpec
+    _rest: tuple[Any, ...]
+    _kinds: str
+
+    def rebuild(self, differentiable: Sequence[Tensor], other: Sequence[Tensor] | None = None) -> Tree:
+        """The tree with other tensors in the places of the old ones."""
+        sources = {
+            "d": iter(differentiable),
+            "o": iter(self.other if other is None else other),
+            "r": iter(self._rest),
+        }
+        return unflatten(self._spec, [next(sources[kind]) for kind in self._kinds])
+
+
+def split(tree: Tree) -> Split:
+    """Take a tree apart; `Split.rebuild` puts it together again.
+
+    >>> parts = split({"weights": torch.ones(2), "steps": 3, "labels": torch.tensor([1])})
+    >>> parts.differentiable, parts.other
+    ([tensor([1., 1.])], [tensor([1])])
+    >>> parts.rebuild([torch.zeros(2)])
+    {'weights': tensor([0., 0.]), 'steps': 3, 'labels': tensor([1])}
+    """
+    values, spec = flatten(tree)
+    kinds = "".join("d" if is_differentiable(v) else "o" if isinstance(v, Tensor) else "r" for v in values)
+    by_kind: dict[str, list[Any]] = {"d": [], "o": [], "r": []}
+    for kind, value in zip(kinds, values, strict=True):
+        by_kind[kind].append(value)
+    return Split(by_kind["d"], by_kind["o"], spec, tuple(by_kind["r"]), kinds)
+
+
+def detach(tree: Tree) -> Tree:
+    """The tree with every tensor cut off from the autograd graph (no copies)."""
+    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def size(tree: Tree) -> int:
+    """The number of elements over all tensors of the tree."""
+    return sum(leaf.numel() for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """The inner product of two equally shaped lists of tensors."""
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The squared Euclidean norm over a list of tensors."""
+    return dot(tensors, tensors)
+
+
+def all_finite(tree: Tree) -> bool:
+    """Whether no differentiable leaf holds a NaN or an infinity."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if is_differentiable(leaf))
