@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 import bilevel
 import bilevel.estimators
-from bilevel import autodiff, directions
+from bilevel import autodiff, directions, unroll
 from bilevel.estimators import implicit
-from bilevel.unroll import Unroll
 
 NAN, INF = float("nan"), float("inf")
 RATE = 0.1
@@ -857,7 +856,7 @@ def test_nobody_looks_for_missing_dependence_where_something_arrives(
     def unexpected(*arguments: Any) -> None:
         raise AssertionError("an inner loop was run again for nothing")
 
-    monkeypatch.setattr(Unroll, "require_dependence", unexpected)
+    monkeypatch.setattr(unroll, "require_dependence", unexpected)
     monkeypatch.setattr(implicit, "_require_dependence_of_loss", unexpected)
     call(name)
     call(name, descent(outer_loss=explicit))

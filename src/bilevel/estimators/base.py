@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bilevel import autodiff, trees
+from bilevel import autodiff, diagnosis, trees
 from bilevel.batches import Batches
 from bilevel.modules import as_plain_tree, modules_in
 from bilevel.problem import BlackBox, GradientDescent, Unrollable
@@ -80,7 +80,7 @@ class Estimator(ABC):
 
 
 def _checked(run: Unroll, estimate: Estimate) -> Estimate:
-    run.require_finite(estimate.value, estimate.state, estimate.grad)
+    diagnosis.require_finite(run, estimate.value, estimate.state, estimate.grad)
     return Estimate(
         value=estimate.value.detach(),
         grad=as_plain_tree(trees.detach(estimate.grad)),

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from bilevel import checks, trees
+from bilevel import checks, diagnosis, trees
 from bilevel import directions as random_directions
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.unroll import Unroll
@@ -63,7 +63,7 @@ class ZerothOrder(Estimator):
             count, size, "ZerothOrder(distribution='coordinate') differences every one of them"
         )
         value, state = run.value()
-        run.require_finite(value, state)
+        diagnosis.require_finite(run, value, state)
         grad = [torch.zeros_like(leaf) for leaf in trees.leaves(run.meta)]
         slopes: list[torch.Tensor] = []
         for number in range(count):
@@ -92,7 +92,7 @@ class ZerothOrder(Estimator):
         value, state = moved.value()
         if not bool(torch.isfinite(value)):
             place = f"meta {'+' if offset > 0 else '-'} {abs(offset):g}·direction"
-            raise moved.non_finite(
-                f"the outer loss at {place} (finite at meta itself; a smaller step_size may help)", value, state
+            raise diagnosis.non_finite(
+                moved, f"the outer loss at {place} (finite at meta itself; a smaller step_size may help)", value, state
             )
         return value

@@ -1,0 +1,105 @@
+"""The inner loop of one problem at one φ, run plainly."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bilevel import randomness, requirements, trees
+from bilevel.batches import Batches
+from bilevel.modules import modules_in, refuse_running_statistics
+from bilevel.problem import BlackBox, Unrollable, require_scalar
+from bilevel.trees import Tree
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """A problem, a point φ, the batches and the seed. Every method may be called again, and again gives the same
+    numbers.
+    """
+
+    problem: Unrollable | BlackBox
+    meta: Tree
+    inner_batches: Batches
+    outer_batch: Any
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """T, the number of inner steps; 0 for a black box."""
+        return 0 if isinstance(self.problem, BlackBox) else len(self.inner_batches)
+
+    @property
+    def meta_size(self) -> int:
+        """N, the number of meta parameters."""
+        return trees.size(self.meta)
+
+    # -- the three functions of the problem, seeded ------------------------------------------------------------
+
+    def init(self, meta: Tree) -> Tree:
+        """θ_0, or the whole solve of a black box."""
+        start = self.problem.solve if isinstance(self.problem, BlackBox) else self.problem.init
+        with randomness.torch_seeded(self.seed, randomness.INIT):
+            return start(meta)
+
+    def step(self, t: int, state: Tree, meta: Tree) -> Tree:
+        """θ_{t+1} from θ_t, for t from 0 to T − 1."""
+        assert not isinstance(self.problem, BlackBox)
+        batch = self.inner_batches[t]
+        if t == 0:
+            requirements.one_device(meta=meta, inner_state=state, inner_batch=batch)
+        with self.seeded_step(t):
+            after = self.problem.step(state, meta, batch)
+        if t == 0:
+            requirements.same_structure(state, after)
+        return after
+
+    def seeded_step(self, t: int) -> AbstractContextManager[None]:
+        """Inside, torch draws the random numbers of inner step t."""
+        return randomness.torch_seeded(self.seed, randomness.STEP, t)
+
+    def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
+        """The outer loss at a state."""
+        with randomness.torch_seeded(self.seed, randomness.OUTER):
+            return require_scalar(self.problem.outer_loss(state, meta, self.outer_batch), "outer_loss")
+
+    # -- plain -------------------------------------------------------------------------------------------------
+    # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same: a user's step or
+    # solver may take gradients of its own with torch.autograd.
+
+    @torch.enable_grad()
+    def start(self) -> Tree:
+        """θ_0 at φ, without a graph."""
+        state = self.init(self.meta)
+        for module in modules_in(state):
+            refuse_running_statistics(module, "params")
+        if not isinstance(self.problem, BlackBox) and not trees.split(state).differentiable:
+            raise TypeError(
+                f"init returned {state!r} ({type(state).__name__}); the inner state must hold a floating-point tensor, "
+                "such as torch.tensor(0.0) for one number"
+            )
+        return trees.detach(state)
+
+    @torch.enable_grad()
+    def descend(self, state: Tree, start: int = 0, stop: int | None = None) -> Tree:
+        """θ_stop from θ_start, without a graph; one unit per step."""
+        for t in range(start, self.steps if stop is None else stop):
+            state = trees.detach(self.step(t, state, self.meta))
+        return state
+
+    @torch.enable_grad()
+    def value(self) -> tuple[Tensor, Tree]:
+        """The outer loss h and the final state."""
+        state = self.descend(self.start())
+        return self.outer_loss(state, self.meta).detach(), state
+
+    def at(self, meta: Tree) -> Self:
+        """The same inner loop at another φ."""
+        return replace(self, meta=meta)
