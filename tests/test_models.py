@@ -640,6 +640,13 @@ class SquaredWithForwardMode(Squared):
         return 2 * ctx.saved_tensors[0] * tangent
 
 
+class SquaredOnce(Squared):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2 * ctx.saved_tensors[0] * grad
+
+
 class SquaredInTheOldWay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -724,6 +731,26 @@ def test_custom_function_in_the_old_way() -> None:
         with pytest.raises(bilevel.MissingDerivativeError, match=message) as caught:
             estimator(problem, PHI, bilevel.no_batches(2))
         assert type(caught.value.__cause__) is RuntimeError, "PyTorch's own report, explained once"
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        bilevel.Reverse(),
+        bilevel.Reverse("graph"),
+        bilevel.TruncatedReverse(1),
+        bilevel.Implicit(),
+        bilevel.HessianFree(),
+    ],
+    ids=str,
+)
+def test_custom_function_marked_once_differentiable(estimator: bilevel.Estimator) -> None:
+    problem, h = problem_with(SquaredOnce.apply)
+    with pytest.raises(bilevel.MissingDerivativeError, match="'SquaredOnce' is marked @once_differentiable"):
+        estimator(problem, PHI, bilevel.no_batches(2))
+    differences = bilevel.ZerothOrder(2, step_size=1e-5, distribution="coordinate")
+    found = differences(problem, PHI, bilevel.no_batches(2)).grad
+    torch.testing.assert_close(found, numerical_gradient(h, PHI), rtol=1e-6, atol=1e-8)
 
 
 REFUSED_BY_VMAP: dict[str, tuple[Callable[[Any], Any], str]] = {

@@ -9,11 +9,12 @@ import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.autograd_function import custom_function_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -75,15 +76,19 @@ class Transpose:
     The function is evaluated once, keeping its graph; each product is one backward pass through it. For the gradient
     of a scalar the Jacobian is a Hessian, which is symmetric, so these are Hessian-vector products as well.
 
+    Custom operations that can't be differentiated twice are looked for if `watch`; for one inner step of many the same
+    question need not be asked again.
+
     >>> cube = Transpose(lambda x, y: x**3 + y, [torch.tensor(2.0), torch.tensor(1.0)])
     >>> cube.value, cube([torch.tensor(1.0)]), cube([torch.tensor(2.0)], of=[0])
     (tensor(9.), [[tensor(12.)], [tensor(1.)]], [[tensor(24.)]])
     """
 
-    def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree]) -> None:
+    def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree], watch: bool = True) -> None:
         parts = [trees.split(argument) for argument in arguments]
         self._inputs = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
-        with torch.enable_grad(), named_missing_derivatives():
+        watched = _RefuseOnceDifferentiable() if watch else nullcontext()
+        with torch.enable_grad(), named_missing_derivatives(), watched:
             output = function(*(part.rebuild(ts) for part, ts in zip(parts, self._inputs, strict=True)))
         self._outputs = trees.split(output).differentiable
         self.value: Tree = trees.detach(output)
@@ -114,17 +119,20 @@ class Transpose:
 
 
 def pull_back(
-    function: Callable[..., Tree], arguments: Sequence[Tree], cotangents: Sequence[Tensor | None] | None = None
+    function: Callable[..., Tree],
+    arguments: Sequence[Tree],
+    cotangents: Sequence[Tensor | None] | None = None,
+    watch: bool = True,
 ) -> tuple[Tree, list[list[Tensor | None]]]:
     """`function(*arguments)`, and for every argument cotangentᵀ · Jacobian, in reverse mode.
 
     `cotangents` has one entry for each differentiable leaf of the value; left out, the value must be a scalar and its
-    gradient is taken. Results as in `Transpose`, whose graph is freed.
+    gradient is taken. Results, and `watch`, as in `Transpose`, whose graph is freed.
 
     >>> pull_back(lambda x, y: 3 * x, [torch.tensor(2.0), torch.tensor(5.0)])
     (tensor(6.), [[tensor(3.)], [None]])
     """
-    transpose = Transpose(function, arguments)
+    transpose = Transpose(function, arguments, watch)
     if cotangents is None:
         cotangents = [torch.ones_like(transpose.value)]
     return transpose.value, transpose(cotangents, keep=False)
@@ -186,6 +194,28 @@ class _NoGradStopsTangents(TorchFunctionMode):
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(args[0])  # pyright: ignore[reportAttributeAccessIssue]
         return result
+
+
+class _RefuseOnceDifferentiable(TorchFunctionMode):
+    """Inside, a custom `autograd.Function` whose backward is marked `@once_differentiable` is refused.
+
+    The mark makes PyTorch raise when such a function is differentiated twice, which hypergradients need; but inside of
+    function transforms it drops the second derivative without a word.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is custom_function_call and _is_once_differentiable(args[0]):
+            raise MissingDerivativeError(
+                f"the custom autograd.Function {args[0].__name__!r} is marked @once_differentiable, and hypergradients "
+                "need the derivative of the inner gradient too; write its backward in differentiable operations, "
+                "without the mark, or take ZerothOrder(...)"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _is_once_differentiable(function: type[torch.autograd.Function]) -> bool:
+    marked = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+    return getattr(function.backward, "__code__", None) is marked
 
 
 @contextmanager

@@ -92,9 +92,9 @@ class Unroll(InnerLoop):
         the cotangent of the trail's first state. Memory: the graph of one step.
         """
         total = [torch.zeros_like(leaf) for leaf in trees.leaves(self.meta)]
-        for t, state in trail:
+        for number, (t, state) in enumerate(trail):
             _, (down, across) = autodiff.pull_back(
-                lambda state, meta, t=t: self.step(t, state, meta), [state, self.meta], d
+                lambda state, meta, t=t: self.step(t, state, meta), [state, self.meta], d, watch=number == 0
             )
             d[:] = autodiff.fill_zeros(down, state)
             _accumulate(total, across)
