@@ -647,6 +647,18 @@ class SquaredOnce(Squared):
         return 2 * ctx.saved_tensors[0] * grad
 
 
+class SquaredOnceInTheOldWay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2 * ctx.saved_tensors[0] * grad
+
+
 class SquaredInTheOldWay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -725,28 +737,33 @@ def test_operation_without_second_derivative_is_named_and_differences_take_it(es
 
 
 def test_custom_function_in_the_old_way() -> None:
-    problem, _ = problem_with(SquaredInTheOldWay.apply)
+    problem, h = problem_with(SquaredInTheOldWay.apply)
+    expected = numerical_gradient(h, PHI)
+    found = bilevel.Reverse()(problem, PHI, bilevel.no_batches(2)).grad
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
     message = r"'SquaredInTheOldWay' .* give it a static method setup"
-    for estimator in (bilevel.Reverse(), bilevel.ForwardGradient(2), bilevel.ZerothOrder(1)):
-        with pytest.raises(bilevel.MissingDerivativeError, match=message) as caught:
-            estimator(problem, PHI, bilevel.no_batches(2))
-        assert type(caught.value.__cause__) is RuntimeError, "PyTorch's own report, explained once"
+    with pytest.raises(bilevel.MissingDerivativeError, match=message) as caught:
+        bilevel.ForwardGradient(2)(problem, PHI, bilevel.no_batches(2))
+    assert type(caught.value.__cause__) is RuntimeError, "PyTorch's own report, explained once"
 
 
 @pytest.mark.parametrize(
-    "estimator",
+    ("estimator", "function"),
     [
-        bilevel.Reverse(),
-        bilevel.Reverse("graph"),
-        bilevel.TruncatedReverse(1),
-        bilevel.Implicit(),
-        bilevel.HessianFree(),
+        (bilevel.Reverse(), SquaredOnce),
+        (bilevel.Reverse(), SquaredOnceInTheOldWay),
+        (bilevel.Reverse("graph"), SquaredOnce),
+        (bilevel.TruncatedReverse(1), SquaredOnceInTheOldWay),
+        (bilevel.Implicit(), SquaredOnceInTheOldWay),
+        (bilevel.HessianFree(), SquaredOnce),
     ],
     ids=str,
 )
-def test_custom_function_marked_once_differentiable(estimator: bilevel.Estimator) -> None:
-    problem, h = problem_with(SquaredOnce.apply)
-    with pytest.raises(bilevel.MissingDerivativeError, match="'SquaredOnce' is marked @once_differentiable"):
+def test_custom_function_marked_once_differentiable(
+    estimator: bilevel.Estimator, function: type[torch.autograd.Function]
+) -> None:
+    problem, h = problem_with(function.apply)
+    with pytest.raises(bilevel.MissingDerivativeError, match=f"'{function.__name__}' is marked @once_differentiable"):
         estimator(problem, PHI, bilevel.no_batches(2))
     differences = bilevel.ZerothOrder(2, step_size=1e-5, distribution="coordinate")
     found = differences(problem, PHI, bilevel.no_batches(2)).grad

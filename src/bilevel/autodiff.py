@@ -9,7 +9,7 @@ import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,42 @@ from torch.overrides import TorchFunctionMode
 from bilevel import trees
 from bilevel.errors import MissingDerivativeError
 from bilevel.trees import Tree
+
+
+def gradient(
+    loss: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor], differentiable: bool
+) -> list[Tensor] | None:
+    """∂loss/∂tensors, to be differentiated again in forward mode, or in reverse mode if `differentiable`; `None` if the
+    loss depends on none of them.
+
+    Under function transforms `torch.func.grad` is needed; outside of them `torch.autograd.grad` costs less, takes more
+    models (activation checkpointing, for one), and keeps no graph where nobody wants one. But it can't tell a result
+    that depends on what was recorded from one that depends on the tensors alone, if these were not recorded.
+
+    >>> gradient(lambda x: (x[0] ** 3).sum(), [torch.tensor([1.0, 2.0])], differentiable=False)
+    [tensor([ 3., 12.])]
+    """
+    recorded = all(t.requires_grad for t in tensors)
+    if torch._C._are_functorch_transforms_active() or (differentiable and not recorded):
+        connected = []
+
+        def noted(tensors: Sequence[Tensor]) -> Tensor:
+            value = loss(tensors)
+            connected.append(value.requires_grad)
+            return value
+
+        found = torch.func.grad(noted)(tuple(tensors))
+        return list(found) if connected[0] else None
+    # Fresh tensors: one that also is a meta parameter would bring the gradient with respect to that along.
+    inputs = [t.view_as(t) if differentiable else t.detach().requires_grad_() for t in tensors]
+    with torch.enable_grad():
+        value = loss(inputs)
+    if not value.requires_grad:
+        return None
+    found = torch.autograd.grad(value, inputs, create_graph=differentiable, allow_unused=True)
+    if all(g is None for g in found):
+        return None
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
 
 class Pushed(NamedTuple):
@@ -76,19 +112,15 @@ class Transpose:
     The function is evaluated once, keeping its graph; each product is one backward pass through it. For the gradient
     of a scalar the Jacobian is a Hessian, which is symmetric, so these are Hessian-vector products as well.
 
-    Custom operations that can't be differentiated twice are looked for if `watch`; for one inner step of many the same
-    question need not be asked again.
-
     >>> cube = Transpose(lambda x, y: x**3 + y, [torch.tensor(2.0), torch.tensor(1.0)])
     >>> cube.value, cube([torch.tensor(1.0)]), cube([torch.tensor(2.0)], of=[0])
     (tensor(9.), [[tensor(12.)], [tensor(1.)]], [[tensor(24.)]])
     """
 
-    def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree], watch: bool = True) -> None:
+    def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree]) -> None:
         parts = [trees.split(argument) for argument in arguments]
         self._inputs = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
-        watched = _RefuseOnceDifferentiable() if watch else nullcontext()
-        with torch.enable_grad(), named_missing_derivatives(), watched:
+        with torch.enable_grad(), named_missing_derivatives():
             output = function(*(part.rebuild(ts) for part, ts in zip(parts, self._inputs, strict=True)))
         self._outputs = trees.split(output).differentiable
         self.value: Tree = trees.detach(output)
@@ -119,20 +151,17 @@ class Transpose:
 
 
 def pull_back(
-    function: Callable[..., Tree],
-    arguments: Sequence[Tree],
-    cotangents: Sequence[Tensor | None] | None = None,
-    watch: bool = True,
+    function: Callable[..., Tree], arguments: Sequence[Tree], cotangents: Sequence[Tensor | None] | None = None
 ) -> tuple[Tree, list[list[Tensor | None]]]:
     """`function(*arguments)`, and for every argument cotangentᵀ · Jacobian, in reverse mode.
 
     `cotangents` has one entry for each differentiable leaf of the value; left out, the value must be a scalar and its
-    gradient is taken. Results, and `watch`, as in `Transpose`, whose graph is freed.
+    gradient is taken. Results as in `Transpose`, whose graph is freed.
 
     >>> pull_back(lambda x, y: 3 * x, [torch.tensor(2.0), torch.tensor(5.0)])
     (tensor(6.), [[tensor(3.)], [None]])
     """
-    transpose = Transpose(function, arguments, watch)
+    transpose = Transpose(function, arguments)
     if cotangents is None:
         cotangents = [torch.ones_like(transpose.value)]
     return transpose.value, transpose(cotangents, keep=False)
@@ -196,26 +225,50 @@ class _NoGradStopsTangents(TorchFunctionMode):
         return result
 
 
-class _RefuseOnceDifferentiable(TorchFunctionMode):
+class RefuseOnceDifferentiable(TorchFunctionMode):
     """Inside, a custom `autograd.Function` whose backward is marked `@once_differentiable` is refused.
 
-    The mark makes PyTorch raise when such a function is differentiated twice, which hypergradients need; but inside of
-    function transforms it drops the second derivative without a word.
+    PyTorch should raise when such a function is differentiated twice, which hypergradients need. But where the gradient
+    that comes in is a constant, and inside of function transforms, it drops the second derivative without a word.
+    The search costs some time, so it is made at one inner step of many.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is custom_function_call and _is_once_differentiable(args[0]):
-            raise MissingDerivativeError(
-                f"the custom autograd.Function {args[0].__name__!r} is marked @once_differentiable, and hypergradients "
-                "need the derivative of the inner gradient too; write its backward in differentiable operations, "
-                "without the mark, or take ZerothOrder(...)"
-            )
+        found: Iterator[type[torch.autograd.Function]] = iter(())
+        if func is custom_function_call:
+            found = iter([args[0]])
+        elif func is torch.autograd.grad:
+            outputs = [args[0]] if isinstance(args[0], Tensor) else args[0]
+            inputs = [args[1]] if isinstance(args[1], Tensor) else args[1]
+            found = _custom_functions_between(outputs, inputs)
+        for function in found:
+            if getattr(function.backward, "__code__", None) is _MARKED:
+                raise MissingDerivativeError(
+                    f"the custom autograd.Function {function.__name__!r} is marked @once_differentiable, and "
+                    "hypergradients need the derivative of the inner gradient too; write its backward in "
+                    "differentiable operations, without the mark, or take ZerothOrder(...)"
+                )
         return func(*args, **(kwargs or {}))
 
 
-def _is_once_differentiable(function: type[torch.autograd.Function]) -> bool:
-    marked = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
-    return getattr(function.backward, "__code__", None) is marked
+_MARKED = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
+
+
+def _custom_functions_between(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Iterator[type[torch.autograd.Function]]:
+    """The custom functions in the graph that leads from inputs to outputs."""
+    seen = {None, *(t.grad_fn for t in inputs)}
+    nodes = [t.grad_fn for t in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        assert node is not None
+        if hasattr(node, "_forward_cls"):
+            yield node._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
+        nodes += [following for following, _ in node.next_functions]
 
 
 @contextmanager

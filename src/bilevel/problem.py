@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
@@ -45,12 +44,12 @@ class Problem:
     Random numbers drawn with torch's global generator (dropout, random initialisation) are reproducible: they are a
     function of the estimator's seed and the number of the step.
 
+    >>> import torch, bilevel
     >>> shrink = Problem(
     ...     init=lambda meta: torch.tensor(8.0),
     ...     step=lambda state, meta, batch: state * meta,
     ...     outer_loss=lambda state, meta, batch: state**2,
     ... )
-    >>> import bilevel
     >>> bilevel.Reverse()(shrink, torch.tensor(0.5), bilevel.no_batches(3)).grad  # h = 64 φ⁶
     tensor(12.)
     """
@@ -103,7 +102,7 @@ class GradientDescent:
 
     Meta parameters may be a tensor, a tree of tensors, or an `nn.Module` (or a tree with modules in it).
 
-    >>> import bilevel
+    >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
     ...     inner_loss=lambda theta, meta, batch: 0.5 * (theta - meta).square().sum(),
     ...     outer_loss=lambda theta, meta, batch: theta.sum(),
@@ -155,17 +154,17 @@ class GradientDescent:
         parts = trees.split(params)
 
         def loss(tensors: Sequence[Tensor]) -> Tensor:
-            value = require_scalar(self.inner_loss(parts.rebuild(tensors), meta, batch), "inner_loss")
-            if not value.requires_grad:
-                raise NoDependenceError(
-                    "inner_loss does not depend on the parameters, so there is nothing to descend on; compute it from "
-                    "the params it is given (for a module: call the model passed to inner_loss, not one from outside), "
-                    "and keep .detach(), .item() and torch.no_grad() out of it"
-                )
-            return value
+            return require_scalar(self.inner_loss(parts.rebuild(tensors), meta, batch), "inner_loss")
 
         with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
-            return list(torch.func.grad(loss)(tuple(parts.differentiable)))
+            found = autodiff.gradient(loss, parts.differentiable, differentiable=autodiff.has_graph([params, meta]))
+        if found is None:
+            raise NoDependenceError(
+                "inner_loss does not depend on the parameters, so there is nothing to descend on; compute it from "
+                "the params it is given (for a module: call the model passed to inner_loss, not one from outside), "
+                "and keep .detach(), .item() and torch.no_grad() out of it"
+            )
+        return found
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor]:
         """What vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss (minus

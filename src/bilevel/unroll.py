@@ -7,6 +7,7 @@ d = ∂outer/∂θ_T, c = ∂outer/∂φ; so ∇h = d Z_T + c.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,9 +94,10 @@ class Unroll(InnerLoop):
         """
         total = [torch.zeros_like(leaf) for leaf in trees.leaves(self.meta)]
         for number, (t, state) in enumerate(trail):
-            _, (down, across) = autodiff.pull_back(
-                lambda state, meta, t=t: self.step(t, state, meta), [state, self.meta], d, watch=number == 0
-            )
+            with autodiff.RefuseOnceDifferentiable() if number == 0 else nullcontext():
+                _, (down, across) = autodiff.pull_back(
+                    lambda state, meta, t=t: self.step(t, state, meta), [state, self.meta], d
+                )
             d[:] = autodiff.fill_zeros(down, state)
             _accumulate(total, across)
         return total

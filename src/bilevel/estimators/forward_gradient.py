@@ -30,8 +30,9 @@ class ForwardGradient(Estimator):
 
     Cost: (1 + 2b)·T units, and T more for every further chunk; up to twice that where layers are large and batches
     small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size states and the activations
-    of as many tangents, about 4 states for each. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for Rademacher, (N + 1)/b for
-    Gaussian, (N − b)/b for coordinate directions. `standard_error` estimates its root times ‖∇h‖ from the spread of w.
+    of as many tangents, about 4 states for each. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for
+    Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate directions. `standard_error` estimates its root times
+    ‖∇h‖ from the spread of w.
 
     Departures from the paper: coordinates are drawn without replacement, which makes them exact at b = N; direction i
     is a function of (seed, i) alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +77,8 @@ def _through_one_graph(run: Unroll) -> Estimate:
     def final_state(meta: Tree) -> Tree:
         state = run.init(meta)
         for t in range(run.steps):
-            state = run.step(t, state, meta)
+            with autodiff.RefuseOnceDifferentiable() if t == 0 else nullcontext():
+                state = run.step(t, state, meta)
         return state
 
     jacobian = autodiff.Transpose(final_state, [run.meta])
