@@ -97,7 +97,7 @@ SUBJECTS = [
         'Reverse("sqrt")',
         lambda: bilevel.Reverse("sqrt"),
         math.sqrt,
-        "2√T states",
+        "√(2T) states",
         "5T to 6T",
         lambda T, k: (5 * T, 6 * T),
     ),
@@ -480,7 +480,7 @@ def memory_findings(results: Results) -> dict[str, str]:
         return (at[name][known[1]] - at[name][known[0]]) / (growth(known[1]) - growth(known[0]))
 
     graph, every = per('Reverse("graph")', float), per('Reverse("all")', float)
-    root = per('Reverse("sqrt")', lambda T: 2 * math.sqrt(T))
+    root = per('Reverse("sqrt")', lambda T: math.sqrt(2 * T))
     if graph is not None:
         found['Reverse("graph")'] = f"{graph:.2f} T states"
     if every is not None:
@@ -490,7 +490,7 @@ def memory_findings(results: Results) -> dict[str, str]:
         name = f"TruncatedReverse({TRUNCATION})"
         found[name] = f"{median(at[name].values()) - constant:.1f} states, and the {constant:.1f} of Reverse"
     if root is not None:
-        found['Reverse("sqrt")'] = f"{root:.2f} · 2√T states, and a constant"
+        found['Reverse("sqrt")'] = f"{root:.2f} · √(2T) states, and a constant"
     for k in (1, 8):
         total = median(at[f"ForwardGradient({k})"].values())
         found[f"ForwardGradient({k})"] = f"{total:.1f} states = (1 + {k}) · {total / (1 + k):.1f}; plain {plain:.1f}"

@@ -1165,7 +1165,12 @@ NOT_POSITIVE = [0, 0.0, -1e-3, NAN, INF, True, "0.1", torch.tensor([1.0, 2.0])]
 CG, NEUMANN = bilevel.ConjugateGradient, bilevel.Neumann
 
 SETTINGS: list[tuple[Any, str, list[Any], list[str]]] = [
-    (bilevel.Reverse, "checkpoints", [0, -1, True, 1.5, "all ", "half", None], ['"all", "sqrt", "graph"', ">= 1"]),
+    (
+        bilevel.Reverse,
+        "checkpoints",
+        [0, -1, True, 1.5, "all ", "half", None],
+        ['"all", "sqrt", "log", "graph"', ">= 1"],
+    ),
     (bilevel.TruncatedReverse, "steps", [*NOT_WHOLE, None], ["a whole number of at least 1"]),
     (bilevel.Forward, "chunk_size", NOT_WHOLE, ["a whole number of at least 1"]),
     (bilevel.ForwardGradient, "directions", [*NOT_WHOLE, None], ["a whole number of at least 1"]),

@@ -184,10 +184,10 @@ def reverse(checkpoints: Any) -> Callable[[int], tuple[Estimator, int]]:
 
 GROWING: dict[str, tuple[Callable[[int], tuple[Estimator, int]], tuple[int, int], int]] = {
     "all": (reverse("all"), (5, 25), 25 - 5),
-    # the states kept, and those from one of them to the next, which are computed again on the way back
-    "sqrt": (reverse("sqrt"), (4, 36), 2 * (6 - 2)),
-    "sqrt, T not a square": (reverse("sqrt"), (6, 20), (4 + 5) - (2 + 3)),
-    "4 checkpoints": (reverse(4), (8, 24), 24 // 4 - 8 // 4),
+    "sqrt": (reverse("sqrt"), (15, 45), 8 - 4),  # c states reach (c + 1)(c + 2)/2 steps
+    "sqrt, in between": (reverse("sqrt"), (17, 40), 8 - 5),
+    "log": (reverse("log"), (20, 100), 7 - 5),
+    "4 checkpoints": (reverse(4), (20, 40), 0),
     "truncated": (truncated, (2, 10), 10 - 2),
 }
 

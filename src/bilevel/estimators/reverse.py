@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-from bilevel import autodiff
+from bilevel import autodiff, checkpointing, checks
+from bilevel.checkpointing import Checkpoints, Trail
 from bilevel.estimators.base import Estimate, Estimator, like_meta
+from bilevel.state_store import OFFLOADS, Offload
 from bilevel.trees import Tree
 from bilevel.unroll import Unroll
 
@@ -25,16 +25,20 @@ class Reverse(Estimator):
     where A_t = ∂θ_t/∂θ_{t−1}, B_t = ∂θ_t/∂φ are the Jacobians of one inner step and B_0 = dθ_0/dφ.
 
     Args:
-        checkpoints: what is kept until the way back.
+        checkpoints: what is kept until the way back, besides the final state.
             `"all"`: the T states θ_t; each step is repeated once to be differentiated. T·M memory.
-            `"sqrt"`: about √T states; the steps between two of them are run again. 2√T·M memory.
-            an int c: c states, evenly spaced. (c + T/c)·M memory.
+            `"sqrt"`: the fewest states, about √(2T), with which no step is computed more than twice besides that.
+            `"log"`: log₂T states; a step is computed r times, r growing like log T (4 at T = 1000, 5 at 2000).
+            an int c: c states, with the fewest computations that this allows (binomial schedule, "revolve").
             `"graph"`: the whole autograd graph, nothing is repeated. T times the graph of a step.
+        offload: where the kept states lie: on their device (`None`), `"cpu"` for the host's memory (which on a machine
+            without a GPU changes nothing), or `"disk"` for a temporary file in TMPDIR. They are fetched ahead.
 
-    Cost: in units of one inner gradient, about 3T for `"graph"`, 4T to 5T for `"all"`, 5T to 6T otherwise. Besides
-    the states, the graph of one step is held. Bias: none.
+    Cost: in units of one inner gradient, about 3T for `"graph"`, (3 + r)·T or a little more otherwise: 4T to 5T for
+    `"all"` (r = 1), 5T to 6T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held. Bias: none.
 
-    Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017.
+    Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
+    schedule: Griewank and Walther, ACM TOMS 2000.
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -47,30 +51,27 @@ class Reverse(Estimator):
     tensor(3.5156)
     """
 
-    checkpoints: Literal["all", "sqrt", "graph"] | int = "all"
+    checkpoints: Checkpoints | Literal["graph"] = "all"
+    offload: Offload = None
 
     def __post_init__(self) -> None:
-        count = self.checkpoints
-        whole = isinstance(count, int) and not isinstance(count, bool)
-        if count not in ("all", "sqrt", "graph") and not (whole and count >= 1):
-            raise ValueError(f'checkpoints={count!r}: there are "all", "sqrt", "graph", or a number of states >= 1')
+        checkpointing.check(self.checkpoints)
+        if self.offload is not None:
+            checks.one_of(self.offload, "offload", OFFLOADS)
+            if self.checkpoints == "graph":
+                raise ValueError(
+                    f'offload={self.offload!r} moves kept states, and checkpoints="graph" keeps none; take "all"'
+                )
 
     def _estimate(self, run: Unroll) -> Estimate:
         if self.checkpoints == "graph":
             return _through_one_graph(run)
-        kept, state = _descend_keeping(run, self._spacing(run.steps))
-        value, d, c = run.outer_cotangents(state)
-        through = run.pull_back(_trail_backwards(run, kept), d)
+        with Trail(run, self.checkpoints, self.offload) as trail:
+            state = trail.descend()
+            value, d, c = run.outer_cotangents(state)
+            through = run.pull_back(trail.backwards(), d)
         run.pull_back_init(d, through)
         return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
-
-    def _spacing(self, steps: int) -> int:
-        """A state is kept every so many steps."""
-        if self.checkpoints == "all":
-            return 1
-        count = math.isqrt(steps) if self.checkpoints == "sqrt" else self.checkpoints
-        assert isinstance(count, int)
-        return math.ceil(steps / count)
 
 
 def _through_one_graph(run: Unroll) -> Estimate:
@@ -86,26 +87,3 @@ def _through_one_graph(run: Unroll) -> Estimate:
     (through,) = jacobian(d, keep=False)
     grad = run.add_explicit(autodiff.fill_zeros(through, run.meta), c)
     return Estimate(value, like_meta(run, grad), jacobian.value)
-
-
-def _descend_keeping(run: Unroll, spacing: int) -> tuple[dict[int, Tree], Tree]:
-    """θ_T, and θ_t for t = 0, spacing, 2·spacing, …"""
-    state, kept = run.start(), {}
-    for t in range(0, run.steps, spacing):
-        kept[t] = state
-        state = run.descend(state, t, min(t + spacing, run.steps))
-    return kept, state
-
-
-def _trail_backwards(run: Unroll, kept: dict[int, Tree]) -> Iterator[tuple[int, Tree]]:
-    """(t, θ_t) from T − 1 down to 0; what lies between two kept states is computed again. Empties `kept`."""
-    stop = run.steps
-    while kept:
-        start, state = kept.popitem()
-        between = [state]
-        for t in range(start, stop - 1):
-            between.append(run.descend(between[-1], t, t + 1))
-        del state
-        for t in range(stop - 1, start - 1, -1):
-            yield t, between.pop()
-        stop = start

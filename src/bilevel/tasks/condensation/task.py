@@ -44,7 +44,7 @@ class CondensationTask(Task[Condensation]):
             summary="scikit-learn's 8x8 handwritten digits, one image per class; needs no files",
         ),
         "mnist": Preset(
-            Condensation(data="mnist", blocks=3, width=32, inner_lr=0.01, whole_set_epochs=2),
+            Condensation(data="mnist", blocks=3, width=32, inner_lr=0.01, whole_set_epochs=1),
             estimator="reverse(checkpoints='sqrt')",
             outer_steps=200,
             summary="MNIST from --data-dir, the paper's 3-block network at width 32, one image per class",
