@@ -1171,6 +1171,8 @@ SETTINGS: list[tuple[Any, str, list[Any], list[str]]] = [
         [0, -1, True, 1.5, "all ", "half", None],
         ['"all", "sqrt", "log", "graph"', ">= 1"],
     ),
+    (bilevel.Reverse, "offload", ["tape", 1], ["'cpu', 'disk'"]),
+    (bilevel.Reverse, "product", ["both", None], ["'reverse', 'mixed', 'auto'"]),
     (bilevel.TruncatedReverse, "steps", [*NOT_WHOLE, None], ["a whole number of at least 1"]),
     (bilevel.Forward, "chunk_size", NOT_WHOLE, ["a whole number of at least 1"]),
     (bilevel.ForwardGradient, "directions", [*NOT_WHOLE, None], ["a whole number of at least 1"]),

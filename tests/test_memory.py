@@ -6,73 +6,20 @@ makes and frees it, so that what theory says can be asked for to the byte.
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel
 from bilevel import trees
 from bilevel.estimators import Estimator
+from bilevel.live_bytes import counting
 
 EXAMPLES = 12
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that were made inside and are still alive, whoever holds them.
-
-    It sits below functorch and autograd, so tangents, saved activations and batched tensors are seen as what they are.
-    Tensors without memory are left out: the zeros that forward mode only pretends to have, and those on device "meta".
-
-    Args:
-        outside: tensors made before; views of them are not counted.
-    """
-
-    def __init__(self, outside: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._outside = {tensor.untyped_storage()._cdata for tensor in outside}
-        self._alive: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for output in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(output, Tensor) and output.device.type != "meta" and not output._is_zerotensor():
-                self._note(output)
-        return result
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive or key in self._outside:
-            return
-
-        def freed(_: Any) -> None:
-            del self._alive[key]
-            self.now -= size
-
-        self._alive[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-@contextmanager
-def counting(outside: Sequence[Tensor] = ()) -> Iterator[LiveBytes]:
-    """Count, with the cyclic garbage collector off: a tensor that only the collector could free counts as held."""
-    gc.collect()
-    gc.disable()
-    try:
-        with LiveBytes(outside) as live:
-            yield live
-    finally:
-        gc.enable()
 
 
 def momentum() -> Any:
@@ -104,7 +51,6 @@ class Counted:
             optimizer=optimizer,
         )
         self.meta = torch.zeros(meta_size, dtype=torch.float64)
-        self.outside = [inputs, labels, self.meta, *network.parameters()]
         state = self.problem.init(self.meta)
         self.state_bytes = 8 * trees.size([state.params, state.optimizer])
 
@@ -112,7 +58,7 @@ class Counted:
         return estimator(self.problem, self.meta, bilevel.no_batches(steps))
 
     def peak(self, estimator: Estimator, steps: int) -> int:
-        with counting(self.outside) as live:
+        with counting() as live:
             self.run(estimator, steps)
         return live.peak
 
@@ -236,7 +182,7 @@ def test_meta_parameters_cost_a_few_vectors(counted: Counted, estimator: Estimat
 @pytest.mark.filterwarnings("ignore:Implicit. conjugate gradients reached")
 def test_nothing_stays_behind(counted: Counted, estimator: Estimator) -> None:
     """Once its result is dropped, no tensor made by an estimator is alive, not even in a reference cycle."""
-    with counting(counted.outside) as live:
+    with counting() as live:
         estimate = counted.run(estimator, 4)
         held = live.now
         del estimate

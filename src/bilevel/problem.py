@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
@@ -165,6 +166,22 @@ class GradientDescent:
                 "and keep .detach(), .item() and torch.no_grad() out of it"
             )
         return found
+
+    def joint_gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
+        """∇_{θ,φ} inner_loss, one tensor for each differentiable leaf of `params`, then of `meta`; zeros for those that
+        inner_loss does not depend on.
+        """
+        parts, meta_parts = trees.split(params), trees.split(meta)
+        count = len(parts.differentiable)
+
+        def loss(tensors: Sequence[Tensor]) -> Tensor:
+            value = self.inner_loss(parts.rebuild(tensors[:count]), meta_parts.rebuild(tensors[count:]), batch)
+            return require_scalar(value, "inner_loss")
+
+        tensors = [*parts.differentiable, *meta_parts.differentiable]
+        with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
+            found = autodiff.gradient(loss, tensors, differentiable=autodiff.has_graph([params, meta]))
+        return [torch.zeros_like(t) for t in tensors] if found is None else found
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor]:
         """What vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss (minus

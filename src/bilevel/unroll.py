@@ -21,6 +21,7 @@ from bilevel.errors import NoDependenceError
 from bilevel.inner_loop import InnerLoop
 from bilevel.modules import as_tree
 from bilevel.problem import BlackBox
+from bilevel.step_products import Product, pull_back_step
 from bilevel.trees import Tree
 
 
@@ -86,7 +87,9 @@ class Unroll(InnerLoop):
         require_finite(self, value, state, derivatives)
         return value, *derivatives
 
-    def pull_back(self, trail: Iterable[tuple[int, Tree]], d: list[Tensor]) -> list[Tensor]:
+    def pull_back(
+        self, trail: Iterable[tuple[int, Tree]], d: list[Tensor], product: Product = "reverse"
+    ) -> list[Tensor]:
         """Σ_t d_t B_t over a trail of (t, θ_t) that runs backwards; `d` is changed in place.
 
         From the last step down: sum ← sum + d B_t, d ← d A_t, each a vector-Jacobian product of one step. `d` ends as
@@ -95,9 +98,7 @@ class Unroll(InnerLoop):
         total = [torch.zeros_like(leaf) for leaf in trees.leaves(self.meta)]
         for number, (t, state) in enumerate(trail):
             with autodiff.RefuseOnceDifferentiable() if number == 0 else nullcontext():
-                _, (down, across) = autodiff.pull_back(
-                    lambda state, meta, t=t: self.step(t, state, meta), [state, self.meta], d
-                )
+                down, across = pull_back_step(self, t, state, d, product)
             d[:] = autodiff.fill_zeros(down, state)
             _accumulate(total, across)
         return total

@@ -96,7 +96,7 @@ def like_meta(run: Unroll, tensors: list[Tensor]) -> Tree:
 
 
 def require_gradient_descent(run: Unroll, estimator: Estimator) -> GradientDescent:
-    """The problem, if it is a `GradientDescent`: its inner loss is what implicit methods differentiate."""
+    """The problem, if it is a `GradientDescent`, for methods that differentiate its inner loss."""
     if not isinstance(run.problem, GradientDescent):
         raise TypeError(
             f"{type(estimator).__name__} needs the inner loss, whose gradient vanishes at the inner solution; a "

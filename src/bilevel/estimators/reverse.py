@@ -8,8 +8,9 @@ from typing import Literal
 
 from bilevel import autodiff, checkpointing, checks
 from bilevel.checkpointing import Checkpoints, Trail
-from bilevel.estimators.base import Estimate, Estimator, like_meta
+from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
 from bilevel.state_store import OFFLOADS, Offload
+from bilevel.step_products import Product, faster_product
 from bilevel.trees import Tree
 from bilevel.unroll import Unroll
 
@@ -34,6 +35,13 @@ class Reverse(Estimator):
         offload: where the kept states lie: on their device (`None`), `"cpu"` for the host's memory (which on a machine
             without a GPU changes nothing), or `"disk"` for a temporary file in TMPDIR. They are fetched ahead.
 
+        product: how a cotangent goes back through one step of a `GradientDescent`. `"reverse"`: by a backward pass
+            through the step and the gradient in it. `"mixed"`: by one forward-over-reverse product (MixFlow-MG), which
+            keeps no graph of the gradient; for operations without a second derivative in reverse mode, and where a
+            step's graph is larger than its tangents. `"auto"` times both on the first step and takes the faster one;
+            timings vary, so two runs may then differ by rounding. Measured on an MLP, a convnet and a GPT-2:
+            `"reverse"` is 1.5 to 2 times faster on each (`benchmarks/products.py`).
+
     Cost: in units of one inner gradient, about 3T for `"graph"`, (3 + r)·T or a little more otherwise: 4T to 5T for
     `"all"` (r = 1), 5T to 6T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held. Bias: none.
 
@@ -53,8 +61,12 @@ class Reverse(Estimator):
 
     checkpoints: Checkpoints | Literal["graph"] = "all"
     offload: Offload = None
+    product: Product | Literal["auto"] = "reverse"
 
     def __post_init__(self) -> None:
+        checks.one_of(self.product, "product", ("reverse", "mixed", "auto"))
+        if self.checkpoints == "graph" and self.product != "reverse":
+            raise ValueError(f'product={self.product!r} goes back step by step, and checkpoints="graph" does not')
         checkpointing.check(self.checkpoints)
         if self.offload is not None:
             checks.one_of(self.offload, "offload", OFFLOADS)
@@ -66,10 +78,13 @@ class Reverse(Estimator):
     def _estimate(self, run: Unroll) -> Estimate:
         if self.checkpoints == "graph":
             return _through_one_graph(run)
+        if self.product == "mixed":
+            require_gradient_descent(run, self)
         with Trail(run, self.checkpoints, self.offload) as trail:
             state = trail.descend()
             value, d, c = run.outer_cotangents(state)
-            through = run.pull_back(trail.backwards(), d)
+            product = faster_product(run, d) if self.product == "auto" else self.product
+            through = run.pull_back(trail.backwards(), d, product)
         run.pull_back_init(d, through)
         return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
 

@@ -1,0 +1,80 @@
+"""How many bytes of tensors are alive, counted exactly, storage by storage."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that were made inside and are still alive, whoever holds them.
+
+    It sits below functorch and autograd, so tangents, saved activations and batched tensors are seen as what they are.
+    Tensors without memory are left out: the zeros that forward mode only pretends to have, and those on device "meta".
+    What an operation takes while it runs, and memory outside of PyTorch, is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        """Bytes alive."""
+        self.peak = 0
+        """The most that were alive at once."""
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage()._cdata for a in _tensors(args)}
+        for output in _tensors(result if isinstance(result, tuple | list) else (result,)):
+            if output.device.type != "meta" and not output._is_zerotensor():
+                self._note(output, given)
+        return result
+
+    def _note(self, tensor: Tensor, given: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or key in given:
+            return
+
+        def freed(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@contextmanager
+def counting() -> Iterator[LiveBytes]:
+    """Count, with the cyclic garbage collector off: a tensor that only the collector could free counts as held.
+
+    >>> import torch
+    >>> with counting() as live:
+    ...     a = torch.ones(1000) + torch.ones(1000)
+    >>> live.now, live.peak
+    (4000, 12000)
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with LiveBytes() as live:
+            yield live
+    finally:
+        if enabled:
+            gc.enable()
