@@ -1136,7 +1136,7 @@ class TestZerothOrder:
 
 def direction_of(seed: int) -> float:
     """The first direction of a seed, for one meta parameter."""
-    return directions.draw("rademacher", seed, [0], torch.zeros(()))[0].item()
+    return directions.Directions("rademacher", seed, 1, [torch.zeros(())]).draw([0])[0].item()
 
 
 @pytest.mark.parametrize("name", EVERY)

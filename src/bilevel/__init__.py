@@ -25,6 +25,7 @@ from bilevel.estimators import (
     TruncatedReverse,
     ZerothOrder,
 )
+from bilevel.estimators.control_variates import CoarserProblem, Constant, RunningMean
 from bilevel.linear_solvers import ConjugateGradient, Neumann
 from bilevel.modules import ModuleView
 from bilevel.optim import Optimizer, optimizer
@@ -38,8 +39,10 @@ __all__ = [
     "BilevelError",
     "BlackBox",
     "CheckpointError",
+    "CoarserProblem",
     "Compared",
     "ConjugateGradient",
+    "Constant",
     "DataError",
     "Descent",
     "Estimate",
@@ -60,6 +63,7 @@ __all__ = [
     "Phase",
     "Problem",
     "Reverse",
+    "RunningMean",
     "TruncatedReverse",
     "ZerothOrder",
     "batches",
