@@ -14,8 +14,8 @@ from bilevel import checks, trees
 from bilevel.batches import Batches
 from bilevel.estimators import Estimate, Estimator, Reverse
 from bilevel.estimators.names import describe
-from bilevel.problem import BlackBox, Unrollable
 from bilevel.peak_memory import PeakMemory
+from bilevel.problem import BlackBox, Unrollable
 from bilevel.progress import bar
 from bilevel.unroll import unroll
 
@@ -89,6 +89,7 @@ def compare(
     """
     checks.whole_number(repeats, "repeats")
     run = unroll(problem, meta, inner_batches, outer_batch, seed)
+    call = partial(_call, problem, meta, inner_batches, outer_batch, seed)
     rows: list[Compared] = []
     with bar("comparing", len(estimators) + 1, show=progress) as shown:
         truth = (exact or Reverse("sqrt"))(problem, meta, inner_batches, outer_batch, seed)
@@ -100,9 +101,8 @@ def compare(
         _, plain, _ = _timed(lambda: run.descend(run.start()))
         shown.advance("exact")
         for estimator in estimators:
-            call = partial(_call, problem, meta, inner_batches, outer_batch, seed)
             with PeakMemory() as memory:
-                first, process, wall = _timed(lambda e=estimator: call(e))
+                first, process, wall = _timed(partial(call, estimator))
             draws = _draws(estimator, repeats)
             found = [first, *(call(each) for each in draws[1:])]
             rows.append(_compared(describe(estimator), found, truth, length, process / plain, wall, memory.peak))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
-from bilevel.modules import left_as_they_were
+from bilevel.modules import left_as_they_were, standing_in
 from bilevel.problem import Descent, GradientDescent, require_scalar
 from bilevel.trees import Tree
 from bilevel.unroll import Slopes, Unroll
@@ -37,10 +37,24 @@ def push_forward_by_differences(run: Unroll, directions: list[Tensor]) -> Slopes
     for t in range(run.steps):
         push = _push_descent if isinstance(run.problem, GradientDescent) else _push_step
         state, tangents = push(run, t, state, list(zip(tangents, vectors, strict=True)))
-    value, d, c = run.outer_cotangents(state)
+    value, d, c = _outer_gradients(run, state)
     slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
     moved = any(bool(part.any()) for y in tangents for part in y)
     return Slopes(value, state, torch.stack(slopes), moved)
+
+
+def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The outer loss and its gradients by state and φ."""
+    parts = (trees.split(state), trees.split(run.meta))
+    tensors = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
+    there, meta = (part.rebuild(ts) for part, ts in zip(parts, tensors, strict=True))
+    with torch.enable_grad(), standing_in(there, meta):
+        value = run.outer_loss(there, meta)
+        if not value.requires_grad:
+            run.outer_cotangents(state)  # says what is wrong
+        found = iter(torch.autograd.grad(value, [*tensors[0], *tensors[1]], allow_unused=True))
+    d, c = ([next(found) for _ in ts] for ts in tensors)
+    return value.detach(), autodiff.fill_zeros(d, state), autodiff.fill_zeros(c, run.meta)
 
 
 def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tree, list[list[Tensor]]]:
@@ -72,8 +86,9 @@ def first_order_gradient(problem: GradientDescent, params: Tree, meta: Tree, bat
     """∇_θ inner_loss by plain reverse mode, which takes fused kernels and activation checkpointing."""
     parts = trees.split(params)
     tensors = [t.detach().requires_grad_() for t in parts.differentiable]
-    with torch.enable_grad(), left_as_they_were(params, meta):
-        loss = require_scalar(problem.inner_loss(parts.rebuild(tensors), meta, batch), "inner_loss")
+    there = parts.rebuild(tensors)
+    with torch.enable_grad(), left_as_they_were(params, meta), standing_in(there, meta):
+        loss = require_scalar(problem.inner_loss(there, meta, batch), "inner_loss")
         found = torch.autograd.grad(loss, tensors, allow_unused=True)
     return autodiff.fill_zeros(found, params)
 

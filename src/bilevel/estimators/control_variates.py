@@ -13,9 +13,9 @@ The variance is then that of the estimate of ∇h − s·c. The further directio
 are there to fit to. A fit that includes direction i itself would be biased.
 
 Directions drawn without replacement from an orthogonal basis are not independent, and leaving one out is not enough:
-the others say where v_i is not. Given them, E[v_i v_iᵀ] = (N I − Σ_{j≠i} v_j v_jᵀ)/(N − b + 1); solving for ∇h gives
-the same formula with the scales (b/N) s̄ + (1 − b/N) s_i in the first place and s̄, their mean, in the second. It is exact
-at b = N. Directions in one leaf alone have E[v_i v_iᵀ] = L on that leaf, so s_i · c is added there L-fold.
+the others say where v_i is not. Given them, E[v_i v_iᵀ] = (N I − Σ_{j≠i} v_j v_jᵀ)/(N − b + 1). Solving for ∇h gives
+the same formula, with the scales (b/N) s̄ + (1 − b/N) s_i in the first place and their mean s̄ in the second; it is
+exact at b = N. Directions in one leaf alone have E[v_i v_iᵀ] = L on that leaf, so s_i · c is added there L-fold.
 
 Reference: the leave-one-out idea is that of Kool et al., 2019 (REINFORCE with a baseline from the other samples); its
 forms for regression on several variates and for bases are derived in docs/theory.md.

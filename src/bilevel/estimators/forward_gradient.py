@@ -97,7 +97,13 @@ class ForwardGradient(Estimator):
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
             support = touched(run) if self.support == "touched" else None
             variates = control_variates.gradients(self.control_variate, run, support)
-        directions = Directions(self.distribution, random_directions.seed_of_draw(run.seed, self.draw), count, trees.leaves(run.meta), support)
+        directions = Directions(
+            self.distribution,
+            random_directions.seed_of_draw(run.seed, self.draw),
+            count,
+            trees.leaves(run.meta),
+            support,
+        )
         directions.require_count("Forward() gives the exact gradient")
         slopes: list[torch.Tensor] = []
         pushed: Slopes | None = None

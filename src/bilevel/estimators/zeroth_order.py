@@ -71,7 +71,12 @@ class ZerothOrder(Estimator):
             raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
 
     def _estimate(self, run: Unroll) -> Estimate:
-        directions = Directions(self.distribution, random_directions.seed_of_draw(run.seed, self.draw), self.directions, trees.leaves(run.meta))
+        directions = Directions(
+            self.distribution,
+            random_directions.seed_of_draw(run.seed, self.draw),
+            self.directions,
+            trees.leaves(run.meta),
+        )
         directions.require_count("ZerothOrder(distribution='coordinate') differences every one of them")
         value, state = run.value()
         diagnosis.require_finite(run, value, state)
