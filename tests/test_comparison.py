@@ -19,6 +19,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import comparison
+from bilevel.peak_memory import PeakMemory
 
 
 def problem(params: Any = None) -> bilevel.GradientDescent:
@@ -206,7 +207,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_memory_is_what_was_held() -> None:
-    with bilevel.comparison.PeakMemory() as memory:
+    with PeakMemory() as memory:
         held = torch.ones(64 * 2**20 // 4)
     assert held.sum() > 0
     assert memory.peak is None or 60 * 2**20 < memory.peak < 200 * 2**20

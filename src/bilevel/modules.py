@@ -225,7 +225,8 @@ def standing_in(*places: Tree) -> Iterator[None]:
             views.append(node)
         return False
 
-    optree.tree_leaves(places, is_leaf=note, namespace=NAMESPACE)
+    for place in places:
+        optree.tree_leaves(place, is_leaf=note, namespace=NAMESPACE)
     with ExitStack() as stack:
         for view in views:
             stack.enter_context(_reparametrize_module(view.module, view._tensor_of_each_slot()))

@@ -156,12 +156,13 @@ class OuterLoop:
         outer_loss = sum(losses) / phase.accumulate
         self._remember(gradients)
         self._update(gradients)
-        error, squared = _pooled(errors), float(trees.squared_norm(gradients))
+        error, squared_norm = _pooled(errors), trees.squared_norm(gradients)
+        squared = float(squared_norm)
         row: Row = {
             "outer_step": self.outer_step,
             "phase": self.phase,
             "outer_loss": outer_loss,
-            "grad_norm": squared**0.5,
+            "grad_norm": float(squared_norm.sqrt()),
             "standard_error": error,
             "signal_to_noise": None if not error else max(squared - error**2, 0.0) ** 0.5 / error,
         }

@@ -132,7 +132,7 @@ class Constant(Variate):
         return [a.to(device=b.device, dtype=b.dtype) for a, b in zip(found, wanted, strict=True)]
 
 
-ControlVariate = Estimator | Variate | tuple["Estimator | Variate", ...]
+ControlVariate = Estimator | Variate | tuple[Estimator | Variate, ...]
 """One, or several at once."""
 
 
