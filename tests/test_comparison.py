@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -175,8 +177,44 @@ def test_what_torch_sets_up_once_is_not_charged(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rows_as_json() -> None:
-    rows = compare(bilevel.Reverse(), bilevel.ForwardGradient(2))
+    rows = compare(bilevel.Reverse(), bilevel.ForwardGradient(2), repeats=4)
     content = json.loads(json.dumps(comparison.as_dicts(rows), allow_nan=False))
     assert [row["estimator"] for row in content] == ["reverse", "forward-gradient(directions=2)"]
     for row, parsed in zip(rows, content, strict=True):
         assert bilevel.Compared(**parsed) == row
+
+
+def test_bias_and_variance_are_told_apart() -> None:
+    # ∇h = (¾, 1). With one Rademacher direction the squared error is ‖∇h‖² whatever the direction, and none is bias.
+    (row,) = compare(bilevel.ForwardGradient(1), repeats=400)
+    assert (row.repeats, row.relative_error) == (400, pytest.approx(1.0))
+    assert row.squared_bias is not None
+    assert row.variance is not None
+    assert row.squared_bias + row.variance == pytest.approx(1.0)
+    assert abs(row.squared_bias) < 0.02  # a sum over 400 · 399 pairs of standard deviation 1: 1/400 or so
+    (biased,) = compare(bilevel.TruncatedReverse(1), repeats=5)
+    assert (biased.repeats, biased.squared_bias, biased.variance) == (1, pytest.approx(0.04), 0.0)
+    (single,) = compare(bilevel.ForwardGradient(1))
+    assert (single.squared_bias, single.variance, single.half_widths) == (None, None, {})
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    # The cosine is ¾ ± 1 over 5/4·√2, with equal probability: E = 1/√2 · E|w|/‖∇h‖ = (1.75 + 0.25)/2/(1.25√2).
+    truth, hits = 1 / (1.25 * math.sqrt(2)), 0
+    for first in range(60):
+        (row,) = compare(bilevel.ForwardGradient(1, draw=1000 * first), repeats=30)
+        hits += abs(row.cosine - truth) <= row.half_widths["cosine"]
+    assert hits >= 50  # 57 expected; 50 or fewer has probability 0.003 at 95 %
+
+
+def test_memory_is_what_was_held() -> None:
+    # In a process of its own: what an allocator kept from before and uses again does not count.
+    code = """
+import torch
+from bilevel.peak_memory import PeakMemory
+with PeakMemory() as memory:
+    held = torch.ones(64 * 2**20 // 4)
+print(memory.peak)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n" or 60 * 2**20 < int(done.stdout) < 200 * 2**20

@@ -6,19 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from bilevel import directions
-from bilevel.directions import DISTRIBUTIONS, draw
+from bilevel.directions import DISTRIBUTIONS, Directions
 
 N = 13
 """Not a multiple of 8, since Rademacher signs come from whole bytes."""
-LIKE = torch.zeros(N, dtype=torch.float64)
 
 every_distribution = pytest.mark.parametrize("name", DISTRIBUTIONS)
+of_the_whole_vector = pytest.mark.parametrize("name", [n for n in DISTRIBUTIONS if n not in ("low-rank", "block")])
 independent = pytest.mark.parametrize("name", ["rademacher", "gaussian"])
 
 
 def drawn(name: str, seed: int, indices: list[int] | range, size: int = N) -> np.ndarray:
-    (vectors,) = draw(name, seed, indices, torch.zeros(size, dtype=torch.float64))
+    (vectors,) = Directions(name, seed, 1, [torch.zeros(size, dtype=torch.float64)]).draw(indices)
     return vectors.numpy()
 
 
@@ -75,11 +74,11 @@ def test_a_direction_is_the_same_in_any_chunk(name: str) -> None:
     assert (drawn(name, 5, [9, 2, 2]) == together[[9, 2, 2]]).all()
 
 
-@every_distribution
+@of_the_whole_vector
 def test_a_direction_is_the_same_on_any_split_of_the_vector(name: str) -> None:
     flat = drawn(name, 5, range(4))
-    tree = {"a": torch.zeros(2, 3), "b": [torch.zeros(()), torch.zeros(0)], "c": torch.zeros(6, dtype=torch.float64)}
-    parts = draw(name, 5, range(4), tree)
+    leaves = [torch.zeros(2, 3), torch.zeros(()), torch.zeros(0), torch.zeros(6, dtype=torch.float64)]
+    parts = Directions(name, 5, 4, leaves).draw(range(4))
     assert [tuple(part.shape) for part in parts] == [(4, 2, 3), (4,), (4, 0), (4, 6)]
     assert [part.dtype for part in parts] == [torch.float32] * 3 + [torch.float64]
     joined = torch.cat([part.reshape(4, -1).double() for part in parts], dim=1).numpy()
@@ -107,13 +106,80 @@ def test_drawing_leaves_the_global_generators_alone(name: str) -> None:
     assert numpy_before["state"]["pos"] == numpy_after["state"]["pos"]
 
 
-@pytest.mark.parametrize(("name", "variance"), [("rademacher", 9 / 4), ("gaussian", 11 / 4), ("coordinate", 6 / 4)])
+VARIANCES = [
+    ("rademacher", 9 / 4),
+    ("gaussian", 11 / 4),
+    ("coordinate", 6 / 4),
+    ("orthogonal", 6 / 4),
+    ("low-rank", 9 / 4),
+]
+
+
+@pytest.mark.parametrize(("name", "variance"), VARIANCES)
 def test_the_standard_error_follows_from_the_slopes(name: str, variance: float) -> None:
     slopes = torch.tensor([1.0, -3.0, 2.0, 0.0], dtype=torch.float64)
-    error = directions.standard_error(slopes, name, size=10)
-    assert error == pytest.approx(np.sqrt((1 + 9 + 4) / 4 * variance), rel=1e-12)
+    found = Directions(name, 0, 4, [torch.zeros(10)]).variance(slopes)
+    assert found == pytest.approx((1 + 9 + 4) / 4 * variance, rel=1e-12)
+
+
+LEAVES = [torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]
+
+
+def joined(directions: Directions) -> np.ndarray:
+    return torch.cat([v.flatten(1) for v in directions.draw(range(directions.count))], dim=1).numpy()
+
+
+@pytest.mark.parametrize("name", ["low-rank", "block"])
+def test_second_moments_over_several_leaves(name: str) -> None:
+    v = np.stack([joined(Directions(name, seed, 2, LEAVES))[1] for seed in range(3000)])
+    require_mean(v[:, :, None] * v[:, None, :], np.eye(9))
+
+
+def test_low_rank_directions_have_rank_one() -> None:
+    for matrix in Directions("low-rank", 0, 5, LEAVES).draw(range(5))[0]:
+        assert torch.linalg.matrix_rank(matrix) == 1
+        assert bool((matrix.abs() == 1).all())
+
+
+def test_blocks_take_turns_and_their_variance_is_the_formulas() -> None:
+    gradient = np.random.default_rng(0).standard_normal(9)
+    errors, claimed = [], []
+    for seed in range(4000):
+        directions = Directions("block", seed, 4, LEAVES)
+        v = joined(directions)
+        assert [int((row[6:] != 0).any()) for row in v] in ([0, 1, 0, 1], [1, 0, 1, 0])
+        slopes = v @ gradient
+        errors.append(float(np.sum((slopes @ v / 4 - gradient) ** 2)))
+        claimed.append(directions.variance(torch.from_numpy(slopes)))
+    theory = 2 / 4 * (5 * np.sum(gradient[:6] ** 2) + 2 * np.sum(gradient[6:] ** 2))
+    require_mean(np.array(errors), np.array(theory))
+    require_mean(np.array(claimed), np.array(theory))
+
+
+def test_orthogonal_directions_are_orthogonal_and_spread_out() -> None:
+    for size in (1, 2, N):
+        v = drawn("orthogonal", 3, range(size), size)
+        assert v @ v.T == pytest.approx(size * np.eye(size), abs=1e-10)
+        assert np.abs(v).max() <= np.sqrt(2) + 1e-12
+
+
+@every_distribution
+def test_a_support_is_where_directions_differ_from_zero(name: str) -> None:
+    masks = [torch.tensor([[True, False, True], [False, True, True]]), torch.tensor([True, False, True])]
+    directions = Directions(name, 0, 6, LEAVES, masks)
+    assert directions.size == 6
+    v, inside = joined(directions), torch.cat([mask.reshape(-1) for mask in masks]).numpy()
+    assert (v[:, ~inside] == 0).all()
+    assert np.linalg.matrix_rank(v) > 1
+    moments = np.stack([joined(Directions(name, seed, 2, LEAVES, masks))[1] for seed in range(2000)])
+    require_mean(moments[:, :, None] * moments[:, None, :], np.diag(inside.astype(float)))
+
+
+def test_blocks_come_in_whole_rounds() -> None:
+    with pytest.raises(ValueError, match=r"directions=3.*multiple of 2"):
+        Directions("block", 0, 3, LEAVES).require_count("Forward()")
 
 
 def test_an_unknown_distribution_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"distribution='rademaher'.*'rademacher', 'gaussian', 'coordinate'"):
-        draw("rademaher", 0, [0], LIKE)
+        drawn("rademaher", 0, [0])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from plain_training import (
     TEN_OPTIMIZERS,
     central_difference,
@@ -25,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bilevel
-from bilevel import directions
+from bilevel import directions, trees
 
 DOUBLE = torch.float64
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -67,7 +68,7 @@ def assert_directional_derivatives_agree(
     The offset is small because Adam and its kin turn sharply where a gradient is small; some 10 roundings of h are
     then left, 1e-15/offset.
     """
-    first, second = (directions.draw("rademacher", 0, [i], case.meta)[0][0] for i in (0, 1))
+    first, second = directions.Directions("rademacher", 0, 2, trees.leaves(case.meta)).draw([0, 1])[0]
     reverse = bilevel.Reverse()(problem, case.meta, case.batches)
     mixed = bilevel.Reverse("sqrt", product="mixed")(problem, case.meta, case.batches)
     one = bilevel.ForwardGradient(1)(problem, case.meta, case.batches)
@@ -774,6 +775,38 @@ def test_custom_function_marked_once_differentiable(
     differences = bilevel.ZerothOrder(2, step_size=1e-5, distribution="coordinate")
     found = differences(problem, PHI, bilevel.no_batches(2)).grad
     torch.testing.assert_close(found, numerical_gradient(h, PHI), rtol=1e-6, atol=1e-8)
+
+
+class Checkpointed(nn.Module):
+    """Its hidden layer is computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.output = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden: Any = torch.utils.checkpoint.checkpoint(lambda x: self.hidden(x).tanh() ** 2, x, use_reentrant=False)
+        return self.output(hidden)
+
+
+def test_activation_checkpointing_is_refused_where_it_would_be_wrong() -> None:
+    """The layers would be computed again with the module's own parameters instead of those of the step."""
+    torch.manual_seed(0)
+    x = normal(6, 2)
+    problem = bilevel.GradientDescent(
+        inner_loss=lambda model, meta, batch: ((model(x)[:, 0] - x[:, 1]) ** 2 * meta.exp()).mean(),
+        outer_loss=lambda model, meta, batch: (model(x) ** 2).mean(),
+        params=Checkpointed().double(),
+        optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1),
+    )
+    meta, batches = normal(6), bilevel.no_batches(3)
+    differences = bilevel.ZerothOrder(6, step_size=1e-5, distribution="coordinate")(problem, meta, batches).grad
+    first_order = bilevel.ForwardGradient(6, "coordinate", tangents="difference")(problem, meta, batches).grad
+    torch.testing.assert_close(first_order, differences, rtol=1e-6, atol=1e-9)
+    estimators = [bilevel.Reverse(), bilevel.Reverse("graph"), bilevel.HessianFree(), bilevel.ForwardGradient(2)]
+    for estimator in estimators:
+        with pytest.raises(bilevel.MissingDerivativeError, match=r"activation checkpointing .* switch it off"):
+            estimator(problem, meta, batches)
 
 
 REFUSED_BY_VMAP: dict[str, tuple[Callable[[Any], Any], str]] = {

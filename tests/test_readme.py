@@ -26,10 +26,11 @@ def printed() -> list[str]:
 
 
 def test_python_example_says_what_the_text_says(printed: list[str]) -> None:
-    derivatives, errors, weights = (re.findall(r"[-+]?\d+\.\d+", line) for line in printed)
+    derivatives, errors, weights, reduced = (re.findall(r"[-+]?\d+\.\d+", line) for line in printed)
     assert float(derivatives[1]) > 0 > float(derivatives[2])
     error, standard_error = map(float, errors)
     assert 0.3 * standard_error < error < 3 * standard_error
+    assert float(reduced[0]) < 0.7 * float(reduced[1])
     assert float(weights[0]) < 0.2 * float(weights[1])
 
 

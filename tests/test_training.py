@@ -318,6 +318,8 @@ class ByHand:
                 row = {"outer_step": len(rows), "phase": number, "outer_loss": loss / count}
                 row["grad_norm"] = (total / count).square().sum().sqrt().item()
                 row["standard_error"] = squared_errors**0.5 / count if stochastic else None
+                squared, error = (total / count).square().sum().item(), row["standard_error"]
+                row["signal_to_noise"] = max(squared - error**2, 0.0) ** 0.5 / error if error else None
                 rows.append(row)
         return parameter.detach(), rows
 
@@ -898,7 +900,14 @@ def test_tensorboard_shows_the_rows_once_also_after_resuming(tmp_path: Path) -> 
     assert_as_undisturbed(result, tmp_path)
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"phase", "outer_loss", "grad_norm", "standard_error", "seconds"}
+    assert set(events.Tags()["scalars"]) == {
+        "phase",
+        "outer_loss",
+        "grad_norm",
+        "standard_error",
+        "signal_to_noise",
+        "seconds",
+    }
     for name in events.Tags()["scalars"]:
         expected = [(row["outer_step"], row[name]) for row in result.history if row[name] is not None]
         in_float32 = [(step, torch.tensor(value, dtype=torch.float32).item()) for step, value in expected]

@@ -25,10 +25,12 @@ from bilevel.estimators import (
     TruncatedReverse,
     ZerothOrder,
 )
+from bilevel.estimators.control_variates import CoarserProblem, Constant, RunningMean
 from bilevel.linear_solvers import ConjugateGradient, Neumann
 from bilevel.modules import ModuleView
 from bilevel.optim import Optimizer, optimizer
 from bilevel.outer_loop import OuterStep, Phase
+from bilevel.planner import Plan, Planned, on_paper, plan
 from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
 from bilevel.training import FitResult, fit
 
@@ -38,8 +40,10 @@ __all__ = [
     "BilevelError",
     "BlackBox",
     "CheckpointError",
+    "CoarserProblem",
     "Compared",
     "ConjugateGradient",
+    "Constant",
     "DataError",
     "Descent",
     "Estimate",
@@ -58,13 +62,18 @@ __all__ = [
     "Optimizer",
     "OuterStep",
     "Phase",
+    "Plan",
+    "Planned",
     "Problem",
     "Reverse",
+    "RunningMean",
     "TruncatedReverse",
     "ZerothOrder",
     "batches",
     "compare",
     "fit",
     "no_batches",
+    "on_paper",
     "optimizer",
+    "plan",
 ]

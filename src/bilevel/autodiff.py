@@ -9,7 +9,7 @@ import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,10 @@ from bilevel.trees import Tree
 
 
 def gradient(
-    loss: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor], differentiable: bool
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    tensors: Sequence[Tensor],
+    differentiable: bool,
+    during: Callable[[Sequence[Tensor]], AbstractContextManager[None]] = lambda tensors: nullcontext(),
 ) -> list[Tensor] | None:
     """∂loss/∂tensors, to be differentiated again in forward mode, or in reverse mode if `differentiable`; `None` if the
     loss depends on none of them.
@@ -32,6 +35,8 @@ def gradient(
     Under function transforms `torch.func.grad` is needed; outside of them `torch.autograd.grad` costs less, takes more
     models (activation checkpointing, for one), and keeps no graph where nobody wants one. But it can't tell a result
     that depends on what was recorded from one that depends on the tensors alone, if these were not recorded.
+
+    `during` gives the context in which the loss and its backward pass are computed from the tensors.
 
     >>> gradient(lambda x: (x[0] ** 3).sum(), [torch.tensor([1.0, 2.0])], differentiable=False)
     [tensor([ 3., 12.])]
@@ -49,11 +54,11 @@ def gradient(
         return list(found) if connected[0] else None
     # Fresh tensors: one that also is a meta parameter would bring the gradient with respect to that along.
     inputs = [t.view_as(t) if differentiable else t.detach().requires_grad_() for t in tensors]
-    with torch.enable_grad():
+    with torch.enable_grad(), during(inputs):
         value = loss(inputs)
-    if not value.requires_grad:
-        return None
-    found = torch.autograd.grad(value, inputs, create_graph=differentiable, allow_unused=True)
+        if not value.requires_grad:
+            return None
+        found = torch.autograd.grad(value, inputs, create_graph=differentiable, allow_unused=True)
     if all(g is None for g in found):
         return None
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
@@ -120,7 +125,9 @@ class Transpose:
     def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree]) -> None:
         parts = [trees.split(argument) for argument in arguments]
         self._inputs = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
-        with torch.enable_grad(), named_missing_derivatives():
+        # Activation checkpointing would compute layers again when the graph is used, with others' parameters in them.
+        without = torch.autograd.graph.disable_saved_tensors_hooks("saved tensor hooks are used")
+        with torch.enable_grad(), named_missing_derivatives(), without:
             output = function(*(part.rebuild(ts) for part, ts in zip(parts, self._inputs, strict=True)))
         self._outputs = trees.split(output).differentiable
         self.value: Tree = trees.detach(output)
@@ -297,6 +304,13 @@ def _advice(error: Exception, directions: int) -> str | None:
     message, version = str(error), f"torch {torch.__version__}"
     function = _custom_function(error)
     lacks_jvp = function is not None and function.jvp is torch.autograd.Function.jvp
+    if "saved tensor hooks" in message:
+        return (
+            "activation checkpointing (torch.utils.checkpoint, gradient_checkpointing_enable) computes layers again in "
+            "the backward pass, and that can't be differentiated; switch it off (Reverse('sqrt') and ForwardGradient "
+            "keep the activations of one inner step alone), or take ForwardGradient(..., tangents='difference') or "
+            "ZerothOrder(...)"
+        )
     if found := re.search(r"forward AD with (\w+)", message):
         return (
             f"the operation {found[1]!r} has no forward-mode derivative in {version}, {_FORWARD_MODE}, or write that "

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from bilevel import __version__, arguments, comparison, trees
+from bilevel import __version__, arguments, comparison, comparison_plot, trees
 from bilevel.errors import BilevelError
 from bilevel.estimators import names
 from bilevel.files import write_json
@@ -46,8 +46,10 @@ class CompareOptions:
     """Determines every random number."""
     data_dir: Path | None = None
     """Folder with the data files, for presets that need any."""
+    repeats: int = 1
+    """Draws of random directions for each estimator that has any; with more than one, bias and variance are shown."""
     out: Path | None = None
-    """Also write the table to this JSON file."""
+    """Also write the table to this JSON file, and a plot of error against units beside it (.png)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -152,9 +154,11 @@ def _compare(rest: list[str]) -> None:
         setup.outer_batch_of(draw=0),
         options.seed,
         estimators=estimators,
+        repeats=options.repeats,
         progress=True,
     )
     if options.out is not None:
+        comparison_plot.write(options.out.with_suffix(".png"), rows, task.name)
         write_json(options.out, {"task": task.name, "rows": comparison.as_dicts(rows), "versions": running.versions()})
     console = Console()
     point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
@@ -167,7 +171,7 @@ def _compare(rest: list[str]) -> None:
 
 
 def _comparison_table(rows: Sequence[comparison.Compared], title: str) -> Table:
-    numbers = ("relative error", "cosine", "standard error", "units", "seconds")
+    numbers = ("relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB")
     table = Table(
         Column("estimator", overflow="fold"),
         *(Column(name, justify="right") for name in numbers),
@@ -178,12 +182,23 @@ def _comparison_table(rows: Sequence[comparison.Compared], title: str) -> Table:
         table.add_row(
             row.estimator,
             f"{row.relative_error:.3g}",
-            f"{row.cosine:.4f}",
+            _with_interval(row, "squared_bias"),
+            _with_interval(row, "variance"),
+            _with_interval(row, "cosine"),
             "–" if row.standard_error is None else f"{row.standard_error:.3g}",
             f"{row.units:.1f}",
             f"{row.seconds:.2f}",
+            "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}",
         )
     return table
+
+
+def _with_interval(row: comparison.Compared, name: str) -> str:
+    value = getattr(row, name)
+    if value is None:
+        return "–"
+    text = f"{value:.4f}" if name == "cosine" else f"{value:.3g}"
+    return f"{text} ± {row.half_widths[name]:.2g}" if name in row.half_widths else text
 
 
 def _report(rest: list[str]) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
-from bilevel import trees
+import numpy as np
+
+from bilevel import checks, trees
 from bilevel.batches import Batches
 from bilevel.estimators import Estimate, Estimator, Reverse
 from bilevel.estimators.names import describe
+from bilevel.peak_memory import PeakMemory
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.progress import bar
 from bilevel.unroll import unroll
@@ -18,18 +22,30 @@ from bilevel.unroll import unroll
 
 @dataclass(frozen=True)
 class Compared:
-    """How one method did."""
+    """How one method did. Errors are relative to ‖exact‖, squared ones to ‖exact‖²."""
 
     estimator: str
+    repeats: int
+    """Draws of random directions; 1 for a deterministic method."""
     relative_error: float
-    """‖grad − exact‖ / ‖exact‖."""
+    """√ of the mean of ‖grad − exact‖²/‖exact‖² over the draws."""
+    squared_bias: float | None
+    """‖E grad − exact‖², estimated without bias (so a little below 0 at times); `None` for one random draw."""
+    variance: float | None
+    """E‖grad − E grad‖²; `None` for one random draw."""
     cosine: float
-    """Of the angle between grad and exact."""
+    """Of the angle between grad and exact, the mean over the draws."""
     standard_error: float | None
-    """As the estimator itself reports it, relative to ‖exact‖."""
+    """As the estimator itself reports it: the root mean square over the draws."""
+    half_widths: dict[str, float]
+    """Of the 95 % confidence intervals (jackknife over the draws) of `squared_error`, `squared_bias`, `variance` and
+    `cosine`; empty for a single draw."""
     units: float
     """Process time over that of the inner loop alone, run plainly. Times are the best of up to three."""
     seconds: float
+    peak_memory_bytes: int | None
+    """The most memory held during a call above what was held before: on a GPU that of torch, on a CPU the resident
+    memory of the process, sampled; `None` where the system does not tell."""
 
 
 def compare(
@@ -41,6 +57,7 @@ def compare(
     *,
     estimators: Sequence[Estimator],
     exact: Estimator | None = None,
+    repeats: int = 1,
     progress: bool = False,
 ) -> list[Compared]:
     """Estimate one hypergradient by several methods and compare each with the exact one.
@@ -53,6 +70,8 @@ def compare(
         seed: the same for all methods.
         estimators: what to compare.
         exact: what to compare with; `Reverse("sqrt")` by default.
+        repeats: draws of random directions for each method that has any, at the same initialisation and dropout; with
+            two or more, bias and variance are told apart.
         progress: show a progress bar.
 
     >>> import torch, bilevel
@@ -68,7 +87,9 @@ def compare(
     >>> row.estimator, round(row.relative_error, 3)  # 0.5 instead of 0.75
     ('truncated-reverse', 0.333)
     """
+    checks.whole_number(repeats, "repeats")
     run = unroll(problem, meta, inner_batches, outer_batch, seed)
+    call = partial(_call, problem, meta, inner_batches, outer_batch, seed)
     rows: list[Compared] = []
     with bar("comparing", len(estimators) + 1, show=progress) as shown:
         truth = (exact or Reverse("sqrt"))(problem, meta, inner_batches, outer_batch, seed)
@@ -80,8 +101,11 @@ def compare(
         _, plain, _ = _timed(lambda: run.descend(run.start()))
         shown.advance("exact")
         for estimator in estimators:
-            found, process, wall = _timed(lambda e=estimator: e(problem, meta, inner_batches, outer_batch, seed))
-            rows.append(_compared(describe(estimator), found, truth, length, process / plain, wall))
+            with PeakMemory() as memory:
+                first, process, wall = _timed(partial(call, estimator))
+            draws = _draws(estimator, repeats)
+            found = [first, *(call(each) for each in draws[1:])]
+            rows.append(_compared(describe(estimator), found, truth, length, process / plain, wall, memory.peak))
             shown.advance(rows[-1].estimator)
     return rows
 
@@ -91,18 +115,74 @@ def as_dicts(rows: Sequence[Compared]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def _compared(name: str, found: Estimate, truth: Estimate, length: float, units: float, seconds: float) -> Compared:
-    grad, exact = trees.leaves(found.grad), trees.leaves(truth.grad)
-    difference = [a - b for a, b in zip(grad, exact, strict=True)]
-    own_length = float(trees.squared_norm(grad).sqrt())
+def _call(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, estimator: Estimator) -> Estimate:
+    return estimator(problem, meta, inner_batches, outer_batch, seed)
+
+
+def _draws(estimator: Estimator, repeats: int) -> list[Estimator]:
+    """The estimator with other directions each time; once if it draws none."""
+    if all(field.name != "draw" for field in fields(estimator)):
+        return [estimator]
+    first: int = getattr(estimator, "draw")  # noqa: B009
+    return [replace(estimator, draw=first + number) for number in range(repeats)]  # pyright: ignore[reportCallIssue]
+
+
+def _compared(
+    name: str,
+    found: Sequence[Estimate],
+    truth: Estimate,
+    length: float,
+    units: float,
+    seconds: float,
+    peak_memory_bytes: int | None,
+) -> Compared:
+    exact = _flat(truth.grad)
+    grads = np.stack([_flat(estimate.grad) for estimate in found])
+    errors = (grads - exact) / length
+    products, own = errors @ errors.T, np.linalg.norm(grads, axis=1)
+    cosines = np.where(own > 0, grads @ exact / (length * np.where(own > 0, own, 1)), 0.0)
+    values = _statistics(products, cosines)
+    claimed = [None if e.standard_error is None else (e.standard_error / length) ** 2 for e in found]
+    known = [c for c in claimed if c is not None]
+    if not known:  # deterministic: all of the error is bias
+        values["squared_bias"], values["variance"] = values["squared_error"], 0.0
     return Compared(
         estimator=name,
-        relative_error=float(trees.squared_norm(difference).sqrt()) / length,
-        cosine=float(trees.dot(grad, exact)) / (length * own_length) if own_length > 0 else 0.0,
-        standard_error=None if found.standard_error is None else found.standard_error / length,
+        repeats=len(found),
+        relative_error=values["squared_error"] ** 0.5,
+        squared_bias=values.get("squared_bias"),
+        variance=values.get("variance"),
+        cosine=values["cosine"],
+        standard_error=float(np.mean(known)) ** 0.5 if known else None,
+        half_widths=_half_widths(products, cosines),
         units=units,
         seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes,
     )
+
+
+def _flat(tree: Any) -> np.ndarray:
+    return np.concatenate([leaf.detach().double().cpu().reshape(-1).numpy() for leaf in trees.leaves(tree)])
+
+
+def _statistics(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
+    """From the inner products e_r · e_s of the errors `[R, R]`: those of different draws have the mean ‖bias‖²."""
+    count, own = len(products), float(np.trace(products)) / len(products)
+    found = {"squared_error": own, "cosine": float(cosines.mean())}
+    if count > 1:
+        bias = float(products.sum() - np.trace(products)) / (count * (count - 1))
+        found |= {"squared_bias": bias, "variance": own - bias}
+    return found
+
+
+def _half_widths(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
+    """1.96 jackknife standard errors of each statistic, as long as leaving one draw out leaves it defined."""
+    count = len(products)
+    if count < 3:
+        return {}
+    without = [_statistics(np.delete(np.delete(products, r, 0), r, 1), np.delete(cosines, r)) for r in range(count)]
+    table = {name: np.array([each[name] for each in without]) for name in without[0]}
+    return {name: float(1.96 * np.sqrt((count - 1) * np.var(values))) for name, values in table.items()}
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float, float]:

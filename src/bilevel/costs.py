@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bilevel import autodiff, directions, trees
+from bilevel import autodiff, trees
 from bilevel.errors import MissingDerivativeError
 from bilevel.live_bytes import counting
 from bilevel.modules import modules_in
@@ -124,7 +124,7 @@ def _forwards(run: Unroll, state: Tree) -> dict[str, Any]:
         return Carried(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
 
     def pushed(function: Callable[..., Tree], count: int) -> Price:
-        vectors = directions.draw("gaussian", 0, range(count), run.meta)
+        vectors = [t.new_ones(count, *t.shape) for t in trees.split(run.meta).differentiable]
         tangents = [t.new_zeros(count, *t.shape) for t in trees.split(state).differentiable]
         return _price(lambda: autodiff.push_forward(function, [state, run.meta], [tangents, vectors]))
 

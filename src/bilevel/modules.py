@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import optree
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 
 from bilevel.trees import NAMESPACE, Tree
 
@@ -209,6 +210,27 @@ def modules_in(tree: Tree) -> list[nn.Module]:
 
     optree.tree_leaves(tree, is_leaf=note, namespace=NAMESPACE)
     return found
+
+
+@contextmanager
+def standing_in(*places: Tree) -> Iterator[None]:
+    """Inside, the tensors of every view stand in the places of its module's parameters, also between calls.
+
+    Activation checkpointing computes layers again in the backward pass, when a view's own call is over.
+    """
+    views: list[ModuleView] = []
+
+    def note(node: Any) -> bool:
+        if isinstance(node, ModuleView):
+            views.append(node)
+        return False
+
+    for place in places:
+        optree.tree_leaves(place, is_leaf=note, namespace=NAMESPACE)
+    with ExitStack() as stack:
+        for view in views:
+            stack.enter_context(_reparametrize_module(view.module, view._tensor_of_each_slot()))
+        yield
 
 
 def refuse_running_statistics(module: nn.Module, name: str) -> None:

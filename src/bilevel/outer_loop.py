@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from bilevel import modules, randomness, trees
 from bilevel.errors import NonFiniteError
-from bilevel.estimators import Estimate, Estimator
+from bilevel.estimators import Estimate, Estimator, control_variates
 from bilevel.metrics import Row
 from bilevel.optim import Optimizer
 from bilevel.problem import BlackBox, Unrollable
@@ -105,6 +106,12 @@ class OuterLoop:
     best: float | None = None
     stalled: int = 0
     seconds: float = 0.0
+    signal_squared: float = 0.0
+    noise_squared: float = 0.0
+    noisy_steps: int = 0
+    past: list[Tensor] | None = None
+    """The exponential mean of past estimates, if a phase has `RunningMean` as a control variate."""
+    past_weight: float = 0.0
     parameters: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,14 +154,19 @@ class OuterLoop:
         assert estimate is not None
         gradients = [total / phase.accumulate for total in sums]
         outer_loss = sum(losses) / phase.accumulate
+        self._remember(gradients)
         self._update(gradients)
+        error, squared_norm = _pooled(errors), trees.squared_norm(gradients)
+        squared = float(squared_norm)
         row: Row = {
             "outer_step": self.outer_step,
             "phase": self.phase,
             "outer_loss": outer_loss,
-            "grad_norm": float(trees.squared_norm(gradients).sqrt()),
-            "standard_error": _pooled(errors),
+            "grad_norm": float(squared_norm.sqrt()),
+            "standard_error": error,
+            "signal_to_noise": None if not error else max(squared - error**2, 0.0) ** 0.5 / error,
         }
+        self._watch_noise(squared, error)
         self.draws += phase.accumulate
         self.outer_step += 1
         self._count_phase_step(phase, outer_loss)
@@ -167,11 +179,41 @@ class OuterLoop:
         inner, outer = batches_of(self.inner_batches, draw), batch_of(self.outer_batch, draw)
         seed = randomness.derive(self.seed, randomness.DRAW, self.outer_step, number)
         try:
-            return phase.estimator(self.problem, self.meta_tree(), inner, outer, seed)
+            return self._with_past(phase.estimator)(self.problem, self.meta_tree(), inner, outer, seed)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"outer step {self.outer_step}: {error}", error.inner_step, error.last_finite_state
             ) from error
+
+    def _with_past(self, estimator: Estimator) -> Estimator:
+        past = None if self.past is None else [mean / self.past_weight for mean in self.past]
+        return control_variates.with_past(estimator, past)
+
+    def _remember(self, gradients: Sequence[Tensor]) -> None:
+        wanted = [control_variates.running_mean_of(phase.estimator) for phase in self.phases]
+        decay = next((mean.decay for mean in wanted if mean is not None), None)
+        if decay is None:
+            return
+        old = [torch.zeros_like(g) for g in gradients] if self.past is None else self.past
+        self.past = [decay * mean + (1 - decay) * g for mean, g in zip(old, gradients, strict=True)]
+        self.past_weight = decay * self.past_weight + 1 - decay
+
+    def _watch_noise(self, squared: float, error: float | None) -> None:
+        """Warn, once in a run, when the estimates of ten outer steps together are noise."""
+        if error is None or self.noisy_steps == _WATCHED:
+            return
+        self.noisy_steps += 1
+        self.signal_squared += squared - error**2
+        self.noise_squared += error**2
+        if self.noisy_steps == _WATCHED and self.signal_squared < 0.01 * self.noise_squared:
+            ratio = max(self.signal_squared, 0.0) / self.noise_squared
+            warnings.warn(
+                f"the hypergradient estimates are noise: over the first {_WATCHED} outer steps with random directions, "
+                f"the signal is {ratio**0.5:.2g} of the standard error (a cosine of about {ratio**0.5:.2g} to the true "
+                "hypergradient); take a control variate (control_variate=bilevel.TruncatedReverse(5)), more directions "
+                "or accumulate=, or Reverse(), whose exact gradient costs about as much as two directions",
+                stacklevel=4,
+            )
 
     def _update(self, gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -242,6 +284,7 @@ class OuterLoop:
                 "meta": self._detached(),
                 "optimizer": self.torch_optimizer.state_dict(),
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "past": self.past,
                 "counters": {name: getattr(self, name) for name in _COUNTERS},
             }
         )
@@ -260,11 +303,18 @@ class OuterLoop:
                     memory[name] = value.to(memory[name].device)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        self.past = state["past"]
+        if self.past is not None:
+            self.past = [mean.to(p.device) for mean, p in zip(self.past, self.parameters, strict=True)]
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
 
 
-_COUNTERS = ("outer_step", "phase", "phase_step", "draws", "best", "stalled", "seconds")
+_PROGRESS = ("outer_step", "phase", "phase_step", "draws", "best", "stalled", "seconds")
+_COUNTERS = (*_PROGRESS, "signal_squared", "noise_squared", "noisy_steps", "past_weight")
+
+_WATCHED = 10
+"""Outer steps after which it is known whether the estimates are noise."""
 
 
 def _pooled(errors: Sequence[float | None]) -> float | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
 from bilevel.errors import NoDependenceError
-from bilevel.modules import ModuleView, as_tree, convertible, left_as_they_were, refuse_running_statistics
+from bilevel.modules import ModuleView, as_tree, convertible, left_as_they_were, refuse_running_statistics, standing_in
 from bilevel.optim import Optimizer, OptimizerState, described
 from bilevel.trees import Tree
 
@@ -158,7 +158,12 @@ class GradientDescent:
             return require_scalar(self.inner_loss(parts.rebuild(tensors), meta, batch), "inner_loss")
 
         with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
-            found = autodiff.gradient(loss, parts.differentiable, differentiable=autodiff.has_graph([params, meta]))
+            found = autodiff.gradient(
+                loss,
+                parts.differentiable,
+                differentiable=autodiff.has_graph([params, meta]),
+                during=lambda tensors: standing_in(parts.rebuild(tensors), meta),
+            )
         if found is None:
             raise NoDependenceError(
                 "inner_loss does not depend on the parameters, so there is nothing to descend on; compute it from "

@@ -40,12 +40,17 @@ def write(
 
 def as_picture(figure: Any, dpi: int = 110) -> str:
     """A matplotlib figure as a `data:` address; the figure is closed."""
+    return "data:image/png;base64," + base64.b64encode(as_png(figure, dpi)).decode()
+
+
+def as_png(figure: Any, dpi: int = 110) -> bytes:
+    """A matplotlib figure as a PNG file; the figure is closed."""
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
     plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def figure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:

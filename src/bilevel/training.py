@@ -27,7 +27,8 @@ class FitResult:
     meta: Any
     """The trained meta parameters, in the form `fit` was given; an `nn.Module` is trained in place."""
     history: list[Row]
-    """One dict for each outer step: `outer_step`, `phase`, `outer_loss`, `grad_norm`, `standard_error`, `seconds`."""
+    """One dict for each outer step: `outer_step`, `phase`, `outer_loss`, `grad_norm`, `standard_error`,
+    `signal_to_noise`, `seconds`."""
 
 
 def fit(

@@ -68,11 +68,16 @@ class Estimator(ABC):
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
         run = unroll(problem, meta, inner_batches, outer_batch, seed)
-        if not self.needs_derivatives:
+        if not self.needs_derivatives or self.first_order:
             return _checked(run, self._estimate(run))
         start = run.start()
         with autodiff.differentiable_kernels(modules_in([run.meta, start])):
             return _checked(run, self._estimate(run))
+
+    @property
+    def first_order(self) -> bool:
+        """Whether first derivatives of the inner loss are enough, so that any kernel will do."""
+        return False
 
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:

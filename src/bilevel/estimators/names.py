@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from bilevel.estimators.base import Estimator
+from bilevel.estimators.control_variates import CoarserProblem, RunningMean, Variate
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
@@ -32,6 +33,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     for c in (Reverse, TruncatedReverse, Forward, ForwardGradient, ZerothOrder, Implicit, HessianFree)
 }
 SOLVERS: dict[str, type[LinearSolver]] = {kebab(c.__name__): c for c in (ConjugateGradient, Neumann)}
+VARIATES: dict[str, type[Variate]] = {kebab(c.__name__): c for c in (CoarserProblem, RunningMean)}
 
 
 def settings_of(kind: type[Any]) -> list[str]:
@@ -61,8 +63,10 @@ def read(text: str) -> tuple[type[Estimator], dict[str, Any]]:
 def parse(text: str, **defaults: Any) -> Estimator:
     """The estimator that a text describes; `defaults` are settings that the text may override.
 
-    >>> parse("forward-gradient(directions=32)", chunk_size=8)
-    ForwardGradient(directions=32, distribution='rademacher', chunk_size=8)
+    >>> parse("forward-gradient(directions=32)", chunk_size=8).chunk_size
+    8
+    >>> parse("forward-gradient(control_variate=truncated-reverse(steps=5), directions=32)").control_variate
+    TruncatedReverse(steps=5)
     >>> parse("implicit(solver=neumann(iterations=5))").solver
     Neumann(iterations=5, step_size=0.01)
     """
@@ -70,7 +74,7 @@ def parse(text: str, **defaults: Any) -> Estimator:
     return _build(kind, {**defaults, **settings})
 
 
-def describe(estimator: Estimator | LinearSolver) -> str:
+def describe(estimator: Estimator | LinearSolver | Variate) -> str:
     """The text that `parse` turns into this estimator; settings at their defaults are left out.
 
     >>> describe(ForwardGradient(directions=4)), describe(Reverse())
@@ -80,8 +84,16 @@ def describe(estimator: Estimator | LinearSolver) -> str:
     for name in settings_of(type(estimator)):
         value = getattr(estimator, name)
         if value != default_of(type(estimator), name):
-            changed.append(f"{name}={describe(value) if isinstance(value, LinearSolver) else repr(value)}")
+            changed.append(f"{name}={_described(value)}")
     return kebab(type(estimator).__name__) + (f"({', '.join(changed)})" if changed else "")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Estimator | LinearSolver | Variate):
+        return describe(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(_described(each) for each in value)}{',' * (len(value) == 1)})"
+    return repr(value)
 
 
 def _build(kind: type[Any], settings: dict[str, Any]) -> Any:
@@ -93,6 +105,10 @@ def _build(kind: type[Any], settings: dict[str, Any]) -> Any:
     solver = settings.get("solver")
     if "solver" in settings and not isinstance(solver, LinearSolver):
         settings = {**settings, "solver": _solver(str(solver))}
+    if "control_variate" in settings:
+        settings = {**settings, "control_variate": _variate(settings["control_variate"])}
+    if isinstance(settings.get("estimator"), str):
+        settings = {**settings, "estimator": parse(settings["estimator"])}
     try:
         return kind(**settings)
     except TypeError as error:  # a word where a number is needed
@@ -105,6 +121,19 @@ def _solver(text: str) -> LinearSolver:
     if name not in SOLVERS:
         raise ValueError(f"there is no solver {name!r}; there are {', '.join(SOLVERS)}")
     return _build(SOLVERS[name], settings)
+
+
+def _variate(given: Any) -> Any:
+    if isinstance(given, tuple | list):
+        return tuple(_variate(each) for each in given)
+    if not isinstance(given, str):
+        return given
+    name, settings = _name_and_settings(given)
+    if name in VARIATES:
+        return _build(VARIATES[name], settings)
+    if name not in ESTIMATORS:
+        raise ValueError(f"there is no control variate {name!r}; there are {', '.join([*VARIATES, *ESTIMATORS])}")
+    return parse(given)
 
 
 def _name_and_settings(text: str) -> tuple[str, dict[str, Any]]:
@@ -128,4 +157,6 @@ def _value(node: ast.expr) -> Any:
         return node.id.replace("_", "-")
     if isinstance(node, ast.Call):
         return ast.unparse(node)
+    if isinstance(node, ast.Tuple | ast.List) and any(isinstance(each, ast.Call | ast.Name) for each in node.elts):
+        return tuple(_value(each) for each in node.elts)
     return ast.literal_eval(node)

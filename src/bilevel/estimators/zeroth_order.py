@@ -8,9 +8,15 @@ from typing import ClassVar, Literal
 
 import torch
 
-from bilevel import checks, diagnosis, trees
+from bilevel import autodiff, checks, diagnosis, trees
 from bilevel import directions as random_directions
+from bilevel.directions import Directions
+from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
+from bilevel.estimators.control_variates import ControlVariate
+from bilevel.modules import modules_in
+from bilevel.problem import BlackBox
+from bilevel.trees import Tree
 from bilevel.unroll import Unroll
 
 
@@ -32,6 +38,8 @@ class ZerothOrder(Estimator):
             precision ε, times the scale on which φ matters.
         scheme: `"central"` or `"forward"`.
         distribution: as in `ForwardGradient`.
+        control_variate: as in `ForwardGradient`; of a `BlackBox` only `Constant` or, in `fit`, `RunningMean`.
+        draw: as in `ForwardGradient`.
 
     Cost: 1 + 2b solves (central) or 1 + b (forward). Memory: one solve, whatever T and N.
     Bias: O(μ²) central, O(μ) forward; apart from it the relative variance is that of `ForwardGradient`, which is what
@@ -49,6 +57,8 @@ class ZerothOrder(Estimator):
     step_size: float = 1e-3
     scheme: Literal["central", "forward"] = "central"
     distribution: str = "rademacher"
+    control_variate: ControlVariate | None = None
+    draw: int = 0
     needs_derivatives: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -56,25 +66,29 @@ class ZerothOrder(Estimator):
         checks.positive(self.step_size, "step_size")
         checks.one_of(self.scheme, "scheme", ("central", "forward"))
         random_directions.distribution(self.distribution)
+        checks.whole_number(self.draw, "draw", at_least=0)
+        if control_variates.as_tuple(self.control_variate) and self.directions == 1:
+            raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
 
     def _estimate(self, run: Unroll) -> Estimate:
-        size, count = run.meta_size, self.directions
-        random_directions.require_count(
-            count, size, "ZerothOrder(distribution='coordinate') differences every one of them"
+        directions = Directions(
+            self.distribution,
+            random_directions.seed_of_draw(run.seed, self.draw),
+            self.directions,
+            trees.leaves(run.meta),
         )
+        directions.require_count("ZerothOrder(distribution='coordinate') differences every one of them")
         value, state = run.value()
         diagnosis.require_finite(run, value, state)
-        grad = [torch.zeros_like(leaf) for leaf in trees.leaves(run.meta)]
         slopes: list[torch.Tensor] = []
-        for number in range(count):
-            direction = [v[0] for v in random_directions.draw(self.distribution, run.seed, [number], run.meta)]
+        for number in range(self.directions):
+            direction = [v[0] for v in directions.draw([number])]
             ahead = self._shifted(run, direction, self.step_size)
             if self.scheme == "central":
                 slope = (ahead - self._shifted(run, direction, -self.step_size)) / (2 * self.step_size)
             else:
                 slope = (ahead - value) / self.step_size
             slopes.append(slope)
-            grad = [g + slope.to(v.dtype) * v / count for g, v in zip(grad, direction, strict=True)]
         if not any(bool(slope) for slope in slopes):
             warnings.warn(
                 f"ZerothOrder: the outer loss is {value.item():.6g} to the last bit wherever meta moved by "
@@ -83,8 +97,18 @@ class ZerothOrder(Estimator):
                 "angles to the gradient",
                 stacklevel=3,
             )
-        error = random_directions.standard_error(torch.stack(slopes), self.distribution, size)
-        return Estimate(value, like_meta(run, grad), state, error)
+        found = control_variates.combine(directions, torch.stack(slopes), self._variates(run, state))
+        left = {} if found.variance_left is None else {"variance_left": found.variance_left}
+        return Estimate(value, like_meta(run, found.grad), state, found.standard_error, left)
+
+    def _variates(self, run: Unroll, state: Tree) -> list[torch.Tensor]:
+        if isinstance(run.problem, BlackBox):
+            for each in control_variates.as_tuple(self.control_variate):
+                if not isinstance(each, control_variates.Constant):
+                    raise TypeError(f"control_variate={each!r} differentiates the inner loop, and a BlackBox cannot be")
+            return control_variates.gradients(self.control_variate, run)
+        with autodiff.differentiable_kernels(modules_in([run.meta, state])):
+            return control_variates.gradients(self.control_variate, run)
 
     def _shifted(self, run: Unroll, direction: list[torch.Tensor], offset: float) -> torch.Tensor:
         meta = [leaf + offset * v for leaf, v in zip(trees.leaves(run.meta), direction, strict=True)]

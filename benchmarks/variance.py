@@ -1,0 +1,181 @@
+"""Relative squared error of every estimator on three problems, at about equal units, plain (FG)²U beside the others.
+
+    python benchmarks/variance.py
+
+Units are counted as in the docstrings: 1 + 2b inner loops for b directions, and for a control variate what it costs by
+itself (1 + 4s/T for `TruncatedReverse(s)`); what is left of the budget goes into directions. Measured units are beside
+them. Writes `benchmarks/results/variance.json` and `.md`, and `docs/pictures/equal_compute_*.png`. One thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import bilevel
+from bilevel import ForwardGradient, HessianFree, Reverse, TruncatedReverse, comparison, comparison_plot
+from bilevel.estimators.control_variates import ControlVariate
+from bilevel.files import write_json, write_text
+from bilevel.progress import bar
+from bilevel.tasks import image_data
+from bilevel.tasks.condensation.config import Condensation
+from bilevel.tasks.condensation.problem import setup
+
+ROOT = Path(__file__).parent
+Point = tuple[Any, Any, Any, Any]
+"""A problem, φ, inner batches and an outer batch."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Relative squared error at equal units."""
+
+    repeats: int = 12
+    """Draws of directions for each estimator."""
+
+
+def condensation() -> Point:
+    """Ten synthetic digits, N = 640, T = 50."""
+    made = setup(Condensation(model="mlp", width=32, inner_steps=50), image_data.digits(), 1, 0)
+    return made.problem, made.meta, made.inner_batches_of(0), made.outer_batch_of(0)
+
+
+def _network(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def noisy_labels() -> Point:
+    """A weight for each of 500 digits, 40 % of them with a wrong label: N = 500, T = 100, SGD."""
+    data = image_data.digits()
+    torch.manual_seed(1)
+    images, labels = data.train_images[:500].flatten(1), data.train_labels[:500].clone()
+    wrong = torch.rand(500) < 0.4
+    labels[wrong] = (labels[wrong] + torch.randint(1, 10, (int(wrong.sum()),))) % 10
+    clean, truth = data.train_images[500:800].flatten(1), data.train_labels[500:800]
+
+    def inner_loss(model: Any, weights: torch.Tensor, batch: None) -> torch.Tensor:
+        return (weights.sigmoid() * cross_entropy(model(images), labels, reduction="none")).mean()
+
+    problem = bilevel.GradientDescent(
+        inner_loss,
+        lambda model, weights, batch: cross_entropy(model(clean), truth),
+        _network(64, 32, 10),
+        bilevel.optimizer(torch.optim.SGD, lr=0.2, momentum=0.9),
+    )
+    return problem, torch.zeros(500), bilevel.no_batches(100), None
+
+
+def learning_rates() -> Point:
+    """A learning rate for each of 12 tensors of a six-layer network: N = 12, T = 100, SGD on mini-batches."""
+    data = image_data.digits()
+    images, labels = data.train_images.flatten(1), data.train_labels
+    model = _network(64, 32, 32, 32, 32, 32, 10)
+    names = [name for name, _ in model.named_parameters()]
+
+    def rates(meta: torch.Tensor) -> Any:
+        return dict(zip(names, meta.exp(), strict=True))
+
+    problem = bilevel.GradientDescent(
+        lambda view, meta, chosen: cross_entropy(view(images[chosen]), labels[chosen]),
+        lambda view, meta, batch: cross_entropy(view(data.test_images.flatten(1)), data.test_labels),
+        model,
+        bilevel.optimizer(torch.optim.SGD, lr=rates),
+    )
+    chosen = [torch.arange(64 * t, 64 * t + 64) % len(labels) for t in range(100)]
+    return problem, torch.full((12,), 0.1).log(), chosen, None
+
+
+PROBLEMS: dict[str, tuple[Callable[[], Point], int]] = {
+    "condensation": (condensation, 41),
+    "noisy_labels": (noisy_labels, 41),
+    "learning_rates": (learning_rates, 13),
+}
+"""With the budget of each, in inner loops."""
+
+
+def estimators(budget: int, steps: int, meta: torch.Tensor, implicit: bool) -> list[bilevel.Estimator]:
+    """Deterministic ones at their own price; random ones with as many directions as the budget allows."""
+    few, many = max(1, steps // 10), steps // 2
+
+    def random(price: float, variate: ControlVariate | None = None, **more: Any) -> ForwardGradient:
+        left = max(2, min(int((budget - 1 - price) // 2), meta.numel()))
+        return ForwardGradient(left, control_variate=variate, **more)
+
+    rows: list[bilevel.Estimator] = [Reverse(), Reverse("sqrt"), TruncatedReverse(few), TruncatedReverse(many)]
+    if implicit:
+        rows += [HessianFree(), bilevel.Implicit(bilevel.Neumann(10, step_size=0.1))]
+    rows += [
+        random(0),
+        random(0, distribution="orthogonal"),
+        random(1 + 4 * few / steps, TruncatedReverse(few)),
+        random(1 + 4 * many / steps, TruncatedReverse(many)),
+        random(5 * 0.5, bilevel.CoarserProblem(steps=many)),
+    ]
+    if implicit:
+        rows.append(random(1 + 4 * many / steps + 1.1, (TruncatedReverse(many), HessianFree())))
+    return rows
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    pages = [
+        "# Relative squared error at equal units",
+        "",
+        f"`python benchmarks/variance.py {' '.join(sys.argv[1:])}`: {options.repeats} draws, ± 95 % intervals, one "
+        f"thread, torch {torch.__version__}, python {platform.python_version()}. Gain: over plain Rademacher "
+        "directions with the whole budget; in the last column per measured unit, "
+        "plain estimates getting better as 1/units.",
+    ]
+    with bar("problems", len(PROBLEMS)) as shown:
+        for name, (make, budget) in PROBLEMS.items():
+            problem, meta, inner, outer = make()
+            wanted = estimators(budget, len(inner), meta, name != "learning_rates")
+            rows = comparison.compare(problem, meta, inner, outer, estimators=wanted, repeats=options.repeats)
+            found[name] = comparison.as_dicts(rows)
+            pages += [
+                "",
+                f"## {name}: N = {meta.numel()}, T = {len(inner)}, budget {budget} inner loops",
+                "",
+                *table(rows),
+            ]
+            comparison_plot.write(ROOT.parent / "docs" / "pictures" / f"equal_compute_{name}.png", rows, name)
+            shown.advance(name)
+    write_json(ROOT / "results" / "variance.json", {"torch": torch.__version__, "problems": found})
+    write_text(ROOT / "results" / "variance.md", "\n".join(pages) + "\n")
+
+
+def table(rows: list[bilevel.Compared]) -> list[str]:
+    """In markdown."""
+    plain = next(row for row in rows if row.repeats > 1)
+    lines = ["| estimator | squared error | bias² | cosine | units | gain | at measured units |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        squared = row.relative_error**2
+        gain = plain.relative_error**2 / squared if row.repeats > 1 else 0.0
+        gains = f"{gain:.1f} | {gain * plain.units / row.units:.1f}" if gain else "|"
+        widths = {name: f" ± {value:.2g}" for name, value in row.half_widths.items()}
+        lines.append(
+            f"| `{row.estimator}` | {squared:.3g}{widths.get('squared_error', '')} "
+            f"| {row.squared_bias:.2g}{widths.get('squared_bias', '')} | {row.cosine:.3f} | {row.units:.1f} | {gains} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Error against units, on logarithmic axes: what each method makes of its time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bilevel import report
+from bilevel.comparison import Compared
+from bilevel.files import write_bytes
+
+
+def write(path: Path, rows: Sequence[Compared], title: str) -> None:
+    """A PNG file with a point for each row; an error of 0 is shown at the bottom."""
+    write_bytes(path, as_png(rows, title))
+
+
+def as_png(rows: Sequence[Compared], title: str) -> bytes:
+    """The picture itself."""
+    figure, axis = report.figure(figsize=(7.5, 4.5))
+    squared = [row.relative_error**2 for row in rows]
+    floor = min([value for value in squared if value > 1e-12], default=1e-2) / 10
+    for row, value in zip(rows, squared, strict=True):
+        shown, width = max(value, floor), row.half_widths.get("squared_error", 0.0)
+        bars = [[min(width, 0.9 * shown)], [width]] if width else None
+        axis.errorbar([row.units], [shown], yerr=bars, fmt="o" if value >= floor else "v", label=row.estimator)
+    axis.set(xscale="log", yscale="log", xlabel="units: time over that of the plain inner loop", title=title)
+    axis.set_ylabel("relative squared error")
+    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    return report.as_png(figure)
