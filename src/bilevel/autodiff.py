@@ -36,7 +36,7 @@ def gradient(
     models (activation checkpointing, for one), and keeps no graph where nobody wants one. But it can't tell a result
     that depends on what was recorded from one that depends on the tensors alone, if these were not recorded.
 
-    `during` gives the context in which the loss and its backward pass are computed from the tensors.
+    `during` gives the context of the backward pass, in which activation checkpointing computes layers again.
 
     >>> gradient(lambda x: (x[0] ** 3).sum(), [torch.tensor([1.0, 2.0])], differentiable=False)
     [tensor([ 3., 12.])]
@@ -54,10 +54,11 @@ def gradient(
         return list(found) if connected[0] else None
     # Fresh tensors: one that also is a meta parameter would bring the gradient with respect to that along.
     inputs = [t.view_as(t) if differentiable else t.detach().requires_grad_() for t in tensors]
-    with torch.enable_grad(), during(inputs):
+    with torch.enable_grad():
         value = loss(inputs)
-        if not value.requires_grad:
-            return None
+    if not value.requires_grad:
+        return None
+    with during(inputs):
         found = torch.autograd.grad(value, inputs, create_graph=differentiable, allow_unused=True)
     if all(g is None for g in found):
         return None

@@ -48,10 +48,11 @@ def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], li
     parts = (trees.split(state), trees.split(run.meta))
     tensors = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
     there, meta = (part.rebuild(ts) for part, ts in zip(parts, tensors, strict=True))
-    with torch.enable_grad(), standing_in(there, meta):
+    with torch.enable_grad():
         value = run.outer_loss(there, meta)
-        if not value.requires_grad:
-            run.outer_cotangents(state)  # says what is wrong
+    if not value.requires_grad:
+        run.outer_cotangents(state)  # says what is wrong
+    with standing_in(there, meta):
         found = iter(torch.autograd.grad(value, [*tensors[0], *tensors[1]], allow_unused=True))
     d, c = ([next(found) for _ in ts] for ts in tensors)
     return value.detach(), autodiff.fill_zeros(d, state), autodiff.fill_zeros(c, run.meta)
