@@ -31,6 +31,7 @@ from closed_forms import (
 import bilevel
 import bilevel.estimators
 from bilevel import (
+    Auto,
     ConjugateGradient,
     Forward,
     ForwardGradient,
@@ -54,6 +55,8 @@ every_descent = pytest.mark.parametrize("case", DESCENTS, ids=lambda case: case.
 # -- exact ---------------------------------------------------------------------------------------------------------
 
 EXACT: dict[str, Callable[[ClosedForm], bilevel.Estimator]] = {
+    "Auto": lambda case: Auto("1GB"),
+    "Auto, little memory": lambda case: Auto("20kB", directions=case.N),
     "Reverse, all": lambda case: Reverse("all"),
     "Reverse, sqrt": lambda case: Reverse("sqrt"),
     "Reverse, log, disk": lambda case: Reverse("log", offload="disk"),

@@ -20,6 +20,7 @@ from torch.nn import functional
 import bilevel
 import bilevel.estimators
 from bilevel import (
+    Auto,
     ConjugateGradient,
     Forward,
     ForwardGradient,
@@ -43,6 +44,8 @@ DETERMINISTIC = [
     Implicit(Neumann(5, step_size=0.1), batches=2),
     HessianFree(),
     HessianFree(preconditioner="optimizer"),
+    Auto("1GB"),
+    Reverse("log", offload="disk", product="mixed"),
 ]
 STOCHASTIC = [
     ForwardGradient(3),
@@ -52,7 +55,13 @@ STOCHASTIC = [
     ZerothOrder(2, scheme="forward", distribution="gaussian"),
 ]
 ESTIMATORS = [*DETERMINISTIC, *STOCHASTIC]
-EXACT = [*DETERMINISTIC[:4], TruncatedReverse(4), *DETERMINISTIC[5:7], ForwardGradient(5, "coordinate")]
+EXACT = [
+    *DETERMINISTIC[:4],
+    TruncatedReverse(4),
+    *DETERMINISTIC[5:7],
+    *DETERMINISTIC[-2:],
+    ForwardGradient(5, "coordinate"),
+]
 
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 
@@ -345,7 +354,7 @@ def test_a_black_box_is_refused_by_name_or_estimated(estimator: bilevel.Estimato
         solve=lambda meta: torch.tensor(meta.numpy() ** 2), outer_loss=lambda state, meta, batch: state.sum()
     )
     meta = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    if isinstance(estimator, ZerothOrder):
+    if isinstance(estimator, ZerothOrder | Auto):
         assert estimator(box, meta).value == 21
         return
     with pytest.raises(TypeError, match=rf"^{type(estimator).__name__} differentiates.*BlackBox.*ZerothOrder"):

@@ -38,6 +38,9 @@ SETTINGS: list[Any] = [
     bilevel.Implicit(Neumann(), batches=2),
     bilevel.Implicit(Neumann(iterations=3, step_size=math.pi)),
     bilevel.HessianFree(),
+    bilevel.Auto(),
+    bilevel.Auto(memory="512MiB", directions=4),
+    bilevel.Reverse("log", offload="disk", product="mixed"),
     bilevel.HessianFree(scale=1e-7, preconditioner="optimizer"),
 ]
 

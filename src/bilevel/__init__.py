@@ -10,11 +10,13 @@ from bilevel.errors import (
     BilevelError,
     CheckpointError,
     DataError,
+    MemoryBudgetError,
     MissingDerivativeError,
     NoDependenceError,
     NonFiniteError,
 )
 from bilevel.estimators import (
+    Auto,
     Estimate,
     Estimator,
     Forward,
@@ -37,6 +39,7 @@ from bilevel.training import FitResult, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
     "BilevelError",
     "BlackBox",
     "CheckpointError",
@@ -54,6 +57,7 @@ __all__ = [
     "GradientDescent",
     "HessianFree",
     "Implicit",
+    "MemoryBudgetError",
     "MissingDerivativeError",
     "ModuleView",
     "Neumann",

@@ -1,4 +1,4 @@
-"""The command `bilevel`: list, run, compare, report."""
+"""The command `bilevel`: list, run, compare, plan, report."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ _USAGE = """usage: bilevel COMMAND ...
   list                    the tasks, their presets, and the estimators
   run TASK [options]      train, evaluate, write a folder with results and a report
   compare TASK [options]  several estimators at one point, against the exact hypergradient
+  plan TASK [options]     memory and time of every estimator, and which one to take
+  plan --params 1.5e9 ... the same on paper, for a machine one does not have
   report DIR              make the report of a finished run again
 
 `bilevel run TASK --help` shows a task's options, `bilevel --version` the version."""
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "list": _list,
         "run": _run,
         "compare": _compare,
+        "plan": _plan,
         "report": _report,
     }
     helps = ("-h", "--help")
@@ -199,6 +202,26 @@ def _with_interval(row: comparison.Compared, name: str) -> str:
         return "–"
     text = f"{value:.4f}" if name == "cosine" else f"{value:.3g}"
     return f"{text} ± {row.half_widths[name]:.2g}" if name in row.half_widths else text
+
+
+def _plan(rest: list[str]) -> None:
+    from bilevel import planning
+
+    if not rest or rest[0].startswith("-"):
+        (paper,) = arguments.parse("bilevel plan", planning.ON_PAPER, rest, paper=planning.PaperOptions())
+        planning.show(planning.plan_on_paper(paper), "on paper", in_units=True)
+        return
+    task, preset = _task_and_preset("plan", rest)
+    _, options, config = arguments.parse(
+        f"bilevel plan {task.name}",
+        "The memory and time that every estimator will take on this task, and which one to take.",
+        rest[1:],
+        preset=_preset_option(task, preset),
+        plan=planning.PlanOptions(),
+        task=task.presets[preset].config,
+    )
+    setup = task.setup(config, options.data_dir, 1, options.seed)
+    planning.show(planning.plan_task(setup, options), task.name)
 
 
 def _report(rest: list[str]) -> None:

@@ -107,11 +107,12 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
     if isinstance(problem := run.problem, GradientDescent):
         count = len(trees.split(state.params).differentiable)
 
+        def gradient(params: Tree, meta: Tree) -> list[torch.Tensor]:
+            with run.seeded_step(0):
+                return problem.gradient(params, meta, run.inner_batches[0])
+
         def product() -> None:
-            jacobian = autodiff.Transpose(
-                lambda params, meta: problem.gradient(params, meta, run.inner_batches[0]), [state.params, run.meta]
-            )
-            jacobian(d[:count])
+            autodiff.Transpose(gradient, [state.params, run.meta])(d[:count])
 
         prices["product"] = _price(product)
     return prices

@@ -34,6 +34,10 @@ class MissingDerivativeError(BilevelError, NotImplementedError):
     """An operation of the user's model lacks the kind of derivative that the chosen estimator needs."""
 
 
+class MemoryBudgetError(BilevelError, MemoryError):
+    """No method fits into the memory that there is."""
+
+
 class CheckpointError(BilevelError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 

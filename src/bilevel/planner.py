@@ -70,7 +70,8 @@ def plan(
     """Predict the memory and the time of every method for this problem, and recommend one.
 
     One inner step of the problem is measured, plainly, forwards with tangents and backwards, and each method's price
-    put together from that and from T and N. Costs some fifty inner steps.
+    put together from that and from T and N. Transfers to the disk are taken to be hidden behind the computing. Costs
+    some fifty inner steps.
 
     Args:
         problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.
@@ -83,8 +84,8 @@ def plan(
         workers: over how many the directions are spread; each carries ⌈b/workers⌉.
 
     Returns:
-        A `Plan`. The recommendation is the exact method of the fewest units that fits, else (FG)²U with as many
-        directions at once as fit.
+        A `Plan`. The recommendation is the exact method of the fewest units that fits (with states on disk only if none
+        fits without), else (FG)²U if it does, else differences of solves.
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -212,6 +213,8 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
         held = kept if kept == T else kept + 1  # the state before last is not among those kept
         price = Price(made * p.plain.seconds + T * p.back.seconds + outer, held * S + one_back)
         yield Reverse(name), 0.0, made + 3 * T, price
+    price = Price(T * (p.plain.seconds + p.back.seconds) + outer, 2 * S + one_back)
+    yield Reverse("all", offload="disk"), 0.0, 4 * T, price
     there = T * p.plain.seconds + outer
     few = min(_TRUNCATION, T)
     yield TruncatedReverse(few), None, T + 3 * few, Price(there + few * p.back.seconds, few * S + one_back)
@@ -232,7 +235,8 @@ def _pushed(p: StepCosts, T: int, count: int) -> Price:
 
 def _recommendation(rows: list[Planned], prices: StepCosts, memory: float) -> tuple[Estimator | None, str]:
     fitting = [row for row in rows if row.fits]
-    exact = sorted((row for row in fitting if row.relative_variance == 0), key=lambda row: (row.units, row.bytes))
+    exact = [row for row in fitting if row.relative_variance == 0]
+    exact.sort(key=lambda row: (getattr(row.estimator, "offload", None) is not None, row.units, row.bytes))
     if exact:
         return exact[0].estimator, (
             f"it is exact, and of the exact methods that fit into {size_text(memory)} the one with the fewest units"

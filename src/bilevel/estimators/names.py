@@ -11,6 +11,7 @@ import dataclasses
 import re
 from typing import Any
 
+from bilevel.estimators.auto import Auto
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.control_variates import CoarserProblem, RunningMean, Variate
 from bilevel.estimators.forward import Forward
@@ -30,7 +31,7 @@ def kebab(name: str) -> str:
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     kebab(c.__name__): c
-    for c in (Reverse, TruncatedReverse, Forward, ForwardGradient, ZerothOrder, Implicit, HessianFree)
+    for c in (Reverse, TruncatedReverse, Forward, ForwardGradient, ZerothOrder, Implicit, HessianFree, Auto)
 }
 SOLVERS: dict[str, type[LinearSolver]] = {kebab(c.__name__): c for c in (ConjugateGradient, Neumann)}
 VARIATES: dict[str, type[Variate]] = {kebab(c.__name__): c for c in (CoarserProblem, RunningMean)}
