@@ -41,7 +41,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [
         shlex.split(line) for block in blocks("sh") for line in block.splitlines() if line.startswith("bilevel")
     ]
-    assert {words[1] for words in commands} == {"list", "run", "compare", "report"}
+    assert {words[1] for words in commands} == {"list", "run", "compare", "plan", "report"}
     for _, command, *rest in commands:
         if command == "run":
             rest = [re.sub(r":50$", ":1", word) for word in rest]
