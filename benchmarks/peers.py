@@ -284,9 +284,8 @@ def as_markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> Iterato
             units = f"{row['seconds'] / base['seconds']:.2f}" if base else ""
             error = f"{row['relative_error']:.1e}" if "relative_error" in row else ""
             extra = f"{row['extra_bytes'] / 2**20:.1f}"
-            yield (
-                f"| {row['method']} | {row['seconds']:.3f} | {units} | {extra} | {error} | {row.get('not_finite', '')} |"
-            )
+            bad = row.get("not_finite", "")
+            yield f"| {row['method']} | {row['seconds']:.3f} | {units} | {extra} | {error} | {bad} |"
     yield ""
     yield "## What was asked for"
     yield ""
@@ -294,8 +293,8 @@ def as_markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> Iterato
     yield ""
     yield (
         "Betty is not in the tables: its hypergradients are of one inner step by implicit or finite-difference "
-        "formulas, so it can't be asked for that of T steps. Bergson's trainer takes Hugging Face data sets and its own "
-        "losses, not a given inner loss; it was not run."
+        "formulas, so it can't be asked for that of T steps. Bergson's trainer takes Hugging Face data sets and its "
+        "own losses, not a given inner loss; it was not run."
     )
 
 
