@@ -1164,7 +1164,7 @@ def test_an_exception_of_the_users_own_arrives_unchanged_and_leaves_nothing_behi
 
 NOT_WHOLE = [0, -1, True, 1.5, "2", NAN]
 NOT_POSITIVE = [0, 0.0, -1e-3, NAN, INF, True, "0.1", torch.tensor([1.0, 2.0])]
-CG, NEUMANN = bilevel.ConjugateGradient, bilevel.Neumann
+CG, NEUMANN, NYSTROM = bilevel.ConjugateGradient, bilevel.Neumann, bilevel.Nystrom
 
 SETTINGS: list[tuple[Any, str, list[Any], list[str]]] = [
     (
@@ -1198,6 +1198,8 @@ SETTINGS: list[tuple[Any, str, list[Any], list[str]]] = [
     (CG, "damping", [-1e-9, NAN, INF, None], ["a number of at least 0"]),
     (NEUMANN, "iterations", NOT_WHOLE, ["a whole number of at least 1"]),
     (NEUMANN, "step_size", NOT_POSITIVE, ["a positive number"]),
+    (NYSTROM, "rank", NOT_WHOLE, ["a whole number of at least 1"]),
+    (NYSTROM, "damping", [*NOT_POSITIVE, None], ["a positive number"]),
 ]
 
 
@@ -1215,7 +1217,7 @@ def test_settings(made: Any, setting: str, value: Any, fragments: list[str]) -> 
 
 @pytest.mark.parametrize("solver", ["cg", CG, None, abs], ids=repr)
 def test_a_solver_that_is_none(solver: Any) -> None:
-    fragments = [f"solver is {solver!r}", "ConjugateGradient(iterations=20)", "Neumann("]
+    fragments = [f"solver is {solver!r}", "ConjugateGradient(iterations=20)", "Neumann(", "Nystrom("]
     refused(TypeError, *fragments, by=lambda: bilevel.Implicit(solver))
 
 

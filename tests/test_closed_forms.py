@@ -38,6 +38,7 @@ from bilevel import (
     HessianFree,
     Implicit,
     Neumann,
+    Nystrom,
     Reverse,
     TruncatedReverse,
     ZerothOrder,
@@ -270,6 +271,9 @@ IN_PLACE_OF_THE_INVERSE = {
         Implicit(Neumann(5, 0.3), batches=2), lambda case, H: neumann_series(H, 5, 0.3), batches=2
     ),
     "Neumann, 100": InPlaceOfTheInverse(Implicit(Neumann(100, LEARNING_RATE)), lambda case, H: np.linalg.inv(H)),
+    "Nyström, whole": InPlaceOfTheInverse(
+        Implicit(Nystrom(rank=100, damping=0.5)), lambda case, H: np.linalg.inv(H + 0.5 * np.eye(len(H)))
+    ),
     "Hessian-free": InPlaceOfTheInverse(HessianFree(0.7), lambda case, H: 0.7 * np.eye(len(H))),
     "Hessian-free, optimizer": InPlaceOfTheInverse(
         HessianFree(0.7, "optimizer"), lambda case, H: 0.7 * case.last_rate * np.eye(len(H))

@@ -42,6 +42,7 @@ DETERMINISTIC = [
     Forward(chunk_size=3),
     Implicit(ConjugateGradient(iterations=30)),
     Implicit(Neumann(5, step_size=0.1), batches=2),
+    Implicit(bilevel.Nystrom(rank=10, damping=1.0)),
     HessianFree(),
     HessianFree(preconditioner="optimizer"),
     Auto("1GB"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import ConjugateGradient, Neumann, linear_solvers
+from bilevel import ConjugateGradient, Neumann, Nystrom, linear_solvers
 from bilevel.linear_solvers import LinearSolver, Solution
 
 Array = np.ndarray
@@ -66,10 +66,11 @@ def positive(condition: float) -> System:
 
 
 class Row(NamedTuple):
-    """A solver that solves `positive(10)` to 1e-10, and the same solver stopped after k iterations."""
+    """A solver that solves `positive(10)` (damped) to 1e-10, and the same solver stopped after k iterations."""
 
     full: LinearSolver
     stopped: Callable[[int], LinearSolver]
+    damping: float = 0.0
 
 
 SOLVERS = {
@@ -78,6 +79,7 @@ SOLVERS = {
     ),
     # 0.9²⁵⁰ = 4e-12
     "Neumann": Row(Neumann(iterations=250, step_size=0.2), lambda k: Neumann(k, step_size=0.2)),
+    "Nystrom": Row(Nystrom(rank=M, damping=0.1), lambda k: Nystrom(k, damping=0.1), damping=0.1),
 }
 
 every_solver = pytest.mark.parametrize("row", SOLVERS.values(), ids=SOLVERS.keys())
@@ -87,7 +89,7 @@ every_solver = pytest.mark.parametrize("row", SOLVERS.values(), ids=SOLVERS.keys
 def test_the_solution_is_that_of_a_dense_solve(row: Row) -> None:
     problem = positive(condition=10)
     solution = problem.solve(row.full)
-    truth = np.linalg.solve(problem.H, problem.b)
+    truth = np.linalg.solve(problem.H + row.damping * np.eye(M), problem.b)
     assert np.linalg.norm(as_vector(solution.x) - truth) < 1e-10 * np.linalg.norm(truth)
     assert solution.converged
 
@@ -97,7 +99,7 @@ def test_the_solution_is_that_of_a_dense_solve(row: Row) -> None:
 def test_residual_and_products_are_what_they_say(row: Row, iterations: int) -> None:
     problem = positive(condition=10)
     solution = problem.solve(row.stopped(iterations))
-    assert solution.residual == pytest.approx(problem.residual(solution), rel=1e-8)
+    assert solution.residual == pytest.approx(problem.residual(solution, row.damping), rel=1e-8)
     assert solution.iterations == len(problem.products) >= iterations
 
 
@@ -251,6 +253,82 @@ def test_neumann_that_hits_the_solution_has_converged() -> None:
     assert problem._replace(H=2 * np.eye(M)).solve(Neumann(3, step_size=0.5)).converged
 
 
+# -- Nyström -------------------------------------------------------------------------------------------------------
+
+
+def directions_of(solver: Nystrom) -> Array:
+    """The vectors that the solver multiplies the matrix with, from its products with the identity."""
+    seen: list[Array] = []
+
+    def product(vector: Sequence[Tensor]) -> list[Tensor]:
+        seen.append(as_vector(vector))
+        return list(vector)
+
+    solver.solve(product, as_list(np.ones(M)))
+    return np.stack(seen[: solver.rank], axis=1)
+
+
+@pytest.mark.parametrize("rank", range(1, M + 1))
+@pytest.mark.parametrize("damping", [0.02, 3.0])
+def test_nystrom_inverts_the_low_rank_approximation(rank: int, damping: float) -> None:
+    problem, solver = positive(condition=100), Nystrom(rank, damping)
+    Q = directions_of(solver)
+    assert pytest.approx(np.eye(rank), abs=1e-14) == Q.T @ Q
+    low_rank = problem.H @ Q @ np.linalg.solve(Q.T @ problem.H @ Q, Q.T @ problem.H)
+    truth = np.linalg.solve(low_rank + damping * np.eye(M), problem.b)
+    assert np.linalg.norm(as_vector(problem.solve(solver).x) - truth) < 1e-10 * np.linalg.norm(truth)
+
+
+def test_nystrom_is_exact_for_a_matrix_of_its_rank_or_less() -> None:
+    problem = system([0.0, 0.0, 0.0, 0.0, 3.0, 50.0])
+    truth = np.linalg.solve(problem.H + 0.1 * np.eye(M), problem.b)
+    for rank in (2, 3, M, 100):
+        solution = problem.solve(Nystrom(rank, damping=0.1))
+        assert np.linalg.norm(as_vector(solution.x) - truth) < 1e-10 * np.linalg.norm(truth)
+        assert solution.converged
+    assert not problem.solve(Nystrom(1, damping=0.1)).converged
+
+
+def test_nystrom_draws_other_directions_for_another_seed() -> None:
+    problem = positive(condition=100)
+    first, again, other = (as_vector(problem.solve(Nystrom(2, seed=seed)).x) for seed in (0, 0, 1))
+    assert (first == again).all()
+    assert not np.allclose(first, other)
+
+
+def test_nystrom_says_when_it_missed_curvature() -> None:
+    solution = positive(condition=100).solve(Nystrom(rank=1, damping=0.01))
+    assert not solution.converged
+    assert "raise rank or damping" in solution.message
+
+
+def test_nystrom_leaves_negative_curvature_out() -> None:
+    problem = system([-2.0, 0.5, 1.0, 1.5, 2.0, 2.5])
+    values, vectors = np.linalg.eigh(problem.H)
+    positive_part = vectors[:, 1:] @ np.diag(values[1:]) @ vectors[:, 1:].T
+    solution = problem.solve(Nystrom(M, damping=0.1))
+    truth = np.linalg.solve(positive_part + 0.1 * np.eye(M), problem.b)
+    assert np.linalg.norm(as_vector(solution.x) - truth) < 1e-10 * np.linalg.norm(truth)
+
+
+def test_nystrom_in_single_precision() -> None:
+    problem = positive(condition=10)
+    matrix = torch.tensor(problem.H, dtype=torch.float32)
+    b = torch.tensor(problem.b, dtype=torch.float32)
+    solution = Nystrom(M, damping=0.1).solve(lambda v: [matrix @ v[0]], [b])
+    truth = np.linalg.solve(problem.H + 0.1 * np.eye(M), problem.b)
+    assert solution.x[0].dtype == torch.float32
+    assert np.linalg.norm(solution.x[0].numpy() - truth) < 1e-5 * np.linalg.norm(truth)
+
+
+def test_nystrom_reports_a_nan() -> None:
+    problem = positive(condition=10)
+    problem.H[2, 3] = np.nan
+    solution = problem.solve(Nystrom(3))
+    assert not solution.converged
+    assert "NaN" in solution.message
+
+
 # -- settings ------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +345,9 @@ def test_neumann_that_hits_the_solution_has_converged() -> None:
         (Neumann, "iterations", -1),
         (Neumann, "step_size", 0.0),
         (Neumann, "step_size", math.inf),
+        (Nystrom, "rank", 0),
+        (Nystrom, "damping", 0.0),
+        (Nystrom, "seed", -1),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(solver: type[LinearSolver], setting: str, value: object) -> None:

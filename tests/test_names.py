@@ -36,6 +36,7 @@ SETTINGS: list[Any] = [
     bilevel.Implicit(batches=5),
     bilevel.Implicit(ConjugateGradient(iterations=7, tolerance=1e-12, damping=0.5)),
     bilevel.Implicit(Neumann(), batches=2),
+    bilevel.Implicit(bilevel.Nystrom(rank=3, damping=0.5)),
     bilevel.Implicit(Neumann(iterations=3, step_size=math.pi)),
     bilevel.HessianFree(),
     bilevel.Auto(),

@@ -28,7 +28,7 @@ from bilevel.estimators import (
     ZerothOrder,
 )
 from bilevel.estimators.control_variates import CoarserProblem, Constant, RunningMean
-from bilevel.linear_solvers import ConjugateGradient, Neumann
+from bilevel.linear_solvers import ConjugateGradient, Neumann, Nystrom
 from bilevel.modules import ModuleView
 from bilevel.optim import Optimizer, optimizer
 from bilevel.outer_loop import OuterStep, Phase
@@ -63,6 +63,7 @@ __all__ = [
     "Neumann",
     "NoDependenceError",
     "NonFiniteError",
+    "Nystrom",
     "Optimizer",
     "OuterStep",
     "Phase",

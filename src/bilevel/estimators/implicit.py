@@ -30,7 +30,8 @@ class Implicit(Estimator):
     where that acts through the gradient.
 
     Args:
-        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)` or `Neumann(...)`.
+        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)`, `Neumann(...)` or
+            `Nystrom(...)`.
         batches: g is the mean over the last so many inner batches.
 
     Cost: T units for the inner loop, one gradient with its graph, and 2 units per product with H. Memory: the graph
@@ -39,7 +40,8 @@ class Implicit(Estimator):
     diagnostic `gradient_norm`, ‖∇g(θ_T)‖, says how far from rest it is). The solver adds its own error. Dependence on φ
     through the initial state or the learning rate does not move the solution and is not seen.
 
-    Reference: Pedregosa, ICML 2016 (CG); Lorraine et al., AISTATS 2020 (Neumann); Shen et al., NeurIPS 2024, App. B.
+    Reference: Pedregosa, ICML 2016 (CG); Lorraine et al., AISTATS 2020 (Neumann); Hataya and Yamada, AISTATS
+    2023 (Nyström); Shen et al., NeurIPS 2024, App. B.
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -59,7 +61,7 @@ class Implicit(Estimator):
         if not isinstance(self.solver, LinearSolver):
             raise TypeError(
                 f"solver is {self.solver!r} ({type(self.solver).__name__}); a solver with its settings is needed, such "
-                "as ConjugateGradient(iterations=20) or Neumann(iterations=20, step_size=0.01)"
+                "as ConjugateGradient(iterations=20), Neumann(iterations=20, step_size=0.01) or Nystrom(rank=10)"
             )
         checks.whole_number(self.batches, "batches")
 

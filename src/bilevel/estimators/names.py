@@ -21,7 +21,7 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
-from bilevel.linear_solvers import ConjugateGradient, LinearSolver, Neumann
+from bilevel.linear_solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
 
 
 def kebab(name: str) -> str:
@@ -33,7 +33,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     kebab(c.__name__): c
     for c in (Reverse, TruncatedReverse, Forward, ForwardGradient, ZerothOrder, Implicit, HessianFree, Auto)
 }
-SOLVERS: dict[str, type[LinearSolver]] = {kebab(c.__name__): c for c in (ConjugateGradient, Neumann)}
+SOLVERS: dict[str, type[LinearSolver]] = {kebab(c.__name__): c for c in (ConjugateGradient, Neumann, Nystrom)}
 VARIATES: dict[str, type[Variate]] = {kebab(c.__name__): c for c in (CoarserProblem, RunningMean)}
 
 
