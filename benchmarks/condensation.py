@@ -3,7 +3,8 @@
     python benchmarks/condensation.py
 
 Runs the preset `digits` of the task `condensation`, a process for each run, with several seeds, and writes
-`benchmarks/results/condensation.json` and `.md`. Nothing is tuned per estimator: all have the preset's settings.
+`benchmarks/results/condensation.json` and `.md`. Nothing is tuned per estimator: all have the preset's settings. Rows
+that are not run this time are kept from the last time: `--estimators` names those to run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,10 @@ ESTIMATORS = (
     "implicit(solver=neumann)",
     "implicit(solver=conjugate-gradient(damping=1.0))",
     "zeroth-order(directions=8, step_size=0.01)",
+    "forward-gradient(directions=16, control_variate=truncated-reverse(steps=10))",
+    '--phases hessian-free:100 "forward-gradient(directions=16):100"',
+    '--start real --estimator "forward-gradient(directions=16)"',
+    '--start real --estimator "forward-gradient(directions=16, control_variate=truncated-reverse(steps=10))"',
 )
 
 
@@ -48,39 +54,56 @@ class Options:
     seeds: int = 3
     """Runs of each estimator."""
     estimators: tuple[str, ...] = ESTIMATORS
-    """What to run."""
+    """What to run: an estimator, or the flags of a run."""
     name: str = "condensation"
     """Of the files in benchmarks/results."""
 
 
 def main() -> None:
     options = tyro.cli(Options)
-    rows: list[dict[str, Any]] = []
+    command = "python benchmarks/condensation.py " + shlex.join(sys.argv[1:])
+    rows = kept_rows(options)
     with bar("runs", len(options.estimators) * options.seeds) as shown:
         for estimator in options.estimators:
             runs = []
             for seed in range(options.seeds):
                 runs.append(one_run(estimator, options.outer_steps, seed))
                 shown.advance(f"{estimator}: {runs[-1]['accuracy']['condensed']['mean']:.1%}")
-            rows.append(summary(estimator, runs))
-    command = "python benchmarks/condensation.py " + " ".join(sys.argv[1:])
-    write_json(
-        RESULTS / f"{options.name}.json",
-        {"command": command.strip(), "outer_steps": options.outer_steps, "versions": rows[0]["versions"], "rows": rows},
-    )
-    write_text(RESULTS / f"{options.name}.md", as_markdown(rows, options, command.strip()))
+            rows[estimator] = {**summary(estimator, runs), "command": command.strip()}
+            write(list(rows.values()), options)
     table = Table("estimator", "condensed, %", "process time, s")
-    for row in rows:
+    for row in rows.values():
         table.add_row(row["estimator"], percent(row["condensed"]), f"{row['process_seconds']:.0f}")
     Console().print(table)
+
+
+def kept_rows(options: Options) -> dict[str, dict[str, Any]]:
+    """What earlier calls found with as many outer steps."""
+    path = RESULTS / f"{options.name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {"outer_steps": options.outer_steps, "rows": []}
+    if found["outer_steps"] != options.outer_steps:
+        raise SystemExit(f"{path} has rows with {found['outer_steps']} outer steps; give this table another --name")
+    return {row["estimator"]: row for row in found["rows"]}
+
+
+def write(rows: list[dict[str, Any]], options: Options) -> None:
+    """Both files."""
+    write_json(RESULTS / f"{options.name}.json", {"outer_steps": options.outer_steps, "rows": rows})
+    write_text(RESULTS / f"{options.name}.md", as_markdown(rows, options))
+
+
+def flags(estimator: str, outer_steps: int) -> list[str]:
+    """The flags of a run that a row of the table stands for."""
+    words = shlex.split(estimator) if estimator.startswith("--") else ["--estimator", estimator]
+    return words if "--phases" in words else [*words, "--outer-steps", str(outer_steps)]
 
 
 def one_run(estimator: str, outer_steps: int, seed: int) -> dict[str, Any]:
     """The results of one run, in a process of its own on one thread."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "bilevel", "run", "condensation", "--estimator", estimator]
-        command += ["--outer-steps", str(outer_steps), "--seed", str(seed), "--out", str(out)]
+        command = [sys.executable, "-m", "bilevel", "run", "condensation", *flags(estimator, outer_steps)]
+        command += ["--seed", str(seed), "--out", str(out)]
         before = child_seconds()
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -120,17 +143,22 @@ def percent(found: dict[str, Any]) -> str:
     return f"{100 * found['mean']:.1f} ± {100 * found['std']:.1f}"
 
 
-def as_markdown(rows: list[dict[str, Any]], options: Options, command: str) -> str:
-    """The table with the command that made it."""
+def as_markdown(rows: list[dict[str, Any]], options: Options) -> str:
+    """The table with the commands that made it."""
+    commands = dict.fromkeys(row["command"] for row in rows)
+    seeds = " or ".join(str(n) for n in sorted({len(row["condensed"]["runs"]) for row in rows}))
     lines = [
         "# Condensing digits with every estimator",
         "",
-        f"`{command}`: {options.outer_steps} outer steps, {options.seeds} seeds, one image per class; test accuracy "
+        *(f"    {command}" for command in commands),
+        "",
+        f"{options.outer_steps} outer steps, {seeds} seeds, one image per class; test accuracy "
         "in %, mean ± standard deviation over seeds (each the mean of 5 fresh networks); median process time of a run "
         f"with its evaluation, one thread. torch {rows[0]['versions']['torch']}, bilevel "
         f"{rows[0]['versions']['bilevel']}.",
         "",
-        "| estimator | condensed images | as many random real images | the whole real set | process time, s |",
+        "| estimator, or flags of the run | condensed images | as many random real images | the whole real set | "
+        "process time, s |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:

@@ -164,9 +164,9 @@ class Nystrom(LinearSolver):
         Ĥ = Y (QᵀHQ)⁻¹ Yᵀ = U Λ Uᵀ,   x = U (Λ + ρ)⁻¹ Uᵀb + (b − U Uᵀb)/ρ
 
     where Ĥ is the smallest positive semidefinite matrix that agrees with H on the columns of Q. No iteration, so no
-    step size and nothing that diverges: curvature outside of the k directions counts as ρ. How far Ĥ is off is governed by
-    the eigenvalues after the first k, so H should have few large ones, as the Hessians of networks do. At k = M it is
-    exact.
+    step size and nothing that diverges: curvature outside of the k directions counts as ρ. How far Ĥ is off is governed
+    by the eigenvalues after the first k, so H should have few large ones, as the Hessians of networks do. At k = M it
+    is exact.
 
     For H positive semidefinite. Negative curvature on the k directions is left out of Ĥ and reported; so is a residual
     above ‖b‖, which means that curvature above ρ was missed.
