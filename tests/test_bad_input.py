@@ -203,6 +203,7 @@ ARGUMENTS = [
     meta_row("meta whole numbers", lambda: torch.ones(2).long(), TypeError, "meta has dtype torch.int64", ".float()"),
     meta_row("meta booleans", lambda: {"m": torch.ones(2).bool()}, TypeError, "meta['m'] has dtype torch.bool"),
     meta_row("meta complex", lambda: torch.ones(2) * 1j, TypeError, "torch.complex128", "torch.view_as_real"),
+    meta_row("meta without values", lambda: torch.ones(2, device="meta"), ValueError, "on the meta device", "cpu"),
     meta_row("meta a generator", lambda: nn.Linear(2, 2).parameters(), TypeError, "(generator)", "tensors"),
     meta_row(
         "meta with NaN",
@@ -945,6 +946,31 @@ BROKEN = [
         {"lr": 1e308},
     ),
 ]
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_an_inner_loss_that_is_not_finite_though_its_gradient_is_zero(name: str) -> None:
+    def loss(theta: Tensor, phi: Tensor, batch: Tensor) -> Tensor:
+        return (theta - phi).square()[batch].mean()  # of nothing: NaN, with a gradient of zero
+
+    batches = [torch.arange(0)] * 3
+    fragments = ["inner_loss was nan at inner step 0 of 3", "is it empty?"]
+    error = refused(
+        bilevel.NonFiniteError, *fragments, by=lambda: call(name, descent(loss, params=START), PHI, batches)
+    )
+    assert error.inner_step == 0
+    assert torch.equal(error.last_finite_state.params, START)
+
+
+def test_a_parameter_that_is_not_finite_is_named() -> None:
+    subject = bilevel.GradientDescent(
+        lambda model, phi, batch: model(phi).square().sum() / 0,
+        lambda model, phi, batch: model(phi).sum(),
+        nn.Sequential(nn.Linear(2, 1).double()),
+        sgd(),
+    )
+    fragments = ["made state.params['0.weight'] NaN or infinite", "inner step 0 of 2"]
+    refused(bilevel.NonFiniteError, *fragments, by=lambda: bilevel.Reverse()(subject, PHI, bilevel.no_batches(2)))
 
 
 @pytest.mark.parametrize("name", EVERY)

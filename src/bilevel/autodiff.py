@@ -290,6 +290,12 @@ def named_missing_derivatives(directions: int = 1) -> Iterator[None]:
     except MissingDerivativeError:
         raise
     except (NotImplementedError, RuntimeError) as error:
+        if found := re.search(r"in-place operation \(aten::(\w+).*captured Tensor", str(error)):
+            raise ValueError(
+                f"a loss or step changes a tensor from outside in place ({found[1]}), so a step computed again would "
+                "give something else; write the new value into a tensor of its own, or, if it is the buffer of a "
+                "layer, put that layer in eval mode"
+            ) from error
         advice = _advice(error, directions)
         if advice is None:
             raise

@@ -92,6 +92,7 @@ def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
             if autodiff.has_graph(state):
                 latest = f"the one after inner step {t} does"
     if autodiff.has_graph(state):
+        require_finite_losses(run)
         return
     if latest is not None:
         fault = f"the final inner state does not depend on the meta parameters: {latest}, and a later step cuts it off"
@@ -109,6 +110,28 @@ def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
         f"{fault}; use meta in inner_loss (in a term that has params in it as well) or in step, in a setting of "
         "the optimiser, or in the initial parameters, without .detach(), .item() or torch.no_grad() on the way"
     )
+
+
+@torch.enable_grad()
+def require_finite_losses(run: InnerLoop) -> None:
+    """Raise where an inner loss is not finite though its gradient is, as the mean over an empty batch.
+
+    T units; so this is asked only where nothing but zeros came through.
+    """
+    if not isinstance(run.problem, GradientDescent):
+        return
+    state = run.start()
+    for t in range(run.steps):
+        with run.seeded_step(t):
+            loss = run.problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                f"inner_loss was {loss.item()} at inner step {t} of {run.steps} (counted from 0), with a gradient of "
+                "zero, so no hypergradient comes through; check the batch: is it empty?",
+                t,
+                state,
+            )
+        state = run.descend(state, t, t + 1)
 
 
 def _first_not_finite(name: str, tree: Tree) -> str | None:

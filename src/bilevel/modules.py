@@ -174,6 +174,7 @@ optree.register_pytree_node(
     ModuleView,  # pyright: ignore[reportArgumentType]  (optree's types ask for a Collection)
     _flatten_view,  # pyright: ignore[reportArgumentType]
     _unflatten_view,  # pyright: ignore[reportArgumentType]
+    path_entry_type=optree.MappingEntry,  # in errors: params['0.weight']
     namespace=NAMESPACE,
 )
 
@@ -249,7 +250,8 @@ def left_as_they_were(*places: Tree) -> Iterator[None]:
     """Inside, the modules behind views may be switched with `train()` and `eval()`; on leaving, they are switched back.
 
     Steps are computed more than once, in any order, so nothing that a loss does to its modules may reach beyond it.
-    A buffer that was changed in place cannot be put back when it took part in a derivative; that is an error.
+    A buffer that was changed in place cannot be put back when it took part in a derivative; that is an error, and so is
+    one that was replaced, since a module that remembers means it to last.
     """
     layers = [layer for place in places for module in modules_in(place) for layer in module.modules()]
     modes = [(layer, layer.training) for layer in layers]
@@ -265,12 +267,15 @@ def left_as_they_were(*places: Tree) -> Iterator[None]:
         for layer, training in modes:
             if layer.training != training:
                 layer.training = training
-    for layer, name, buffer, version in versions:
-        if buffer._version != version:
-            raise ValueError(
-                f"{type(layer).__name__} changed its buffer {name!r} in place while a loss was computed, so a step "
-                "computed again would give something else; put that layer in eval mode, or take one without such memory"
-            )
+        replaced = [(layer, name) for layer, name, buffer, _ in versions if layer._buffers.get(name) is not buffer]
+        for layer, name, buffer, _ in versions:
+            layer._buffers[name] = buffer
+    changed = [(layer, name, " in place") for layer, name, buffer, version in versions if buffer._version != version]
+    for layer, name, how in [*changed, *((layer, name, "") for layer, name in replaced)]:
+        raise ValueError(
+            f"{type(layer).__name__} changed its buffer {name!r}{how} while a loss was computed, so a step "
+            "computed again would give something else; put that layer in eval mode, or take one without such memory"
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, checks, trees
+from bilevel import autodiff, checks, diagnosis, trees
 from bilevel.errors import NoDependenceError, NonFiniteError
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
 from bilevel.linear_solvers import ConjugateGradient, LinearSolver
@@ -88,9 +88,9 @@ class Implicit(Estimator):
                 "second derivative of inner_loss overflows or is undefined at the final state",
                 last_finite_state=state,
             )
+        grad = subtract_mixed_product(run, problem, state, c, jacobian, solution.x)
         if not solution.converged:
             warnings.warn(f"Implicit: {solution.message}", stacklevel=3)  # where the estimator was called
-        grad = subtract_mixed_product(run, problem, state, c, jacobian, solution.x)
         diagnostics = {
             "solver_iterations": float(solution.iterations),
             "solver_residual": solution.residual,
@@ -125,6 +125,8 @@ def subtract_mixed_product(
     mixed = jacobian(vector, of=[1], keep=False)[0]
     if all(part is None for part in mixed):
         _require_dependence_of_loss(run, problem, state)
+    if not any(part is not None and bool(part.any()) for part in mixed):
+        diagnosis.require_finite_losses(run)
     return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta), strict=True)]
 
 

@@ -64,10 +64,10 @@ class Reverse(Estimator):
     product: Product | Literal["auto"] = "reverse"
 
     def __post_init__(self) -> None:
+        checkpointing.check(self.checkpoints)
         checks.one_of(self.product, "product", ("reverse", "mixed", "auto"))
         if self.checkpoints == "graph" and self.product != "reverse":
             raise ValueError(f'product={self.product!r} goes back step by step, and checkpoints="graph" does not')
-        checkpointing.check(self.checkpoints)
         if self.offload is not None:
             checks.one_of(self.offload, "offload", OFFLOADS)
             if self.checkpoints == "graph":
