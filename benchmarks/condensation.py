@@ -39,9 +39,9 @@ ESTIMATORS = (
     "implicit(solver=conjugate-gradient(damping=1.0))",
     "zeroth-order(directions=8, step_size=0.01)",
     "forward-gradient(directions=16, control_variate=truncated-reverse(steps=10))",
-    '--phases hessian-free:100 "forward-gradient(directions=16):100"',
-    '--start real --estimator "forward-gradient(directions=16)"',
-    '--start real --estimator "forward-gradient(directions=16, control_variate=truncated-reverse(steps=10))"',
+    "hessian-free:100 then forward-gradient(directions=16):100",
+    "forward-gradient(directions=16) --start real",
+    "forward-gradient(directions=16, control_variate=truncated-reverse(steps=10)) --start real",
 )
 
 
@@ -54,7 +54,7 @@ class Options:
     seeds: int = 3
     """Runs of each estimator."""
     estimators: tuple[str, ...] = ESTIMATORS
-    """What to run: an estimator, or the flags of a run."""
+    """What to run: an estimator, or phases with `then` between them; further flags of the run may follow."""
     name: str = "condensation"
     """Of the files in benchmarks/results."""
 
@@ -94,8 +94,12 @@ def write(rows: list[dict[str, Any]], options: Options) -> None:
 
 def flags(estimator: str, outer_steps: int) -> list[str]:
     """The flags of a run that a row of the table stands for."""
-    words = shlex.split(estimator) if estimator.startswith("--") else ["--estimator", estimator]
-    return words if "--phases" in words else [*words, "--outer-steps", str(outer_steps)]
+    method, *others = estimator.split(" --")
+    phases = method.split(" then ")
+    further = [word for other in others for word in f"--{other}".split()]
+    if len(phases) > 1:
+        return ["--phases", *phases, *further]
+    return ["--estimator", method, "--outer-steps", str(outer_steps), *further]
 
 
 def one_run(estimator: str, outer_steps: int, seed: int) -> dict[str, Any]:
@@ -157,8 +161,7 @@ def as_markdown(rows: list[dict[str, Any]], options: Options) -> str:
         f"with its evaluation, one thread. torch {rows[0]['versions']['torch']}, bilevel "
         f"{rows[0]['versions']['bilevel']}.",
         "",
-        "| estimator, or flags of the run | condensed images | as many random real images | the whole real set | "
-        "process time, s |",
+        "| run | condensed images | as many random real images | the whole real set | process time, s |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:

@@ -46,8 +46,6 @@ def meta_parameters(meta: Tree) -> None:
         if not leaf.is_floating_point():
             instead = "pass torch.view_as_real(...)" if leaf.is_complex() else "write .float()"
             raise TypeError(f"{name} has dtype {leaf.dtype}; meta parameters must be real floating point: {instead}")
-        if leaf.is_meta:
-            raise ValueError(f"{name} is on the meta device, where tensors have no values; make it on cpu or a GPU")
     if not trees.size(meta):
         raise ValueError(
             f"meta is {meta!r}, without a single number to differentiate with respect to; pass a floating-point "
@@ -58,6 +56,8 @@ def meta_parameters(meta: Tree) -> None:
 def finite(meta: Tree) -> None:
     """No meta parameter is NaN or infinite."""
     for name, leaf in trees.named_leaves(meta, "meta"):
+        if leaf.is_meta:
+            raise ValueError(f"{name} is on the meta device, where tensors have no values; make it on cpu or a GPU")
         if not bool(torch.isfinite(leaf).all()):
             raise NonFiniteError(
                 f"{name} holds NaN or infinity before the first inner step; if it did not at the start, an earlier "
