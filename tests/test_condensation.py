@@ -439,6 +439,30 @@ def test_steps_of_the_trainings_that_judge() -> None:
     assert few(inner_steps=9) != few(inner_steps=2)
 
 
+# -- what is reported --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("condensed", "words"),
+    [
+        (0.8, "10.0 points better than as many random real ones."),
+        (0.45, "25.0 points worse"),
+        (0.7, "0.0 points worse"),
+    ],
+)
+def test_the_report_says_whether_the_images_were_worth_learning(
+    condensed: float, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "std": 0.0, "runs": [mean]}
+
+    monkeypatch.setattr("bilevel.tasks.condensation.task.read_json", lambda path: {"ipc": 1})
+    monkeypatch.setattr("bilevel.tasks.condensation.task.load_images", lambda folder: torch.zeros(3, *SHAPE))
+    accuracy = {"condensed": found(condensed), "random_real": found(0.7), "whole_set": found(0.9)}
+    first, *_ = CondensationTask().sections(tmp_path, {"accuracy": accuracy})
+    assert words in first.words
+
+
 # -- what is recorded --------------------------------------------------------------------------------------------------
 
 

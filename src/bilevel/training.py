@@ -116,7 +116,7 @@ def fit(
                     record.save()
                 shown.advance(
                     f"outer loss {step.row['outer_loss']:.4g}",
-                    f"phase {step.row['phase'] + 1} of {len(phases)}",
+                    f"phase {step.row['phase'] + 1} of {len(phases)}" if len(phases) > 1 else None,
                     loop.total_steps,
                 )
     except BaseException as error:

@@ -47,7 +47,7 @@ class RunOptions:
     out: Path | None = None
     """Folder for the results; runs/TASK by default."""
     resume: bool = False
-    """Go on from the folder's checkpoint."""
+    """Go on from the folder's checkpoint; start if there is none."""
     data_dir: Path | None = None
     """Folder with the data files, for presets that need any."""
     checkpoint_every: int = 50
@@ -162,7 +162,9 @@ def write_report(task: Task[Any], folder: Path) -> Path:
         report.curves(rows, config["phases"]),
         report.settings({**config, **{f"version of {k}": v for k, v in results["versions"].items()}}),
     ]
-    subtitle = f"{len(rows)} outer steps, seed {config['seed']}: {', then '.join(config['phases'])}"
+    subtitle = (
+        f"Task: {task.summary}. {len(rows)} outer steps, seed {config['seed']}: {', then '.join(config['phases'])}"
+    )
     report.write(folder / REPORT, f"bilevel: {task.name}", subtitle, headline, sections)
     return folder / REPORT
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from bilevel import randomness
 from bilevel.progress import bar
 from bilevel.tasks.condensation.config import Condensation
+from bilevel.tasks.condensation.pictures import NAMES
 from bilevel.tasks.condensation.problem import condensed_labels, network, random_real_images
 from bilevel.tasks.image_data import LabelledImages
 
@@ -57,7 +58,7 @@ def accuracies(
             runs = []
             for number in range(config.evaluation_runs):
                 runs.append(trial(number))
-                shown.advance(f"{name} {runs[-1]:.1%}")
+                shown.advance(f"{NAMES[name]}: {runs[-1]:.1%}")
             results[name] = {
                 "mean": statistics.fmean(runs),
                 "std": statistics.stdev(runs) if len(runs) > 1 else 0.0,

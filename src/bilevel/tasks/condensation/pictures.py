@@ -12,13 +12,15 @@ from bilevel import report
 
 
 def over_time(snapshots: Sequence[tuple[int, Tensor]], ipc: int) -> str:
-    """The first image of every class (a column each) at several outer steps (a row each)."""
+    """The first image of every class (a column each, under its number) at several outer steps (a row each)."""
     rows, columns = len(snapshots), len(snapshots[0][1]) // ipc
     fig, axes = report.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows + 0.2), squeeze=False)
     for row, (step, images) in enumerate(snapshots):
         for column in range(columns):
             axis = axes[row, column]
             _show(axis, images[column * ipc])
+            if row == 0:
+                axis.set_title(str(column), fontsize=9)
             if column == 0:
                 axis.set_ylabel(f"step {step}", rotation=0, ha="right", va="center", fontsize=9)
     fig.subplots_adjust(wspace=0.08, hspace=0.08)
@@ -32,6 +34,8 @@ def final(images: Tensor, ipc: int) -> str:
     for row in range(rows):
         for column in range(columns):
             _show(axes[row, column], images[column * ipc + row])
+            if row == 0:
+                axes[row, column].set_title(str(column), fontsize=9)
     fig.subplots_adjust(wspace=0.08, hspace=0.08)
     return report.as_picture(fig)
 

@@ -96,14 +96,15 @@ class CondensationTask(Task[Condensation]):
         sections = [
             Section(
                 "Test accuracy",
-                "Fresh networks trained on these images alone, judged on real test images. Mean ± standard deviation.",
+                "Fresh networks trained on these images alone, judged on real test images. Mean ± standard deviation. "
+                + _verdict(accuracy),
                 pictures.accuracies(accuracy),
                 ("trained on", "test accuracy, %", "each run"),
                 rows,
             ),
             Section(
                 "Condensed images over the outer steps",
-                "One column per class. They are made to train a network well, not to look like digits.",
+                "One column per class. They are made to train a network well, not to look like real images.",
                 pictures.over_time(sorted(snapshots.items()), ipc),
             ),
         ]
@@ -115,6 +116,18 @@ class CondensationTask(Task[Condensation]):
 def _percent(found: Mapping[str, Any]) -> str:
     spread = f" ± {100 * found['std']:.1f}" if len(found["runs"]) > 1 else ""
     return f"{100 * found['mean']:.1f}{spread}"
+
+
+def _verdict(accuracy: Mapping[str, Any]) -> str:
+    """Whether the condensed images were worth learning, said plainly where they were not."""
+    gain = 100 * (accuracy["condensed"]["mean"] - accuracy["random_real"]["mean"])
+    if gain > 0:
+        return f"Condensed images are {gain:.1f} points better than as many random real ones."
+    return (
+        f"Condensed images are {-gain:.1f} points worse than as many random real ones: this estimator has not found "
+        "better images in these outer steps. The curves below tell whether it was still descending, and, where random "
+        "directions were drawn, how much of its estimates was noise."
+    )
 
 
 def _all_images(images: torch.Tensor, ipc: int) -> Section:
