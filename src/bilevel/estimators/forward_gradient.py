@@ -11,7 +11,7 @@ from bilevel import autodiff, checks, trees
 from bilevel import directions as random_directions
 from bilevel.differences import push_forward_by_differences
 from bilevel.directions import Directions
-from bilevel.estimators import control_variates
+from bilevel.estimators import carried, control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
 from bilevel.modules import modules_in
@@ -44,6 +44,9 @@ class ForwardGradient(Estimator):
         support: `"touched"` restricts the directions to entries that the inner loop depends on at all (weights of
             examples that came up in a mini-batch), found with about 3T units; N is then their number.
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.
+        carry: for streams (`fit(..., stream=True)`, or `carried=` in a call): `"tangents"` go on from one window of
+            inner steps to the next along the same directions, or `"fresh"` directions join them in each window. See
+            `bilevel.estimators.carried` for what is unbiased then.
 
     Cost: (1 + 2b)·T units, and T more for every further chunk; up to twice that where layers are large and batches
     small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size states and the activations
@@ -76,6 +79,7 @@ class ForwardGradient(Estimator):
     tangents: Literal["exact", "difference"] = "exact"
     support: Literal["all", "touched"] = "all"
     draw: int = 0
+    carry: Literal["nothing", "tangents", "fresh"] = "nothing"
 
     def __post_init__(self) -> None:
         checks.whole_number(self.directions, "directions")
@@ -85,8 +89,20 @@ class ForwardGradient(Estimator):
             checks.whole_number(self.chunk_size, "chunk_size")
         checks.one_of(self.tangents, "tangents", ("exact", "difference"))
         checks.one_of(self.support, "support", ("all", "touched"))
+        checks.one_of(self.carry, "carry", ("nothing", "tangents", "fresh"))
+        self._require_carriable()
         if control_variates.as_tuple(self.control_variate) and self.directions == 1:
             raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
+
+    def _require_carriable(self) -> None:
+        for name, plain in (("chunk_size", None), ("support", "all")):
+            if self.carry != "nothing" and getattr(self, name) != plain:
+                raise ValueError(f"carry={self.carry!r} keeps all tangents of all entries: leave {name}={plain!r}")
+        if self.carry == "fresh" and (self.control_variate is not None or self.distribution not in carried.SYMMETRIC):
+            raise ValueError(
+                f'carry="fresh" takes no control_variate, and independent directions ({", ".join(carried.SYMMETRIC)}); '
+                'carry="tangents" takes any'
+            )
 
     @property
     def first_order(self) -> bool:
@@ -94,6 +110,8 @@ class ForwardGradient(Estimator):
         return self.tangents == "difference"
 
     def _estimate(self, run: Unroll) -> Estimate:
+        if self.carry != "nothing":
+            return carried.estimate(self, run)
         count, chunk = self.directions, self.chunk_size or self.directions
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
             support = touched(run) if self.support == "touched" else None
