@@ -10,8 +10,8 @@ them. Writes `benchmarks/results/variance.json` and `.md`, and `docs/pictures/eq
 from __future__ import annotations
 
 import itertools
+import json
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from bilevel.estimators.control_variates import ControlVariate
 from bilevel.files import write_json, write_text
 from bilevel.progress import bar
 from bilevel.tasks import image_data
+from bilevel.tasks.cleaning.problem import setup as cleaning_setup
+from bilevel.tasks.cleaning.task import CleaningTask
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.problem import setup
 
@@ -42,6 +44,10 @@ class Options:
 
     repeats: int = 12
     """Draws of directions for each estimator."""
+    problems: tuple[str, ...] = ("condensation", "noisy_labels_digits", "learning_rates")
+    """What to measure; the results of others stay as they are. There is `noisy_labels_mnist` too, with --data-dir."""
+    data_dir: Path | None = None
+    """Folder with the idx files of MNIST."""
 
 
 def condensation() -> Point:
@@ -58,25 +64,11 @@ def _network(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def noisy_labels() -> Point:
-    """A weight for each of 500 digits, 40 % of them with a wrong label: N = 500, T = 100, SGD."""
-    data = image_data.digits()
-    torch.manual_seed(1)
-    images, labels = data.train_images[:500].flatten(1), data.train_labels[:500].clone()
-    wrong = torch.rand(500) < 0.4
-    labels[wrong] = (labels[wrong] + torch.randint(1, 10, (int(wrong.sum()),))) % 10
-    clean, truth = data.train_images[500:800].flatten(1), data.train_labels[500:800]
-
-    def inner_loss(model: Any, weights: torch.Tensor, batch: None) -> torch.Tensor:
-        return (weights.sigmoid() * cross_entropy(model(images), labels, reduction="none")).mean()
-
-    problem = bilevel.GradientDescent(
-        inner_loss,
-        lambda model, weights, batch: cross_entropy(model(clean), truth),
-        _network(64, 32, 10),
-        bilevel.optimizer(torch.optim.SGD, lr=0.2, momentum=0.9),
-    )
-    return problem, torch.zeros(500), bilevel.no_batches(100), None
+def noisy_labels(name: image_data.DataName, data_dir: Path | None) -> Point:
+    """A weight for every training example, as `bilevel run cleaning` has them: 1000 digits, T = 100; or 5000 of MNIST."""
+    config = CleaningTask.presets[name].config
+    made = cleaning_setup(config, image_data.load(name, data_dir), 0)
+    return made.problem, made.meta, made.inner_batches_of(0), None
 
 
 def learning_rates() -> Point:
@@ -99,10 +91,11 @@ def learning_rates() -> Point:
     return problem, torch.full((12,), 0.1).log(), chosen, None
 
 
-PROBLEMS: dict[str, tuple[Callable[[], Point], int]] = {
-    "condensation": (condensation, 41),
-    "noisy_labels": (noisy_labels, 41),
-    "learning_rates": (learning_rates, 13),
+PROBLEMS: dict[str, tuple[Callable[[Path | None], Point], int]] = {
+    "condensation": (lambda data_dir: condensation(), 41),
+    "noisy_labels_digits": (lambda data_dir: noisy_labels("digits", data_dir), 41),
+    "noisy_labels_mnist": (lambda data_dir: noisy_labels("mnist", data_dir), 41),
+    "learning_rates": (lambda data_dir: learning_rates(), 13),
 }
 """With the budget of each, in inner loops."""
 
@@ -133,31 +126,39 @@ def estimators(budget: int, steps: int, meta: torch.Tensor, implicit: bool) -> l
 def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    pages = [
-        "# Relative squared error at equal units",
-        "",
-        f"`python benchmarks/variance.py {' '.join(sys.argv[1:])}`: {options.repeats} draws, ± 95 % intervals, one "
-        f"thread, torch {torch.__version__}, python {platform.python_version()}. Gain: over plain Rademacher "
-        "directions with the whole budget; in the last column per measured unit, "
-        "plain estimates getting better as 1/units.",
-    ]
-    with bar("problems", len(PROBLEMS)) as shown:
-        for name, (make, budget) in PROBLEMS.items():
-            problem, meta, inner, outer = make()
+    stored = ROOT / "results" / "variance.json"
+    found: dict[str, Any] = json.loads(stored.read_text())["problems"] if stored.exists() else {}
+    with bar("problems", len(options.problems)) as shown:
+        for name in options.problems:
+            make, budget = PROBLEMS[name]
+            problem, meta, inner, outer = make(options.data_dir)
             wanted = estimators(budget, len(inner), meta, name != "learning_rates")
             rows = comparison.compare(problem, meta, inner, outer, estimators=wanted, repeats=options.repeats)
-            found[name] = comparison.as_dicts(rows)
-            pages += [
-                "",
-                f"## {name}: N = {meta.numel()}, T = {len(inner)}, budget {budget} inner loops",
-                "",
-                *table(rows),
-            ]
+            found[name] = {
+                "sizes": f"N = {meta.numel()}, T = {len(inner)}, budget {budget} inner loops, {options.repeats} draws",
+                "rows": comparison.as_dicts(rows),
+            }
             comparison_plot.write(ROOT.parent / "docs" / "pictures" / f"equal_compute_{name}.png", rows, name)
             shown.advance(name)
-    write_json(ROOT / "results" / "variance.json", {"torch": torch.__version__, "problems": found})
-    write_text(ROOT / "results" / "variance.md", "\n".join(pages) + "\n")
+    write_json(stored, {"torch": torch.__version__, "problems": found})
+    write_text(ROOT / "results" / "variance.md", page(found))
+
+
+def page(found: dict[str, Any]) -> str:
+    """All results, in markdown."""
+    lines = [
+        "# Relative squared error at equal units",
+        "",
+        "`python benchmarks/variance.py`, and for MNIST `--problems noisy_labels_mnist --data-dir FOLDER`: ± 95 % "
+        f"intervals, one thread, torch {torch.__version__}, python {platform.python_version()}. Gain: over plain "
+        "Rademacher directions with the whole budget; in the last column per measured unit, plain estimates getting "
+        "better as 1/units.",
+    ]
+    for name in PROBLEMS:
+        if name in found:
+            rows = [bilevel.Compared(**row) for row in found[name]["rows"]]
+            lines += ["", f"## {name}: {found[name]['sizes']}", "", *table(rows)]
+    return "\n".join(lines) + "\n"
 
 
 def table(rows: list[bilevel.Compared]) -> list[str]:

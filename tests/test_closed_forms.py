@@ -70,6 +70,9 @@ EXACT: dict[str, Callable[[ClosedForm], bilevel.Estimator]] = {
     "Forward, chunks": lambda case: Forward(chunk_size=2),
     "TruncatedReverse, T": lambda case: TruncatedReverse(case.T),
     "ForwardGradient, N coordinates": lambda case: ForwardGradient(case.N, "coordinate"),
+    "ForwardGradient, N coordinates, shared steps": lambda case: ForwardGradient(
+        case.N, "coordinate", chunk_size=2, tangents="shared" if case.stationarity else "exact"
+    ),
     "ForwardGradient, N coordinates, chunks": lambda case: ForwardGradient(case.N, "coordinate", chunk_size=3),
 }
 

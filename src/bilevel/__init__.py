@@ -28,6 +28,7 @@ from bilevel.estimators import (
     ZerothOrder,
 )
 from bilevel.estimators.control_variates import CoarserProblem, Constant, RunningMean
+from bilevel.inner_loop import Carried
 from bilevel.linear_solvers import ConjugateGradient, Neumann, Nystrom
 from bilevel.modules import ModuleView
 from bilevel.optim import Optimizer, optimizer
@@ -42,6 +43,7 @@ __all__ = [
     "Auto",
     "BilevelError",
     "BlackBox",
+    "Carried",
     "CheckpointError",
     "CoarserProblem",
     "Compared",

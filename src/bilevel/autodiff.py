@@ -157,6 +157,29 @@ class Transpose:
             found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=keep))
         return [[next(found) for _ in group] for group in groups]
 
+    def many(self, cotangents: Sequence[Tensor], of: Sequence[int]) -> list[list[Tensor]]:
+        """The same for k cotangents at once, `[k, *leaf.shape]` each; the graph stays, and zeros are filled in."""
+        groups = [self._inputs[i] for i in of]
+        wanted = [t for group in groups for t in group]
+        count = len(cotangents[0])
+        pairs = [(o, c) for o, c in zip(self._outputs, cotangents, strict=True) if o.requires_grad]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if pairs and wanted:
+            outputs, weights = zip(*pairs, strict=True)
+            single = count == 1
+            with named_missing_derivatives(count):
+                given = torch.autograd.grad(
+                    outputs,
+                    wanted,
+                    [w[0] if single else w for w in weights],
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=not single,
+                )
+            found = [None if g is None else g.unsqueeze(0) if single else g for g in given]
+        filled = iter(t.new_zeros(count, *t.shape) if g is None else g for g, t in zip(found, wanted, strict=True))
+        return [[next(filled).detach() for _ in group] for group in groups]
+
 
 def pull_back(
     function: Callable[..., Tree], arguments: Sequence[Tree], cotangents: Sequence[Tensor | None] | None = None

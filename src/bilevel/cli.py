@@ -168,7 +168,7 @@ def _compare(rest: list[str]) -> None:
     console.print(_comparison_table(rows, point if inner_batches is None else f"{point}, T = {len(inner_batches)}"))
     console.print(
         "relative error: ‖estimate − exact‖/‖exact‖; standard error: what the estimator expects of itself, likewise "
-        "relative; units: process time over that of the inner loop alone. Times are the best of up to three.",
+        "relative; ±: 95 % intervals, from --repeats 3 on; units: process time over that of the inner loop alone. Times are the best of up to three.",
         style="dim",
     )
 
@@ -184,7 +184,7 @@ def _comparison_table(rows: Sequence[comparison.Compared], title: str) -> Table:
     for row in rows:
         table.add_row(
             row.estimator,
-            f"{row.relative_error:.3g}",
+            _with_interval(row, "relative_error"),
             _with_interval(row, "squared_bias"),
             _with_interval(row, "variance"),
             _with_interval(row, "cosine"),

@@ -38,8 +38,8 @@ class Compared:
     standard_error: float | None
     """As the estimator itself reports it: the root mean square over the draws."""
     half_widths: dict[str, float]
-    """Of the 95 % confidence intervals (jackknife over the draws) of `squared_error`, `squared_bias`, `variance` and
-    `cosine`; empty for a single draw."""
+    """Of the 95 % confidence intervals (jackknife over the draws) of `relative_error`, `squared_error`, its square,
+    `squared_bias`, `variance` and `cosine`; empty for fewer than three draws."""
     units: float
     """Process time over that of the inner loop alone, run plainly. Times are the best of up to three."""
     seconds: float
@@ -149,7 +149,7 @@ def _compared(
     return Compared(
         estimator=name,
         repeats=len(found),
-        relative_error=values["squared_error"] ** 0.5,
+        relative_error=values["relative_error"],
         squared_bias=values.get("squared_bias"),
         variance=values.get("variance"),
         cosine=values["cosine"],
@@ -168,7 +168,7 @@ def _flat(tree: Any) -> np.ndarray:
 def _statistics(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
     """From the inner products e_r · e_s of the errors `[R, R]`: those of different draws have the mean ‖bias‖²."""
     count, own = len(products), float(np.trace(products)) / len(products)
-    found = {"squared_error": own, "cosine": float(cosines.mean())}
+    found = {"squared_error": own, "relative_error": max(own, 0.0) ** 0.5, "cosine": float(cosines.mean())}
     if count > 1:
         bias = float(products.sum() - np.trace(products)) / (count * (count - 1))
         found |= {"squared_bias": bias, "variance": own - bias}

@@ -30,17 +30,32 @@ def push_forward_by_differences(run: Unroll, directions: list[Tensor]) -> Slopes
     For a `GradientDescent` gradients are differenced; for a `Problem` whole steps. The slope of the outer loss comes
     from its own first-order gradient, exactly. 1 + 2k units a step for k directions.
     """
-    count = len(directions[0])
-    vectors = [[v[i] for v in directions] for i in range(count)]
+    vectors = _one_by_one(directions)
     state = run.start()
     tangents = [_difference(lambda _, meta: run.init(meta), state, run.meta, ([], v)) for v in vectors]
+    return push_on_by_differences(run, autodiff.Pushed(state, _stacked(tangents)), directions)[0]
+
+
+def push_on_by_differences(
+    run: Unroll, pushed: autodiff.Pushed, directions: list[Tensor]
+) -> tuple[Slopes, list[Tensor]]:
+    """What `Unroll.push_on` gives: the same from a given state and its tangents."""
+    vectors, state, tangents = _one_by_one(directions), pushed.value, _one_by_one(pushed.tangents)
     for t in range(run.steps):
         push = _push_descent if isinstance(run.problem, GradientDescent) else _push_step
         state, tangents = push(run, t, state, list(zip(tangents, vectors, strict=True)))
     value, d, c = _outer_gradients(run, state)
     slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
     moved = any(bool(part.any()) for y in tangents for part in y)
-    return Slopes(value, state, torch.stack(slopes), moved)
+    return Slopes(value, state, torch.stack(slopes), moved), _stacked(tangents)
+
+
+def _one_by_one(tensors: list[Tensor]) -> list[list[Tensor]]:
+    return [list(each) for each in zip(*tensors, strict=True)]
+
+
+def _stacked(tangents: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.stack(leaves) for leaves in zip(*tangents, strict=True)]
 
 
 def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -20,6 +20,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """Where one window of an inner loop ended, for the next to go on from. Part of every `Estimate`."""
+
+    state: Tree
+    """The inner state at the border."""
+    steps: int
+    """Inner steps taken until there since the history began."""
+    tangents: list[Tensor] | None = None
+    """Of the state along b directions, `[b, *leaf.shape]`; `None` if nothing is known of how it came to depend on φ:
+    a history of tangents then begins at this state, with zeros."""
+    labels: list[Tensor] | None = None
+    """What the tangents' slopes multiply, `[b, *leaf.shape]` for each leaf of φ, if not the directions themselves."""
+    first_norm: float = 0.0
+    """Length of the first window's tangents, with labels."""
+
+
+@dataclass(frozen=True)
 class InnerLoop:
     """A problem, a point φ, the batches and the seed. Every method may be called again, and again gives the same
     numbers.
@@ -30,6 +47,8 @@ class InnerLoop:
     inner_batches: Batches
     outer_batch: Any
     seed: int
+    carried: Carried | None = None
+    """The window before, if this is not the first one of its history."""
 
     @property
     def steps(self) -> int:
@@ -41,10 +60,17 @@ class InnerLoop:
         """N, the number of meta parameters."""
         return trees.size(self.meta)
 
+    @property
+    def first_step(self) -> int:
+        """The number of this window's first step in its history."""
+        return 0 if self.carried is None else self.carried.steps
+
     # -- the three functions of the problem, seeded ------------------------------------------------------------
 
     def init(self, meta: Tree) -> Tree:
-        """θ_0, or the whole solve of a black box."""
+        """θ_0, or where the window before ended (a constant then), or the whole solve of a black box."""
+        if self.carried is not None:
+            return self.carried.state
         start = self.problem.solve if isinstance(self.problem, BlackBox) else self.problem.init
         with randomness.torch_seeded(self.seed, randomness.INIT):
             return start(meta)
@@ -62,8 +88,8 @@ class InnerLoop:
         return after
 
     def seeded_step(self, t: int) -> AbstractContextManager[None]:
-        """Inside, torch draws the random numbers of inner step t."""
-        return randomness.torch_seeded(self.seed, randomness.STEP, t)
+        """Inside, torch draws the random numbers of inner step t of this window."""
+        return randomness.torch_seeded(self.seed, randomness.STEP, self.first_step + t)
 
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
         """The outer loss at a state."""

@@ -7,7 +7,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from bilevel import modules, randomness, trees
 from bilevel.errors import NonFiniteError
 from bilevel.estimators import Estimate, Estimator, control_variates
+from bilevel.inner_loop import Carried
 from bilevel.metrics import Row
 from bilevel.optim import Optimizer
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.trees import Tree
+from bilevel.unroll import unroll
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class OuterLoop:
     phases: list[Phase]
     optimizer: Optimizer
     project: Callable[[Any], Any] | None
+    stream: bool = False
     outer_step: int = 0
     phase: int = 0
     phase_step: int = 0
@@ -112,6 +115,8 @@ class OuterLoop:
     past: list[Tensor] | None = None
     """The exponential mean of past estimates, if a phase has `RunningMean` as a control variate."""
     past_weight: float = 0.0
+    carried: Carried | None = None
+    """In a stream, where its inner loop has got to."""
     parameters: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -177,13 +182,18 @@ class OuterLoop:
     def _estimate(self, phase: Phase, number: int) -> Estimate:
         draw = self.draws + number
         inner, outer = batches_of(self.inner_batches, draw), batch_of(self.outer_batch, draw)
-        seed = randomness.derive(self.seed, randomness.DRAW, self.outer_step, number)
+        place = (0, 0) if self.stream else (self.outer_step, number)  # a stream is one history, with one seed
+        seed = randomness.derive(self.seed, randomness.DRAW, *place)
+        estimator = self._with_past(phase.estimator)
         try:
-            return self._with_past(phase.estimator)(self.problem, self.meta_tree(), inner, outer, seed)
+            found = estimator(self.problem, self.meta_tree(), inner, outer, seed, self.carried)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"outer step {self.outer_step}: {error}", error.inner_step, error.last_finite_state
             ) from error
+        if self.stream:
+            self.carried = found.carried
+        return found
 
     def _with_past(self, estimator: Estimator) -> Estimator:
         past = None if self.past is None else [mean / self.past_weight for mean in self.past]
@@ -275,6 +285,7 @@ class OuterLoop:
             "optimizer": _without_addresses(self.optimizer),
             "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
             "config": dict(config),
+            **({"stream": True} if self.stream else {}),
         }
 
     def state(self) -> dict[str, Any]:
@@ -285,6 +296,7 @@ class OuterLoop:
                 "optimizer": self.torch_optimizer.state_dict(),
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "past": self.past,
+                "carried": None if self.carried is None else _as_dict(self.carried),
                 "counters": {name: getattr(self, name) for name in _COUNTERS},
             }
         )
@@ -306,8 +318,23 @@ class OuterLoop:
         self.past = state["past"]
         if self.past is not None:
             self.past = [mean.to(p.device) for mean, p in zip(self.past, self.parameters, strict=True)]
+        self.carried = None if state["carried"] is None else self._carried_from(state["carried"])
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
+
+
+    def _carried_from(self, stored: Mapping[str, Any]) -> Carried:
+        """What `_as_dict` made, in the form and on the devices of this problem's inner states."""
+        inner, outer = batches_of(self.inner_batches, self.draws), batch_of(self.outer_batch, self.draws)
+        like, spec = trees.flatten(unroll(self.problem, self.meta_tree(), inner, outer, self.seed).start())
+
+        def placed(leaves: Sequence[Any], places: Sequence[Any]) -> list[Any]:
+            return [x.to(y.device) if isinstance(x, Tensor) else x for x, y in zip(leaves, places, strict=True)]
+
+        state = trees.unflatten(spec, placed(stored["state"], like))
+        parts = ("tangents", trees.split(state).differentiable), ("labels", self.parameters)
+        kept = {name: None if stored[name] is None else placed(stored[name], places) for name, places in parts}
+        return Carried(state, stored["steps"], first_norm=stored["first_norm"], **kept)
 
 
 _PROGRESS = ("outer_step", "phase", "phase_step", "draws", "best", "stalled", "seconds")
@@ -321,6 +348,11 @@ def _pooled(errors: Sequence[float | None]) -> float | None:
     """The standard error of a mean of independent estimates, from theirs."""
     known = [error for error in errors if error is not None]
     return sum(error**2 for error in known) ** 0.5 / len(known) if len(known) == len(errors) else None
+
+
+def _as_dict(carried: Carried) -> dict[str, Any]:
+    """For a checkpoint: the leaves of the state instead of its tree, which the problem can make again."""
+    return {**{f.name: getattr(carried, f.name) for f in fields(carried)}, "state": trees.leaves(carried.state)}
 
 
 def _shapes(tree: Tree) -> dict[str, Any]:

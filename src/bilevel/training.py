@@ -41,6 +41,7 @@ def fit(
     phases: Sequence[Phase],
     optimizer: Optimizer | None = None,
     project: Callable[[Any], Any] | None = None,
+    stream: bool = False,
     callbacks: Sequence[Callable[[OuterStep], None]] = (),
     out: str | Path | None = None,
     resume: bool = False,
@@ -63,6 +64,9 @@ def fit(
         optimizer: the outer optimiser, `bilevel.optimizer(torch.optim.Adam, lr=1e-2)` by default. Its schedule
             advances once per outer step.
         project: maps the meta parameters to the nearest allowed ones after each step: `lambda x: x.clamp(0, 1)`.
+        stream: the inner loop is one long history, of which every estimate takes the next T steps: it goes on from the
+            state where the one before ended, instead of from the start. Estimators see their own window alone, with
+            that state as a constant, but for `ForwardGradient(..., carry=...)`, whose tangents go on as well.
         callbacks: called after each outer step.
         out: a folder for `metrics.jsonl`, `checkpoint.safetensors` and TensorBoard events.
         resume: go on from the checkpoint in `out` (or start, if there is none); the numbers that follow are those of a
@@ -99,11 +103,13 @@ def fit(
     randomness.check_seed(seed)
     if out is None and (resume or tensorboard):
         raise ValueError("resume=True and tensorboard=True need out=FOLDER")
+    if stream and isinstance(problem, BlackBox):
+        raise ValueError("stream=True needs inner steps to go on with, and a BlackBox solves from the beginning")
     if optimizer is None:
         optimizer = make_optimizer(torch.optim.Adam, lr=1e-2)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
-    loop = OuterLoop(problem, meta, inner_batches, outer_batch, seed, list(phases), optimizer, project)
+    loop = OuterLoop(problem, meta, inner_batches, outer_batch, seed, list(phases), optimizer, project, stream)
     record = RunRecord(loop, None if out is None else Path(out), config or {}, resume, tensorboard)
     try:
         with bar("outer steps", loop.total_steps, loop.outer_step, progress) as shown:

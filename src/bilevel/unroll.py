@@ -18,7 +18,7 @@ from bilevel import autodiff, randomness, requirements, trees
 from bilevel.batches import no_batches, require_batches
 from bilevel.diagnosis import require_dependence, require_finite
 from bilevel.errors import NoDependenceError
-from bilevel.inner_loop import InnerLoop
+from bilevel.inner_loop import Carried, InnerLoop
 from bilevel.modules import as_tree
 from bilevel.problem import BlackBox
 from bilevel.step_products import Product, pull_back_step
@@ -47,8 +47,11 @@ class Unroll(InnerLoop):
 
         y_0 = B_0 v, y_t = A_t y_{t−1} + B_t v, slope = d y_T + c v. Memory: one state and k tangents of it, whatever T.
         """
+        return self.push_on(self.push_init(directions), directions)[0]
+
+    def push_on(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> tuple[Slopes, list[Tensor]]:
+        """The same from a given θ_0 and its tangents y_0; and the tangents y_T."""
         with torch.no_grad():
-            pushed = self._push_init(directions)
             for t in range(self.steps):
                 pushed = autodiff.push_forward(
                     lambda state, meta, t=t: self.step(t, state, meta),
@@ -57,9 +60,9 @@ class Unroll(InnerLoop):
                 )
             moved = any(bool(tangent.any()) for tangent in pushed.tangents)
             outer = autodiff.push_forward(self.outer_loss, [pushed.value, self.meta], [pushed.tangents, directions])
-        return Slopes(outer.value, pushed.value, outer.tangents[0], moved)
+        return Slopes(outer.value, pushed.value, outer.tangents[0], moved), pushed.tangents
 
-    def _push_init(self, directions: list[Tensor]) -> autodiff.Pushed:
+    def push_init(self, directions: list[Tensor]) -> autodiff.Pushed:
         """θ_0 and its tangents B_0 v.
 
         An initial state without φ, such as a freshly built network, is made outside of forward mode, inside which
@@ -124,7 +127,9 @@ class Unroll(InnerLoop):
             self.outer_cotangents(state)
 
 
-def unroll(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int) -> Unroll:
+def unroll(
+    problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, carried: Carried | None = None
+) -> Unroll:
     """Check what was passed to an estimator and gather it."""
     randomness.check_seed(seed)
     requirements.outside_of_inference_mode()
@@ -132,12 +137,14 @@ def unroll(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: 
     if isinstance(problem, BlackBox):
         if inner_batches is not None:
             raise ValueError("a BlackBox takes no inner_batches: its solve(meta) is the whole inner loop; pass None")
+        if carried is not None:
+            raise ValueError("a BlackBox solves from the beginning each time, so nothing can be carried into it")
         inner_batches = no_batches(1)
     meta = as_tree(meta)
     requirements.meta_parameters(meta)
     requirements.one_device(meta=meta, outer_batch=outer_batch)
     requirements.finite(meta)
-    return Unroll(problem, trees.detach(meta), require_batches(inner_batches), outer_batch, seed)
+    return Unroll(problem, trees.detach(meta), require_batches(inner_batches), outer_batch, seed, carried)
 
 
 def _accumulate(c: list[Tensor], parts: list[Tensor | None]) -> None:

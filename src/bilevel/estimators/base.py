@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel import autodiff, diagnosis, trees
 from bilevel.batches import Batches
+from bilevel.inner_loop import Carried
 from bilevel.modules import as_plain_tree, modules_in
 from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.trees import Tree
@@ -31,6 +32,8 @@ class Estimate:
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     """What the method observed on the way, such as the residual of a linear solve."""
+    carried: Carried | None = None
+    """Where the inner loop ended; passed to the next call as `carried=`, that one goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Estimator(ABC):
         inner_batches: Batches | None = None,
         outer_batch: Any = None,
         seed: int = 0,
+        carried: Carried | None = None,
     ) -> Estimate:
         """Estimate the hypergradient at `meta`.
 
@@ -55,6 +59,9 @@ class Estimator(ABC):
             inner_batches: T batches by random access, one for each inner step; `None` for a black box.
             outer_batch: passed to the outer loss.
             seed: determines every random number: directions, dropout, random initialisation.
+            carried: `estimate.carried` of the window before, for an inner loop that goes on from call to call, at the
+                same seed. The estimate then is that of the derivative through these T steps, with the state that they
+                start from as a constant; `ForwardGradient(..., carry=...)` looks back further.
 
         Raises:
             NonFiniteError: the outer loss, an inner state or the hypergradient is NaN or infinite.
@@ -67,7 +74,7 @@ class Estimator(ABC):
                 f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
-        run = unroll(problem, meta, inner_batches, outer_batch, seed)
+        run = unroll(problem, meta, inner_batches, outer_batch, seed, carried)
         if not self.needs_derivatives or self.first_order:
             return _checked(run, self._estimate(run))
         start = run.start()
@@ -92,6 +99,7 @@ def _checked(run: Unroll, estimate: Estimate) -> Estimate:
         state=trees.detach(estimate.state),
         standard_error=estimate.standard_error,
         diagnostics=estimate.diagnostics,
+        carried=estimate.carried or Carried(trees.detach(estimate.state), run.first_step + run.steps),
     )
 
 

@@ -238,7 +238,7 @@ def fitted_scales(w: Tensor, p: Tensor, variates: list[Tensor]) -> Tensor:
     gram = torch.stack([_rows(c) @ _rows(c).T for c in variates]).sum(0).to(p)
     squares = p.unsqueeze(2) * p.unsqueeze(1)
     products = w.unsqueeze(1) * p
-    others = squares.sum(0) - squares + gram
+    others = squares.sum(0) - squares + gram / len(w)
     return (torch.linalg.pinv(others, hermitian=True) @ (products.sum(0) - products).unsqueeze(2)).squeeze(2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +12,11 @@ from bilevel import autodiff, checks, trees
 from bilevel import directions as random_directions
 from bilevel.differences import push_forward_by_differences
 from bilevel.directions import Directions
-from bilevel.estimators import control_variates
+from bilevel.estimators import carried, control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
 from bilevel.modules import modules_in
+from bilevel.shared_steps import push_forward_sharing_steps
 from bilevel.touched import touched
 from bilevel.unroll import Slopes, Unroll
 
@@ -34,18 +36,23 @@ class ForwardGradient(Estimator):
         distribution: `"rademacher"` (the paper's choice), `"gaussian"`, `"coordinate"` (√N e_j, the j distinct),
             `"orthogonal"` (rows of a random orthogonal basis), `"low-rank"` (outer products for matrices) or `"block"`
             (one leaf of φ at a time); see `bilevel.directions` for what each is good for.
-        chunk_size: directions carried at once; `None` for all. Each chunk runs the inner loop again. 1 also avoids
-            `torch.vmap`, for models that it does not take.
+        chunk_size: directions carried at once; `None` for all. Each chunk runs the inner loop again, unless
+            `tangents="shared"`. 1 also avoids `torch.vmap`, for models that it does not take.
         control_variate: a cheap biased gradient that takes variance away and adds no bias: a deterministic estimator
             such as `TruncatedReverse(5)`, `CoarserProblem`, `RunningMean` (of past estimates, in `fit`) or `Constant`;
             or a tuple of several. Its scale is fitted (see `bilevel.estimators.control_variates`); needs b >= 2.
-        tangents: `"exact"`, or `"difference"` for central differences of first-order gradients: for fused attention and
+        tangents: `"exact"`, in forward mode; `"shared"`, exact as well, by backward passes through one graph of each
+            inner step that all chunks share, with the tangents of all directions in memory (often the faster and the
+            smaller one, see benchmarks/results/shared_steps.md); or `"difference"` for central differences of first-order gradients: for fused attention and
             activation checkpointing, with relative errors of about 1e-10 in float64 and 1e-4 in float32.
         support: `"touched"` restricts the directions to entries that the inner loop depends on at all (weights of
             examples that came up in a mini-batch), found with about 3T units; N is then their number.
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.
+        carry: for streams (`fit(..., stream=True)`, or `carried=` in a call): `"tangents"` go on from one window of
+            inner steps to the next along the same directions, or `"fresh"` directions join them in each window. See
+            `bilevel.estimators.carried` for what is unbiased then.
 
-    Cost: (1 + 2b)·T units, and T more for every further chunk; up to twice that where layers are large and batches
+    Cost: (1 + 2b)·T units, and T more for every further chunk that does not share; up to twice that where layers are large and batches
     small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size states and the activations
     of as many tangents, about 4 states for each. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for
     Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate and orthogonal directions; with a control variate c,
@@ -73,9 +80,10 @@ class ForwardGradient(Estimator):
     distribution: str = "rademacher"
     chunk_size: int | None = None
     control_variate: ControlVariate | None = None
-    tangents: Literal["exact", "difference"] = "exact"
+    tangents: Literal["exact", "shared", "difference"] = "exact"
     support: Literal["all", "touched"] = "all"
     draw: int = 0
+    carry: Literal["nothing", "tangents", "fresh"] = "nothing"
 
     def __post_init__(self) -> None:
         checks.whole_number(self.directions, "directions")
@@ -83,10 +91,24 @@ class ForwardGradient(Estimator):
         checks.whole_number(self.draw, "draw", at_least=0)
         if self.chunk_size is not None:
             checks.whole_number(self.chunk_size, "chunk_size")
-        checks.one_of(self.tangents, "tangents", ("exact", "difference"))
+        checks.one_of(self.tangents, "tangents", ("exact", "shared", "difference"))
         checks.one_of(self.support, "support", ("all", "touched"))
+        checks.one_of(self.carry, "carry", ("nothing", "tangents", "fresh"))
+        self._require_carriable()
         if control_variates.as_tuple(self.control_variate) and self.directions == 1:
             raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
+
+    def _require_carriable(self) -> None:
+        for name, plain in (("chunk_size", None), ("support", "all")):
+            if self.carry != "nothing" and getattr(self, name) != plain:
+                raise ValueError(f"carry={self.carry!r} keeps all tangents of all entries: leave {name}={plain!r}")
+        if self.carry != "nothing" and self.tangents == "shared":
+            raise ValueError(f'carry={self.carry!r} with tangents="shared": take tangents="exact" or "difference"')
+        if self.carry == "fresh" and (self.control_variate is not None or self.distribution not in carried.SYMMETRIC):
+            raise ValueError(
+                f'carry="fresh" takes no control_variate, and independent directions ({", ".join(carried.SYMMETRIC)}); '
+                'carry="tangents" takes any'
+            )
 
     @property
     def first_order(self) -> bool:
@@ -94,6 +116,8 @@ class ForwardGradient(Estimator):
         return self.tangents == "difference"
 
     def _estimate(self, run: Unroll) -> Estimate:
+        if self.carry != "nothing":
+            return carried.estimate(self, run)
         count, chunk = self.directions, self.chunk_size or self.directions
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
             support = touched(run) if self.support == "touched" else None
@@ -109,9 +133,7 @@ class ForwardGradient(Estimator):
         slopes: list[torch.Tensor] = []
         pushed: Slopes | None = None
         moved = False
-        for start in range(0, count, chunk):
-            vectors = directions.draw(range(start, min(start + chunk, count)))
-            pushed = push_forward_by_differences(run, vectors) if self.first_order else run.push_forward(vectors)
+        for pushed in self._pushed(run, directions, chunk):
             slopes.append(pushed.slopes)
             moved = moved or pushed.moved
         assert pushed is not None
@@ -119,3 +141,13 @@ class ForwardGradient(Estimator):
         found = control_variates.combine(directions, torch.cat(slopes), variates, chunk)
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}
         return Estimate(pushed.value, like_meta(run, found.grad), pushed.state, found.standard_error, left)
+
+    def _pushed(self, run: Unroll, directions: Directions, chunk: int) -> Iterator[Slopes]:
+        """Slopes along all directions in their order, some at a time."""
+        chunks = [range(start, min(start + chunk, self.directions)) for start in range(0, self.directions, chunk)]
+        if self.tangents == "shared":
+            yield push_forward_sharing_steps(run, [directions.draw(numbers) for numbers in chunks])
+            return
+        for numbers in chunks:
+            vectors = directions.draw(numbers)
+            yield push_forward_by_differences(run, vectors) if self.first_order else run.push_forward(vectors)

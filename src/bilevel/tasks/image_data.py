@@ -60,6 +60,19 @@ def load(name: DataName, data_dir: Path | None) -> LabelledImages:
     return mnist(data_dir)
 
 
+def device(name: str) -> torch.device:
+    """The device of that name, if it can be used; `auto` takes a GPU if there is one."""
+    chosen = name
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device={name!r} cannot be used ({reason}); take auto, cpu or cuda") from error
+    return torch.device(chosen)
+
+
 def digits() -> LabelledImages:
     """The 1797 real handwritten 8×8 digits that come with scikit-learn; 500 of them, stratified, are the test set."""
     from sklearn.datasets import load_digits

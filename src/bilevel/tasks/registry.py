@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bilevel.tasks.cleaning.task import CleaningTask
 from bilevel.tasks.condensation.task import CondensationTask
 from bilevel.tasks.task import Task
 
-TASKS: dict[str, Task[Any]] = {task.name: task for task in (CondensationTask(),)}
+TASKS: dict[str, Task[Any]] = {task.name: task for task in (CondensationTask(), CleaningTask())}

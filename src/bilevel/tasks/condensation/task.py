@@ -142,12 +142,4 @@ def load_images(folder: Path) -> torch.Tensor:
 
 
 def _data(config: Condensation, data_dir: Path | None) -> image_data.LabelledImages:
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device={config.device!r} cannot be used ({reason}); take auto, cpu or cuda") from error
-    return image_data.load(config.data, data_dir).to(torch.device(device))
+    return image_data.load(config.data, data_dir).to(image_data.device(config.device))

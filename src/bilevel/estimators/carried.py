@@ -1,0 +1,111 @@
+"""Forward gradients of a stream: state and tangents go on from one window of the inner loop to the next.
+
+A window is T inner steps between two outer updates. With Φ the product of its A_t and Γ what its B_t contribute, the
+derivative of the state at its end is Z' = Φ Z + Γ, where Z is that at its start. Dropping Z at the border leaves Γ, the
+truncated derivative. Both ways below keep Z, as far as b tangents can.
+
+**The same directions** (`carry="tangents"`). y' = Φ y + Γ v for the v of the first window. If φ has not changed, K
+windows of T steps are one of K·T, to the last bit but for rounding.
+
+**Fresh directions** (`carry="fresh"`). Keep pairs (y_i, l_i) of a tangent and its label, such that E[mean y_i l_iᵀ] = Z.
+For fresh directions u_i with E[u_i] = 0 and E[u_i u_iᵀ] = I, and numbers a_i that do not depend on them,
+
+    y_i' = a_i Φ y_i + Γ u_i,   l_i' = l_i/a_i + u_i,   E[y_i' l_i'ᵀ] = Φ E[y_i l_iᵀ] + Γ,
+
+since the mixed terms have u_i once. The slope w_i = d y_i' + c u_i times its label estimates d Z' + c. This is one step
+of "unbiased online recurrent optimisation" for each window. The mixed terms are noise: about as much again as that of
+the window's own, and with a_i = √(‖l‖ ‖Γu‖/(‖y‖ ‖u‖)) least; for ‖Γu‖ the length of the first window's tangents stands.
+
+Reference: Tallec and Ollivier, 2017 (UORO, whose step is one inner step and whose b is 1); Williams and Zipser, 1989, on
+what a derivative carried through changing parameters is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bilevel import autodiff, randomness, trees
+from bilevel import directions as random_directions
+from bilevel.differences import push_on_by_differences
+from bilevel.directions import Directions
+from bilevel.estimators import control_variates
+from bilevel.estimators.base import Estimate, like_meta
+from bilevel.inner_loop import Carried
+from bilevel.unroll import Slopes, Unroll
+
+if TYPE_CHECKING:
+    from bilevel.estimators.forward_gradient import ForwardGradient
+
+_FRESH = 11
+SYMMETRIC = ("rademacher", "gaussian", "low-rank")
+"""Distributions with independent directions whose mean is zero."""
+
+
+def estimate(settings: ForwardGradient, run: Unroll) -> Estimate:
+    """One window by a `ForwardGradient` that carries its tangents."""
+    if settings.carry == "fresh":
+        return _with_fresh_directions(settings, run)
+    directions = _directions(settings, run, run.seed)
+    variates = control_variates.gradients(settings.control_variate, run)
+    vectors = directions.draw(range(settings.directions))
+    slopes, tangents = _push(settings, run, vectors, _past(run, settings.directions, 1.0))
+    run.require_connections(slopes.moved, slopes.slopes, slopes.state)
+    found = control_variates.combine(directions, slopes.slopes, variates)
+    left = {} if found.variance_left is None else {"variance_left": found.variance_left}
+    carried = Carried(trees.detach(slopes.state), run.first_step + run.steps, tangents)
+    return Estimate(slopes.value, like_meta(run, found.grad), slopes.state, found.standard_error, left, carried)
+
+
+def _with_fresh_directions(settings: ForwardGradient, run: Unroll) -> Estimate:
+    count, before = settings.directions, run.carried
+    directions = _directions(settings, run, randomness.derive(run.seed, _FRESH, run.first_step))
+    vectors = labels = directions.draw(range(count))
+    balance = 1.0
+    if before is not None and before.tangents is not None:
+        if before.labels is None:
+            raise ValueError('carried comes from carry="tangents", whose directions are not kept; go on with the same')
+        lengths = [float(trees.squared_norm(ts)) for ts in (before.labels, vectors, before.tangents)]
+        if lengths[0] > 0 and lengths[2] > 0:
+            balance = (lengths[0] / lengths[1]) ** 0.25 * (before.first_norm / lengths[2] ** 0.5) ** 0.5
+        labels = [old / balance + fresh for old, fresh in zip(before.labels, vectors, strict=True)]
+    slopes, tangents = _push(settings, run, vectors, _past(run, count, balance))
+    run.require_connections(slopes.moved, slopes.slopes, slopes.state)
+    terms = [torch.einsum("b,b...->b...", slopes.slopes.to(label), label) for label in labels]
+    grad = [term.mean(0) for term in terms]
+    error = None
+    if count > 1:
+        spread = sum(float((term - mean).double().square().sum()) for term, mean in zip(terms, grad, strict=True))
+        error = (spread / (count * (count - 1))) ** 0.5
+    first = before is None or before.tangents is None
+    norm = float(trees.squared_norm(tangents).sqrt()) if first else before.first_norm
+    carried = Carried(trees.detach(slopes.state), run.first_step + run.steps, tangents, labels, norm)
+    return Estimate(slopes.value, like_meta(run, grad), slopes.state, error, carried=carried)
+
+
+def _directions(settings: ForwardGradient, run: Unroll, seed: int) -> Directions:
+    seed = random_directions.seed_of_draw(seed, settings.draw)
+    directions = Directions(settings.distribution, seed, settings.directions, trees.leaves(run.meta))
+    directions.require_count("Forward() gives the exact gradient")
+    return directions
+
+
+def _past(run: Unroll, count: int, scale: float) -> list[Tensor] | None:
+    """The tangents that this window begins with."""
+    if run.carried is None or run.carried.tangents is None:
+        return None
+    if len(run.carried.tangents[0]) != count:
+        raise ValueError(f"directions={count}, but carried holds the tangents of {len(run.carried.tangents[0])}")
+    return [scale * t for t in run.carried.tangents]
+
+
+def _push(
+    settings: ForwardGradient, run: Unroll, vectors: list[Tensor], past: list[Tensor] | None
+) -> tuple[Slopes, list[Tensor]]:
+    begun = run.push_init(vectors)
+    if past is not None:
+        begun = autodiff.Pushed(begun.value, past)
+    push = push_on_by_differences if settings.first_order else Unroll.push_on
+    return push(run, begun, vectors)

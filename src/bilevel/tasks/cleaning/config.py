@@ -1,0 +1,56 @@
+"""The settings of a cleaning run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bilevel.tasks.image_data import DataName
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Give every training example a weight, so that a network trained on wrong labels classifies well all the same."""
+
+    data: DataName = "digits"
+    """Images: `digits` ships with scikit-learn, `mnist` is read from --data-dir."""
+    examples: int = 1000
+    """N: training examples with a weight each; some of their labels are made wrong."""
+    trusted: int = 250
+    """Further examples with right labels, on which the outer loss judges."""
+    wrong: float = 0.5
+    """The chance that a label is replaced by one of the other classes."""
+    width: int = 32
+    """Hidden units of the network."""
+    inner_steps: int = 100
+    """T: inner steps of one training, and the default for evaluation."""
+    inner_batch: int = 0
+    """Training examples per inner step, drawn without replacement; 0 for all."""
+    inner_lr: float = 0.2
+    """Inner learning rate of SGD with momentum."""
+    momentum: float = 0.9
+    """Inner momentum."""
+    outer_lr: float = 0.1
+    """Outer learning rate of Adam."""
+    evaluation_steps: int = 0
+    """Steps of the trainings that judge the result; 0 for inner_steps."""
+    evaluation_runs: int = 5
+    """Fresh networks that judge the result."""
+    device: str = "auto"
+    """`auto` takes a GPU if there is one; else a torch device."""
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "trusted", "width", "inner_steps", "evaluation_runs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 1 is needed")
+        for name in ("inner_batch", "evaluation_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
+        for name in ("inner_lr", "outer_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: a number in [0, 1) is needed")
+        if not 0 < self.wrong < 1:
+            raise ValueError(f"wrong={self.wrong}: a fraction between 0 and 1 is needed; without wrong labels there is "
+                             "nothing to find")

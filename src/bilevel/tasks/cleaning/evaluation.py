@@ -1,0 +1,110 @@
+"""How well wrong labels were found, and what that is worth: fresh networks trained on the weighted examples."""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import randomness
+from bilevel.progress import bar
+from bilevel.tasks.cleaning.config import Cleaning
+from bilevel.tasks.cleaning.problem import NoisyLabels, inner_batches, network, weighted_loss, weights
+from bilevel.tasks.image_data import LabelledImages
+
+_NETWORK, _BATCHES = range(400, 402)
+SHOWN = 20
+"""Images of which the results keep a copy: those with the smallest weights."""
+
+
+def evaluate(
+    config: Cleaning, data: LabelledImages, noisy: NoisyLabels, phi: Tensor, seed: int, progress: bool
+) -> dict[str, Any]:
+    """`auc`, `test_accuracy`, and the weights themselves."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    learnt, wrong = weights(phi).cpu(), noisy.wrong.cpu()
+    suspicion = (-phi).double().cpu().numpy()
+    false_positives, true_positives, _ = roc_curve(wrong.numpy(), suspicion)
+    suspects = torch.argsort(phi.cpu(), stable=True)
+    return {
+        "auc": float(roc_auc_score(wrong.numpy(), suspicion)),
+        "found_among_as_many": float(wrong[suspects[: int(wrong.sum())]].float().mean()),
+        "test_accuracy": accuracies(config, data, noisy, phi, seed, progress),
+        "roc": {"false_positives": _rounded(false_positives), "true_positives": _rounded(true_positives)},
+        "weights": {"wrong": _rounded(learnt[wrong].numpy()), "right": _rounded(learnt[~wrong].numpy())},
+        "suspects": [_suspect(noisy, learnt, int(number)) for number in suspects[:SHOWN]],
+    }
+
+
+def accuracies(
+    config: Cleaning, data: LabelledImages, noisy: NoisyLabels, phi: Tensor, seed: int, progress: bool
+) -> dict[str, dict[str, Any]]:
+    """Test accuracy, a fraction, after training with the learnt weights, on everything alike, on the rightly labelled
+    part alone (which nobody knows), and on the trusted examples alone (which everybody has).
+
+    All train networks from the same initialisations for as many steps at the same pace.
+    """
+    some = (noisy.images, noisy.labels)
+    trials = {
+        "cleaned": (weights(phi), *some),
+        "everything": (torch.ones_like(phi), *some),
+        "clean_part": (torch.ones_like(phi)[~noisy.wrong], *(part[~noisy.wrong] for part in some)),
+        "trusted_alone": (torch.ones_like(phi)[:1].expand(config.trusted), noisy.trusted_images, noisy.trusted_labels),
+    }
+    results = {}
+    with bar("evaluation", len(trials) * config.evaluation_runs, show=progress) as shown:
+        for name, examples in trials.items():
+            runs = []
+            for number in range(config.evaluation_runs):
+                runs.append(_trained_accuracy(config, data, *examples, seed, number))
+                shown.advance(f"{name} {runs[-1]:.1%}")
+            results[name] = {
+                "mean": statistics.fmean(runs),
+                "std": statistics.stdev(runs) if len(runs) > 1 else 0.0,
+                "runs": runs,
+            }
+    return results
+
+
+def _trained_accuracy(
+    config: Cleaning, data: LabelledImages, weight: Tensor, images: Tensor, labels: Tensor, seed: int, number: int
+) -> float:
+    """Test accuracy of fresh network `number` after training on these examples."""
+    with randomness.torch_seeded(seed, _NETWORK, number):
+        model = network(config, data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.inner_lr, momentum=config.momentum)
+    batches = inner_batches(config, labels, randomness.derive(seed, _BATCHES), number)
+    for step in range(config.evaluation_steps or config.inner_steps):
+        chosen = batches[step % len(batches)]
+        here = slice(None) if chosen is None else chosen
+        optimizer.zero_grad()
+        weighted_loss(model, weight[here], images[here], labels[here]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        hits = [
+            (model(x).argmax(1) == y).float().sum()
+            for x, y in zip(data.test_images.split(1000), data.test_labels.split(1000), strict=True)
+        ]
+    return float(torch.stack(hits).sum()) / len(data.test_labels)
+
+
+def _suspect(noisy: NoisyLabels, learnt: Tensor, number: int) -> dict[str, Any]:
+    """An example with a small weight: its picture as base64 of its bytes, row by row, channels last."""
+    image = noisy.images[number].cpu().movedim(0, -1)
+    pixels = (255 * image).round().to(torch.uint8).contiguous()
+    return {
+        "example": number,
+        "weight": round(float(learnt[number]), 4),
+        "label": int(noisy.labels[number]),
+        "true_label": int(noisy.true_labels[number]),
+        "shape": list(image.shape),
+        "pixels": base64.b64encode(pixels.numpy().tobytes()).decode(),
+    }
+
+
+def _rounded(numbers: Any) -> list[float]:
+    return [round(float(x), 4) for x in numbers]

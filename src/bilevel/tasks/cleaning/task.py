@@ -1,0 +1,107 @@
+"""Noisy labels: the weight of every training example is a meta parameter, learnt through the training itself.
+
+The outer loss is that of a few trusted examples after T inner steps on the weighted ones. An example that makes the
+network worse on them loses weight; those that end with the smallest weights are the ones whose labels are wrong. Judged
+by how well the weights tell wrong labels from right ones, and by fresh networks trained with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel.outer_loop import OuterStep
+from bilevel.report import Section
+from bilevel.tasks import image_data
+from bilevel.tasks.cleaning import pictures
+from bilevel.tasks.cleaning.config import Cleaning
+from bilevel.tasks.cleaning.evaluation import evaluate
+from bilevel.tasks.cleaning.problem import noisy_labels, setup
+from bilevel.tasks.task import Preset, Setup, Task
+
+
+class CleaningTask(Task[Cleaning]):
+    """Find wrong labels."""
+
+    name = "cleaning"
+    summary = "find the wrong labels of a training set with the help of a few that can be trusted"
+    presets: Mapping[str, Preset[Cleaning]] = {
+        "digits": Preset(
+            Cleaning(),
+            estimator="reverse",
+            outer_steps=100,
+            summary="1000 of scikit-learn's 8x8 handwritten digits, half of them with a wrong label; needs no files",
+        ),
+        "mnist": Preset(
+            Cleaning(data="mnist", examples=5000, trusted=500, width=64, wrong=0.4, inner_batch=250, inner_lr=0.1),
+            estimator="reverse",
+            outer_steps=100,
+            summary="5000 images of MNIST from --data-dir, 40 % of them with a wrong label",
+        ),
+    }
+
+    def setup(self, config: Cleaning, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:  # noqa: ARG002
+        return setup(config, _data(config, data_dir), seed)
+
+    def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:  # noqa: ARG002
+        return []
+
+    def evaluate(
+        self, config: Cleaning, data_dir: Path | None, meta: Any, seed: int, progress: bool
+    ) -> dict[str, Any]:
+        data = _data(config, data_dir)
+        return evaluate(config, data, noisy_labels(config, data, seed), meta, seed, progress)
+
+    def headline(self, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return [
+            ("area under the ROC curve", f"{results['auc']:.3f}"),
+            *(
+                (f"test accuracy, trained on {pictures.NAMES[name]}", f"{_percent(found)} %")
+                for name, found in results["test_accuracy"].items()
+            ),
+        ]
+
+    def sections(self, folder: Path, results: Mapping[str, Any]) -> list[Section]:  # noqa: ARG002
+        accuracy = results["test_accuracy"]
+        rows = [
+            (pictures.NAMES[name], _percent(found), ", ".join(f"{100 * run:.1f}" for run in found["runs"]))
+            for name, found in accuracy.items()
+        ]
+        count = len(results["weights"]["wrong"])
+        return [
+            Section(
+                "Weights of wrong and right labels",
+                f"Of the {count} examples with the smallest weights (as many as there are wrong labels) "
+                f"{100 * results['found_among_as_many']:.1f} % have a wrong label.",
+                pictures.histograms(results["weights"]),
+            ),
+            Section(
+                "Wrong labels found",
+                "For every threshold below which a weight is suspicious.",
+                pictures.roc(results["roc"], results["auc"]),
+            ),
+            Section(
+                "The most suspicious examples",
+                "In quotation marks the label that the example came with. Smallest weight first.",
+                pictures.suspects(results["suspects"]),
+            ),
+            Section(
+                "Test accuracy",
+                "Fresh networks, trained alike, judged on test images whose labels are right. Mean ± standard deviation.",
+                pictures.accuracies(accuracy),
+                ("trained on", "test accuracy, %", "each run"),
+                rows,
+            ),
+        ]
+
+
+def _percent(found: Mapping[str, Any]) -> str:
+    spread = f" ± {100 * found['std']:.1f}" if len(found["runs"]) > 1 else ""
+    return f"{100 * found['mean']:.1f}{spread}"
+
+
+def _data(config: Cleaning, data_dir: Path | None) -> image_data.LabelledImages:
+    return image_data.load(config.data, data_dir).to(image_data.device(config.device))
