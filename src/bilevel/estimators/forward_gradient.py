@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import torch
-
-from bilevel import autodiff, checks, trees
+from bilevel import autodiff, checks, distributed, exchange, trees
 from bilevel import directions as random_directions
 from bilevel.differences import push_forward_by_differences
 from bilevel.directions import Directions
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
+from bilevel.estimators.spreading import spread_slopes
+from bilevel.exchange import EXCHANGES, Exchange
 from bilevel.modules import modules_in
 from bilevel.touched import touched
-from bilevel.unroll import Slopes, Unroll
+from bilevel.unroll import Unroll
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class ForwardGradient(Estimator):
         support: `"touched"` restricts the directions to entries that the inner loop depends on at all (weights of
             examples that came up in a mini-batch), found with about 3T units; N is then their number.
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.
+        exchange: what several workers send each other: `"slopes"`, one number for each direction, from which each of
+            them adds up the gradient, or also the `"gradient"`, by an all-reduce; `"auto"` takes what costs less time.
+            With `"slopes"`, the estimate is the same to the last bit on any number of workers up to b/chunk_size.
 
     Cost: (1 + 2b)·T units, and T more for every further chunk; up to twice that where layers are large and batches
     small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size states and the activations
@@ -54,6 +58,8 @@ class ForwardGradient(Estimator):
 
     Departures from the paper: coordinates are drawn without replacement, which makes them exact at b = N; direction i
     is a function of (seed, i) alone.
+
+    Workers share the directions, chunk by chunk; control variates and `support` each works out for itself.
 
     Reference: Shen et al., NeurIPS 2024, eq. 7 to 10, Algorithm 1, Lemma 3.1; Baydin et al., 2022.
 
@@ -76,6 +82,7 @@ class ForwardGradient(Estimator):
     tangents: Literal["exact", "difference"] = "exact"
     support: Literal["all", "touched"] = "all"
     draw: int = 0
+    exchange: Exchange = "auto"
 
     def __post_init__(self) -> None:
         checks.whole_number(self.directions, "directions")
@@ -85,6 +92,7 @@ class ForwardGradient(Estimator):
             checks.whole_number(self.chunk_size, "chunk_size")
         checks.one_of(self.tangents, "tangents", ("exact", "difference"))
         checks.one_of(self.support, "support", ("all", "touched"))
+        checks.one_of(self.exchange, "exchange", EXCHANGES)
         if control_variates.as_tuple(self.control_variate) and self.directions == 1:
             raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
 
@@ -94,7 +102,9 @@ class ForwardGradient(Estimator):
         return self.tangents == "difference"
 
     def _estimate(self, run: Unroll) -> Estimate:
-        count, chunk = self.directions, self.chunk_size or self.directions
+        count, workers = self.directions, distributed.current()
+        share = -(-count // workers.size)
+        chunk = min(self.chunk_size or share, share)
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
             support = touched(run) if self.support == "touched" else None
             variates = control_variates.gradients(self.control_variate, run, support)
@@ -106,16 +116,10 @@ class ForwardGradient(Estimator):
             support,
         )
         directions.require_count("Forward() gives the exact gradient")
-        slopes: list[torch.Tensor] = []
-        pushed: Slopes | None = None
-        moved = False
-        for start in range(0, count, chunk):
-            vectors = directions.draw(range(start, min(start + chunk, count)))
-            pushed = push_forward_by_differences(run, vectors) if self.first_order else run.push_forward(vectors)
-            slopes.append(pushed.slopes)
-            moved = moved or pushed.moved
-        assert pushed is not None
-        run.require_connections(moved, torch.cat(slopes), pushed.state)
-        found = control_variates.combine(directions, torch.cat(slopes), variates, chunk)
+        push = partial(push_forward_by_differences, run) if self.first_order else run.push_forward
+        pushed = spread_slopes(run, directions, chunk, push, workers)
+        run.require_connections(pushed.moved, pushed.slopes, pushed.state)
+        among = exchange.partners(self.exchange, directions, workers)
+        found = control_variates.combine(directions, pushed.slopes, variates, chunk, among)
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}
         return Estimate(pushed.value, like_meta(run, found.grad), pushed.state, found.standard_error, left)
