@@ -172,7 +172,7 @@ class Workers:
         try:
             yield
         except RuntimeError as error:
-            text = str(error).split("\n")[0]
+            text = str(error).split("\n")[0].split(". This is typically")[0]
             late = "imed out" in text or "imeout" in text
             fault = "waited in vain for another one" if late else "lost another one"
             advice = (

@@ -96,7 +96,7 @@ class RunRecord:
             kept = "there is no checkpoint yet"
             if self._saved_step is not None:
                 kept = f"the checkpoint of outer step {self._saved_step} is whole"
-            advice = f"cannot write to {self._path.parent}; {kept}. Then go on with resume=True (--resume)"
+            advice = f"cannot write to {self._path.parent}; {kept}. With that put right, resume (resume=True, --resume)"
             raise OSError(error.errno, f"{error.strerror or error}: {advice}") from error
 
     def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
