@@ -68,7 +68,7 @@ class Case:
     implicit: bool = True
 
 
-def condensation(data_dir: Path | None) -> Case:  # noqa: ARG001
+def condensation(data_dir: Path | None) -> Case:
     config = Condensation(model="mlp", width=32, inner_steps=50)
     return Case(condensation_setup(config, image_data.digits(), 1, 0), 400, (0.02, 0.06, 0.2), 8)
 
@@ -78,7 +78,7 @@ def noisy_labels_mnist(data_dir: Path | None) -> Case:
     return Case(cleaning_setup(config, image_data.load("mnist", data_dir), 0), 160, (0.05, 0.15, 0.5), 8)
 
 
-def rates_per_layer(data_dir: Path | None) -> Case:  # noqa: ARG001
+def rates_per_layer(data_dir: Path | None) -> Case:
     problem, meta, inner, _ = learning_rates()
     setup = Setup(problem, meta, inner, None, bilevel.optimizer(torch.optim.Adam))
     return Case(setup, 150, (0.02, 0.06, 0.2), 5, implicit=False)

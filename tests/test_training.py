@@ -14,6 +14,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -657,7 +658,8 @@ def assert_as_undisturbed(result: FitResult, folder: Path) -> None:
     stored = checkpoint_of(folder)
     assert torch.equal(stored["meta"][0], expected.meta)
     assert stored["counters"]["outer_step"] == STEPS
-    assert {p.name for p in folder.iterdir()} - {"tensorboard"} == {metrics.FILE, run_record.CHECKPOINT}
+    others = {"tensorboard", run_record.PREVIOUS}
+    assert {p.name for p in folder.iterdir()} - others == {metrics.FILE, run_record.CHECKPOINT}
 
 
 def test_the_long_run_has_what_the_tests_below_need(tmp_path: Path) -> None:
@@ -792,7 +794,7 @@ def test_ctrl_c_while_a_checkpoint_is_written(function: str, tmp_path: Path, mon
         except KeyboardInterrupt:
             monkeypatch.setattr(os, function, original)
             left = {p.name for p in folder.iterdir()}
-            assert left <= {metrics.FILE, run_record.CHECKPOINT}
+            assert left <= {metrics.FILE, run_record.CHECKPOINT, run_record.PREVIOUS}
         else:
             assert at >= 3  # as many checkpoints are written
         monkeypatch.setattr(os, function, original)
@@ -1033,14 +1035,46 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_and_left(name: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_without_another_is_refused_and_left(name: str, tmp_path: Path) -> None:
     interrupted(tmp_path)
     path = tmp_path / run_record.CHECKPOINT
     path.write_bytes(DAMAGE[name](path.read_bytes()))
-    before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match=re.escape(str(path))):
-        long_run(out=tmp_path, resume=True)
-    assert contents(tmp_path) == before
+    for previous in (None, path.read_bytes()):
+        (tmp_path / run_record.PREVIOUS).unlink(missing_ok=True)
+        if previous is not None:
+            (tmp_path / run_record.PREVIOUS).write_bytes(previous)
+        before = contents(tmp_path)
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            long_run(out=tmp_path, resume=True)
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_after_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(name: str, tmp_path: Path) -> None:
+    """Also if it is interrupted again before the next one; the good one is never replaced by the damaged one."""
+    interrupted(tmp_path, config={})
+    path = tmp_path / run_record.CHECKPOINT
+    path.write_bytes(DAMAGE[name](path.read_bytes()))
+    previous = (tmp_path / run_record.PREVIOUS).read_bytes()
+    assert len(lines_of(tmp_path)) == 5
+    seen: list[OuterStep] = []
+    with (
+        pytest.warns(UserWarning, match=r"Going on from the checkpoint before it instead, of outer step 3"),
+        suppress(KeyboardInterrupt),
+    ):
+        long_run(out=tmp_path, resume=True, callbacks=[seen.append, Interruption(KeyboardInterrupt(), 1)])
+    assert [step.number for step in seen] == [4, 5]
+    assert (tmp_path / run_record.PREVIOUS).read_bytes() == previous
+    assert_as_undisturbed(long_run(out=tmp_path, resume=True), tmp_path)
+
+
+def test_a_run_goes_on_from_the_previous_checkpoint_if_there_is_no_newer_one(tmp_path: Path) -> None:
+    """A process killed between the two moves of a new checkpoint leaves it so."""
+    interrupted(tmp_path, config={})
+    (tmp_path / run_record.CHECKPOINT).unlink()
+    with pytest.raises(FileExistsError):
+        long_run(out=tmp_path)
+    assert_as_undisturbed(long_run(out=tmp_path, resume=True), tmp_path)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:

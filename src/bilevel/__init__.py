@@ -6,6 +6,7 @@ Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`), then
 
 from bilevel.batches import batches, no_batches
 from bilevel.comparison import Compared, compare
+from bilevel.distributed import Workers, join_workers
 from bilevel.errors import (
     BilevelError,
     CheckpointError,
@@ -14,6 +15,8 @@ from bilevel.errors import (
     MissingDerivativeError,
     NoDependenceError,
     NonFiniteError,
+    Terminated,
+    WorkerError,
 )
 from bilevel.estimators import (
     Auto,
@@ -74,11 +77,15 @@ __all__ = [
     "Problem",
     "Reverse",
     "RunningMean",
+    "Terminated",
     "TruncatedReverse",
+    "WorkerError",
+    "Workers",
     "ZerothOrder",
     "batches",
     "compare",
     "fit",
+    "join_workers",
     "no_batches",
     "on_paper",
     "optimizer",

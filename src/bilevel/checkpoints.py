@@ -24,9 +24,9 @@ from bilevel.files import write_bytes
 _FORMAT = "1"
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint. What it cannot hold is a `TypeError`."""
-    write_bytes(path, _as_bytes(content))
+def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """Write a checkpoint; the one that is there gets the name `previous`. What it cannot hold is a `TypeError`."""
+    write_bytes(path, _as_bytes(content), previous)
 
 
 def require_storable(content: dict[str, Any]) -> None:

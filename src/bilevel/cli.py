@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,8 +15,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from bilevel import __version__, arguments, comparison, comparison_plot, trees
-from bilevel.errors import BilevelError
+from bilevel import __version__, arguments, comparison, comparison_plot, distributed, trees
+from bilevel.errors import BilevelError, Terminated
 from bilevel.estimators import names
 from bilevel.files import write_json
 from bilevel.run_record import CHECKPOINT
@@ -31,6 +33,8 @@ _USAGE = """usage: bilevel COMMAND ...
   plan --params 1.5e9 ... the same on paper, for a machine one does not have
   report DIR              make the report of a finished run again
 
+Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
+the run goes on from its checkpoint when one of them dies.
 `bilevel run TASK --help` shows a task's options, `bilevel --version` the version."""
 
 _OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "tensorboard"}
@@ -73,10 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if command not in commands:
         _fail(f"there is no command {command!r}\n\n{_USAGE}", code=2)
-    with warnings.catch_warnings():
+    rank = distributed.rank_in_environment()
+    if rank and command != "run":  # only a run has anything to share
+        return
+    with warnings.catch_warnings(), _quiet(rank) if rank else nullcontext():
         warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}", "yellow")
         try:
-            commands[command](rest)
+            _recorded(commands[command])(rest)
         except ModuleNotFoundError as error:
             package = (error.name or "").split(".")[0]
             if package not in _OPTIONAL_PACKAGES:
@@ -86,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _fail(str(error), code=1)
         except KeyboardInterrupt as error:
             _fail(str(error) or "interrupted", code=130)
+        except Terminated as error:
+            _fail(str(error.__cause__ or "terminated"), code=143)
 
 
 def _list(rest: list[str]) -> None:
@@ -122,10 +131,16 @@ def _run(rest: list[str]) -> None:
     folder = running.folder_of(task, options)
     try:
         results = running.run(task, task.presets[preset], config, options, arguments.given(settings))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as error:
         if not (folder / CHECKPOINT).exists():
             raise
-        raise KeyboardInterrupt(f"interrupted; {folder} holds a checkpoint: go on with --resume") from None
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
+        message = KeyboardInterrupt(f"{what}; {folder} holds a checkpoint: go on with --resume")
+        if isinstance(error, KeyboardInterrupt):
+            raise message from None
+        raise Terminated from message
+    if not results:  # another worker has them
+        return
     table = Table(show_header=False, box=None)
     for name, value in task.headline(results):
         table.add_row(name, value)
@@ -263,6 +278,29 @@ def _preset_option(task: Task[Any], chosen: str) -> Any:
     lines = "\n".join(f"{name}: {preset.summary}." for name, preset in task.presets.items())
     title = "The configuration to start from; the defaults below are its own."
     return arguments.choice("preset", list(task.presets), chosen, title, lines)
+
+
+@contextmanager
+def _quiet(rank: int) -> Iterator[None]:
+    """Inside, nothing is shown: what all workers say, the first one says. An error that it does not know is shown."""
+    shown = sys.stderr
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except SystemExit as end:
+            error = end.__context__
+            if error is not None and distributed.joined() and not distributed.known_to_all(error):
+                print(f"bilevel: worker {rank}: {error}", file=shown)
+            raise
+
+
+def _recorded(function: Callable[[list[str]], None]) -> Callable[[list[str]], Any]:
+    """Under torchrun, the function with its errors in torchrun's own summary as well."""
+    if not distributed.from_environment():
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)
 
 
 def _say(message: str, style: str) -> None:

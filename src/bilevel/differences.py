@@ -10,6 +10,7 @@ gradient is computed to less than its dtype's precision, more. The optimiser's u
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def push_on_by_differences(
         state, tangents = push(run, t, state, list(zip(tangents, vectors, strict=True)))
     value, d, c = _outer_gradients(run, state)
     slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
-    moved = any(bool(part.any()) for y in tangents for part in y)
+    moved = any(bool(trees.whole(part.any())) for y in tangents for part in y)
     return Slopes(value, state, torch.stack(slopes), moved), _stacked(tangents)
 
 
@@ -90,12 +91,22 @@ def _push_descent(run: Unroll, t: int, state: Descent, pairs: list[Pair]) -> tup
     size = len(trees.split(state.params).differentiable)
     for y, v in pairs:
         bend = _difference(gradient, state.params, run.meta, (y[:size], v))
-        pushed = autodiff.push_forward(
-            problem.apply, [state, found, run.meta], [[[p.unsqueeze(0) for p in part] for part in (y, bend, v)]][0]
-        )
-        after = pushed.value
-        tangents.append([tangent[0] for tangent in pushed.tangents])
+        # The optimisers work entry by entry, so each process updates its own part of what is spread over several.
+        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend, v)]
+        arguments = [trees.map_leaves(_local, tree) for tree in (state, found)]
+        pushed = autodiff.push_forward(problem.apply, [*arguments, run.meta], parts)
+        after = trees.map_leaves(_spread_like, pushed.value, state)
+        likes = trees.split(after).differentiable
+        tangents.append([trees.spread_like(part[0], like) for part, like in zip(pushed.tangents, likes, strict=True)])
     return after, tangents
+
+
+def _local(leaf: Any) -> Any:
+    return trees.local(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _spread_like(leaf: Any, like: Any) -> Any:
+    return trees.spread_like(leaf, like) if isinstance(like, Tensor) else leaf
 
 
 def _difference(function: Callable[[Tree, Tree], Tree], state: Tree, meta: Tree, tangents: Pair) -> list[Tensor]:

@@ -42,5 +42,16 @@ class CheckpointError(BilevelError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class WorkerError(BilevelError):
+    """Another worker failed, died, lost step or did not come in time."""
+
+
+class Terminated(SystemExit):
+    """The process was asked to stop (SIGTERM), and what it had is saved. Uncaught, it ends with exit code 143."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
 class DataError(BilevelError):
     """A data file is missing or damaged."""

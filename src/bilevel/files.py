@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: into a temporary neighbour first, then under its name in one move."""
+def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write a file whole or not at all: into a temporary neighbour first, then under its name in one move.
+
+    What had the name before gets that of `previous`, if there is one: a process that is killed between the two moves
+    leaves the old file under that name, and none under its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -18,6 +22,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -6,8 +6,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from bilevel.errors import CheckpointError
 from bilevel.files import remove_leftovers, write_text
@@ -27,7 +29,7 @@ class MetricsLog:
     def __init__(self, folder: Path, keep: int, tensorboard: bool) -> None:
         """Read the first `keep` lines of an earlier part of the run, and drop what came after them."""
         self._path = folder / FILE
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._writer: Any = None
         self._make_writer = _tensorboard_writer(folder / "tensorboard", keep) if tensorboard else None
         self.rows = read(self._path, keep)
@@ -42,12 +44,11 @@ class MetricsLog:
 
     def append(self, row: Row) -> None:
         """Add one outer step's numbers; they have left this process when this returns."""
-        line = _line(row)
+        line = _line(row).encode()
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(line)
-        self._file.flush()
+            self._file = self._path.open("ab", buffering=0)
+        _write_whole(self._file, line)
         if self._writer is None and self._make_writer is not None:
             self._writer = self._make_writer()
         if self._writer is not None:
@@ -69,6 +70,18 @@ class MetricsLog:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _write_whole(file: FileIO, line: bytes) -> None:
+    """Add a line whole or not at all, as far as that is in our hands: a full disk takes the first part of it."""
+    before, written = file.seek(0, os.SEEK_END), 0
+    try:
+        while written < len(line):
+            written += file.write(line[written:])
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(before)
+        raise
 
 
 def exist(folder: Path) -> bool:

@@ -8,12 +8,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bilevel import modules, randomness, trees
+from bilevel import distributed, modules, randomness, trees
+from bilevel.distributed import Workers
 from bilevel.errors import NonFiniteError
 from bilevel.estimators import Estimate, Estimator, control_variates
 from bilevel.inner_loop import Carried
@@ -31,7 +32,8 @@ class Phase:
     Args:
         estimator: how the hypergradient is found.
         steps: outer steps at most.
-        accumulate: estimates averaged for one outer step. Each has directions and batches of its own.
+        accumulate: estimates averaged for one outer step. Each has directions and batches of its own. Several workers
+            share them, where the estimator has no directions that they could share.
         patience: end the phase early when the outer loss has not improved for so many outer steps.
         min_improvement: what counts as an improvement, as a fraction of the best outer loss so far.
 
@@ -71,7 +73,7 @@ class OuterStep:
     meta: Any
     """The meta parameters after the step, a copy in the form `fit` was given, with callable views for modules."""
     estimate: Estimate
-    """The (last) estimate of the step, at the meta parameters before it."""
+    """The (last) estimate of the step that this worker made, at the meta parameters before it."""
     row: Row
     """The numbers that go into the metrics; a callback may add its own."""
 
@@ -87,6 +89,17 @@ def batches_of(inner_batches: Any, draw: int) -> Any:
 def batch_of(outer_batch: Any, draw: int) -> Any:
     """The outer batch of a draw: `outer_batch` itself, or what that function makes of the draw's number."""
     return outer_batch(draw) if callable(outer_batch) else outer_batch
+
+
+class _Estimates(NamedTuple):
+    """Of one outer step."""
+
+    sums: list[Tensor]
+    """Of the gradients."""
+    losses: list[float]
+    errors: list[float | None]
+    last: Estimate
+    """The last one that this worker made."""
 
 
 @dataclass
@@ -147,21 +160,13 @@ class OuterLoop:
     def advance(self) -> OuterStep:
         """One outer step."""
         began = time.perf_counter()
-        phase, estimate = self.phases[self.phase], None
-        sums = [torch.zeros_like(p) for p in self._detached()]
-        losses: list[float] = []
-        errors: list[float | None] = []
-        for number in range(phase.accumulate):  # of each estimate, no more is kept than is needed
-            estimate = self._estimate(phase, number)
-            sums = [total + part for total, part in zip(sums, trees.leaves(estimate.grad), strict=True)]
-            losses.append(float(estimate.value))
-            errors.append(estimate.standard_error)
-        assert estimate is not None
-        gradients = [total / phase.accumulate for total in sums]
-        outer_loss = sum(losses) / phase.accumulate
+        phase = self.phases[self.phase]
+        found = self._estimates(phase)
+        gradients = [total / phase.accumulate for total in found.sums]
+        outer_loss = sum(found.losses) / phase.accumulate
         self._remember(gradients)
         self._update(gradients)
-        error, squared_norm = _pooled(errors), trees.squared_norm(gradients)
+        error, squared_norm = _pooled(found.errors), trees.squared_norm(gradients)
         squared = float(squared_norm)
         row: Row = {
             "outer_step": self.outer_step,
@@ -177,7 +182,45 @@ class OuterLoop:
         self._count_phase_step(phase, outer_loss)
         self.seconds += time.perf_counter() - began
         row["seconds"] = round(self.seconds, 4)
-        return OuterStep(self.outer_step, self.user_meta(), estimate, row)
+        return OuterStep(self.outer_step, self.user_meta(), found.last, row)
+
+    def _estimates(self, phase: Phase) -> _Estimates:
+        """The estimates of one outer step; of each, no more is kept than is needed.
+
+        Workers share the directions of every estimate, if there are any; else they share the estimates, unless each
+        goes on where the one before ended.
+        """
+        workers = distributed.current()
+        alone = workers.size == 1 or phase.accumulate == 1 or self.stream
+        if alone or control_variates.draws_directions(phase.estimator):
+            return self._these(phase, range(phase.accumulate))
+        mine = workers.share(phase.accumulate)
+
+        def share() -> _Estimates:
+            with Workers().sharing():
+                # One that is left without takes part in nothing, but needs an estimate to show.
+                return self._these(phase, mine or range(1))
+
+        found = workers.together("accumulated estimates", share)
+        losses = torch.zeros(phase.accumulate, dtype=torch.float64)
+        losses[list(mine)] = torch.tensor(found.losses[: len(mine)], dtype=torch.float64)
+        sums = found.sums if mine else [torch.zeros_like(total) for total in found.sums]
+        (losses,) = workers.sum("accumulated losses", [losses])
+        sums = workers.sum("accumulated gradients", sums)
+        return _Estimates(sums, losses.tolist(), [None] * phase.accumulate, found.last)
+
+    def _these(self, phase: Phase, numbers: Sequence[int]) -> _Estimates:
+        sums = [torch.zeros_like(p) for p in self._detached()]
+        losses: list[float] = []
+        errors: list[float | None] = []
+        estimate: Estimate | None = None
+        for number in numbers:
+            estimate = self._estimate(phase, number)
+            sums = [total + part for total, part in zip(sums, trees.leaves(estimate.grad), strict=True)]
+            losses.append(float(estimate.value))
+            errors.append(estimate.standard_error)
+        assert estimate is not None
+        return _Estimates(sums, losses, errors, estimate)
 
     def _estimate(self, phase: Phase, number: int) -> Estimate:
         draw = self.draws + number
@@ -321,7 +364,6 @@ class OuterLoop:
         self.carried = None if state["carried"] is None else self._carried_from(state["carried"])
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
-
 
     def _carried_from(self, stored: Mapping[str, Any]) -> Carried:
         """What `_as_dict` made, in the form and on the devices of this problem's inner states."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bilevel import checkpointing, checks, costs
+from bilevel import checkpointing, checks, costs, exchange
 from bilevel.batches import Batches
 from bilevel.costs import Carried, Price, StepCosts
 from bilevel.estimators.base import Estimator
@@ -40,6 +40,10 @@ class Planned:
     """Tensors alive at the peak, above the model and the meta parameters that were there before."""
     seconds: float
     fits: bool
+    exchange: str | None = None
+    """What several workers exchange (`bilevel.exchange`): "slopes" or "gradient"; `None` where they share nothing."""
+    sent_bytes: float | None = None
+    """What each of them sends for one estimate."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Plan:
     """`None` if nothing fits."""
     reason: str
     costs: StepCosts
+    workers: int = 1
 
 
 def plan(
@@ -164,11 +169,24 @@ def from_costs(prices: StepCosts, steps: int, memory: str | float, directions: i
     checks.whole_number(workers, "workers")
     available = parse_bytes(memory)
     rows = [
-        Planned(estimator, variance, units, price.bytes, price.seconds, price.bytes <= available)
+        _with_exchange(
+            Planned(estimator, variance, units, price.bytes, price.seconds, price.bytes <= available), prices, workers
+        )
         for estimator, variance, units, price in _predictions(prices, steps, min(directions, prices.meta_size), workers)
     ]
     recommended, reason = _recommendation(rows, prices, available)
-    return Plan(rows, steps, available, recommended, reason, prices)
+    return Plan(rows, steps, available, recommended, reason, prices, workers)
+
+
+def _with_exchange(row: Planned, prices: StepCosts, workers: int) -> Planned:
+    """The row with what several workers send each other."""
+    if workers == 1 or not isinstance(row.estimator, ForwardGradient | ZerothOrder):
+        return row
+    size, directions = prices.meta_size, row.estimator.directions
+    bytes_per_number = round(prices.meta_bytes / size)
+    how = exchange.chosen("auto", directions, size, workers, bytes_per_number)
+    sent = exchange.sent_bytes(how, directions, size, workers, bytes_per_number)
+    return replace(row, exchange=how, sent_bytes=sent)
 
 
 def parse_bytes(text: str | float) -> float:

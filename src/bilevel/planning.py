@@ -100,7 +100,9 @@ def show(plan: planner.Plan, where: str, in_units: bool = False) -> None:
         Column("memory", justify="right"),
         Column("units" if in_units else "seconds", justify="right"),
         "fits",
-        title=f"{where}: N = {plan.costs.meta_size}, T = {plan.steps}, {planner.size_text(plan.memory)}",
+        *(() if plan.workers == 1 else ("exchange", Column("sent a step", justify="right"))),
+        title=f"{where}: N = {plan.costs.meta_size}, T = {plan.steps}, {planner.size_text(plan.memory)}"
+        + ("" if plan.workers == 1 else f" for each of {plan.workers} workers"),
         title_justify="left",
     )
     for row in plan.rows:
@@ -110,12 +112,18 @@ def show(plan: planner.Plan, where: str, in_units: bool = False) -> None:
             planner.size_text(row.bytes),
             f"{row.seconds:.3g}",
             "yes" if row.fits else "no",
+            *(() if plan.workers == 1 else exchange_texts(row)),
             style="bold" if row.estimator == plan.recommended else None,
         )
     console = Console()
     console.print(table)
     advice = "none" if plan.recommended is None else names.describe(plan.recommended)
     console.print(f"recommended: {advice}: {plan.reason}.")
+
+
+def exchange_texts(row: planner.Planned) -> tuple[str, str]:
+    """What several workers exchange, and how much each of them sends."""
+    return ("nothing", "–") if row.sent_bytes is None else (str(row.exchange), planner.size_text(row.sent_bytes))
 
 
 def error_text(row: planner.Planned) -> str:

@@ -73,5 +73,5 @@ def _push_step(
 
 
 def _products(cotangent: Tensor, tangents: Tensor) -> Tensor:
-    """cotangent · tangent for each of k, `[k]`."""
+    """Cotangent · tangent for each of k, `[k]`."""
     return tangents.reshape(len(tangents), -1) @ cotangent.reshape(-1).to(tangents)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bilevel import randomness
-from bilevel.errors import NonFiniteError
+from bilevel import distributed, randomness
+from bilevel.distributed import Workers
+from bilevel.errors import NonFiniteError, Terminated
 from bilevel.metrics import Row
 from bilevel.optim import Optimizer
 from bilevel.optim import optimizer as make_optimizer
@@ -18,6 +21,7 @@ from bilevel.outer_loop import OuterLoop, OuterStep, Phase
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.progress import bar
 from bilevel.run_record import RunRecord
+from bilevel.signals import sigterm_raises
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ def fit(
     config: Mapping[str, Any] | None = None,
     tensorboard: bool = False,
     progress: bool = True,
+    workers: Workers | None = None,
 ) -> FitResult:
     """Train the meta parameters: φ ← Ψ(φ, estimate of ∇h(φ)), with Ψ any `torch.optim` optimiser.
 
@@ -68,18 +73,22 @@ def fit(
             state where the one before ended, instead of from the start. Estimators see their own window alone, with
             that state as a constant, but for `ForwardGradient(..., carry=...)`, whose tangents go on as well.
         callbacks: called after each outer step.
-        out: a folder for `metrics.jsonl`, `checkpoint.safetensors` and TensorBoard events.
+        out: a folder for `metrics.jsonl`, `checkpoint.safetensors` (and the one before) and TensorBoard events.
         resume: go on from the checkpoint in `out` (or start, if there is none); the numbers that follow are those of a
             run that was never interrupted.
-        checkpoint_every: outer steps between two checkpoints; one is also written at the end, on interruption and on
-            an error.
+        checkpoint_every: outer steps between two checkpoints; one is also written at the end, on interruption
+            (Ctrl-C, SIGTERM) and on an error.
         config: further settings that a checkpoint must agree with to be resumed.
         tensorboard: write events into `out`/tensorboard.
         progress: show a progress bar.
+        workers: who shares the work; `bilevel.join_workers()` by default, so those that torchrun started. Every one of
+            them calls `fit` with the same arguments. The first one writes the files, shows the progress and has its
+            callbacks called. A group that torchrun restarted resumes by itself.
 
     Raises:
         NonFiniteError: an estimate is not finite; the meta parameters before it are in the checkpoint.
         CheckpointError: on resuming, the checkpoint is damaged or belongs to another configuration.
+        WorkerError: another worker failed, died or did not come in time; the checkpoint is of the last complete step.
         FileExistsError: `out` holds a run already, and `resume` is false.
 
     >>> import bilevel
@@ -109,17 +118,29 @@ def fit(
         optimizer = make_optimizer(torch.optim.Adam, lr=1e-2)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
+    workers = distributed.join_workers() if workers is None else workers
     loop = OuterLoop(problem, meta, inner_batches, outer_batch, seed, list(phases), optimizer, project, stream)
-    record = RunRecord(loop, None if out is None else Path(out), config or {}, resume, tensorboard)
+    _require_same_start(workers, loop, config or {})
+    folder = Path(out) if out is not None and workers.first else None
+    goes_on = resume or (out is not None and distributed.restarted())
+    record = workers.together(
+        "the start of the run", lambda: RunRecord(loop, folder, config or {}, goes_on, tensorboard and workers.first)
+    )
     try:
-        with bar("outer steps", loop.total_steps, loop.outer_step, progress) as shown:
+        record.share(workers)
+        total, done = loop.total_steps, loop.outer_step
+        with (
+            sigterm_raises(),
+            workers.sharing(),
+            bar("outer steps", total, done, progress and workers.first) as shown,
+        ):
             while not loop.finished:
-                step = loop.advance()
-                for callback in callbacks:
-                    callback(step)
-                record.add(step.row)
-                if loop.outer_step % checkpoint_every == 0 or loop.finished:
-                    record.save()
+                step = workers.together(
+                    f"outer step {loop.outer_step}",
+                    lambda: _outer_step(loop, record, callbacks if workers.first else (), checkpoint_every),
+                )
+                numbers = struct.pack("dd", step.row["outer_loss"], step.row["grad_norm"])
+                workers.require_same(f"the numbers of outer step {loop.outer_step - 1}", numbers)
                 shown.advance(
                     f"outer loss {step.row['outer_loss']:.4g}",
                     f"phase {step.row['phase'] + 1} of {len(phases)}" if len(phases) > 1 else None,
@@ -127,9 +148,30 @@ def fit(
                 )
     except BaseException as error:
         # A first step that fails, on its arguments for instance, leaves nothing behind.
-        if record.rows or isinstance(error, KeyboardInterrupt | NonFiniteError):
-            record.save()
+        if record.rows or isinstance(error, KeyboardInterrupt | Terminated | NonFiniteError):
+            # Where nothing can be written, that is the error to report, and not that this was tried once more.
+            with suppress(OSError) if isinstance(error, OSError) else nullcontext():
+                record.save()
         raise
     finally:
         record.close()
     return FitResult(loop.user_meta(write_modules=True), record.rows)
+
+
+def _outer_step(
+    loop: OuterLoop, record: RunRecord, callbacks: Sequence[Callable[[OuterStep], None]], checkpoint_every: int
+) -> OuterStep:
+    step = loop.advance()
+    for callback in callbacks:
+        callback(step)
+    record.add(step.row)
+    if loop.outer_step % checkpoint_every == 0 or loop.finished:
+        record.save()
+    return step
+
+
+def _require_same_start(workers: Workers, loop: OuterLoop, config: Mapping[str, Any]) -> None:
+    """All workers run the same, from the same meta parameters."""
+    workers.require_same("the settings of the run", repr(loop.identity(config)).encode())
+    numbers = [t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for t in loop.parameters]
+    workers.require_same("the meta parameters at the start", b"".join(numbers))

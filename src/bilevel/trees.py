@@ -100,7 +100,31 @@ def size(tree: Tree) -> int:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """The inner product of two equally shaped lists of tensors."""
-    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+    return torch.stack([whole((a * b).sum()) for a, b in zip(left, right, strict=True)]).sum()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of a `DTensor`, which is spread over processes, an ordinary one with all its numbers."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself; of a `DTensor`, the part that lies in this process."""
+    shard = getattr(tensor, "to_local", None)
+    return tensor if shard is None else shard()
+
+
+def spread_like(shard: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `local`: a tensor that is spread over processes as `like` is, if it is."""
+    if not hasattr(like, "to_local"):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -110,4 +134,4 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def all_finite(tree: Tree) -> bool:
     """Whether no differentiable leaf holds a NaN or an infinity."""
-    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(tree) if is_differentiable(leaf))
+    return all(bool(whole(torch.isfinite(leaf).all())) for leaf in leaves(tree) if is_differentiable(leaf))

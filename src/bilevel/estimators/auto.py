@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from bilevel import checks, planner
+from bilevel import checks, distributed, planner
 from bilevel.errors import MemoryBudgetError
 from bilevel.estimators.base import Estimate, Estimator
 from bilevel.problem import BlackBox
@@ -58,9 +58,10 @@ class Auto(Estimator):
     def chosen(self, run: Unroll) -> Estimator:
         """The recommendation for this inner loop."""
         known = _CHOSEN.setdefault(run.problem, {})
-        key = (self, run.steps, run.meta_size)
+        workers = distributed.current().size
+        key = (self, run.steps, run.meta_size, workers)
         if key not in known:
-            plan = planner.plan_of(run, self.memory, self.directions, workers=1)
+            plan = planner.plan_of(run, self.memory, self.directions, workers)
             if plan.recommended is None:
                 raise MemoryBudgetError(f"Auto(memory={self.memory!r}): {plan.reason}; give it more memory")
             known[key] = plan.recommended

@@ -36,11 +36,13 @@ from torch import Tensor
 from bilevel import checks, trees
 from bilevel.batches import batches
 from bilevel.directions import Directions
+from bilevel.distributed import Workers
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.reverse import Reverse
 from bilevel.trees import Tree
 from bilevel.unroll import Unroll
 
+_ALONE = Workers()
 AnyEstimator = TypeVar("AnyEstimator", bound=Estimator)
 
 
@@ -150,9 +152,14 @@ def as_tuple(variate: ControlVariate | None) -> tuple[Estimator | Variate, ...]:
     return several
 
 
+def draws_directions(estimator: Estimator) -> bool:
+    """Whether an estimator has random directions."""
+    return any(field.name == "directions" for field in dataclasses.fields(estimator))
+
+
 def require_deterministic(estimator: Any) -> None:
     """Raise for an estimator that draws directions: those of the estimate, since the seed is the same."""
-    if not isinstance(estimator, Estimator) or any(f.name == "directions" for f in dataclasses.fields(estimator)):
+    if not isinstance(estimator, Estimator) or draws_directions(estimator):
         raise ValueError(
             f"{estimator!r} cannot be a control variate: it must not depend on random directions; take "
             "TruncatedReverse, HessianFree, Implicit, or CoarserProblem"
@@ -198,16 +205,24 @@ class Combined(NamedTuple):
     """The expected squared error over that without variates; `None` if there are none."""
 
 
-def combine(directions: Directions, slopes: Tensor, variates: list[Tensor], chunk: int = 64) -> Combined:
-    """The estimate (module docstring) from the slopes w_i `[b]` and variates `[m, *leaf.shape]` for each leaf."""
+def combine(
+    directions: Directions, slopes: Tensor, variates: list[Tensor], chunk: int = 64, among: Workers = _ALONE
+) -> Combined:
+    """The estimate (module docstring) from the slopes w_i `[b]` and variates `[m, *leaf.shape]` for each leaf.
+
+    Every worker has all slopes; those `among` whom the directions are shared add up only their own before they add up
+    their sums.
+    """
     count, m = directions.count, len(variates[0])
     w = slopes.double()
-    chunks = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    starts = range(0, count, chunk)
+    chunks = [range(starts[i], min(starts[i] + chunk, count)) for i in among.share(len(starts))]
     p = w.new_zeros(count, m)
     if m:
         for numbers in chunks:
             for v, c in zip(directions.draw(numbers), variates, strict=True):
                 p[numbers.start : numbers.stop] += (_rows(v) @ _rows(c).T).to(p)
+        (p,) = among.sum("predicted slopes", [p])  # zeros where they are another's
     scales = fitted_scales(w, p, variates)
     mean = scales.mean(0)
     used = scales
@@ -220,6 +235,7 @@ def combine(directions: Directions, slopes: Tensor, variates: list[Tensor], chun
         part = left[numbers.start : numbers.stop] / count
         for g, v in zip(grad, directions.draw(numbers), strict=True):
             g += torch.einsum("k,k...->...", part.to(v), v)
+    grad = among.sum("gradient", grad)
     for number, (g, c) in enumerate(zip(grad, variates, strict=True)):
         back = mean
         if directions.distribution.by_leaf:

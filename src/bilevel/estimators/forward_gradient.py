@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
-from bilevel import autodiff, checks, trees
+from bilevel import autodiff, checks, distributed, exchange, trees
 from bilevel import directions as random_directions
 from bilevel.differences import push_forward_by_differences
 from bilevel.directions import Directions
 from bilevel.estimators import carried, control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
+from bilevel.estimators.spreading import spread_slopes
+from bilevel.exchange import EXCHANGES, Exchange
 from bilevel.modules import modules_in
 from bilevel.shared_steps import push_forward_sharing_steps
 from bilevel.touched import touched
@@ -51,6 +54,9 @@ class ForwardGradient(Estimator):
         carry: for streams (`fit(..., stream=True)`, or `carried=` in a call): `"tangents"` go on from one window of
             inner steps to the next along the same directions, or `"fresh"` directions join them in each window. See
             `bilevel.estimators.carried` for what is unbiased then.
+        exchange: what several workers send each other: `"slopes"`, one number for each direction, from which each of
+            them adds up the gradient, or also the `"gradient"`, by an all-reduce; `"auto"` takes what costs less time.
+            With `"slopes"`, the estimate is the same to the last bit on any number of workers up to b/chunk_size.
 
     Cost: (1 + 2b)·T units, and T more for every further chunk that does not share; up to twice that where layers are large and batches
     small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size states and the activations
@@ -61,6 +67,8 @@ class ForwardGradient(Estimator):
 
     Departures from the paper: coordinates are drawn without replacement, which makes them exact at b = N; direction i
     is a function of (seed, i) alone.
+
+    Workers share the directions, chunk by chunk; control variates and `support` each works out for itself.
 
     Reference: Shen et al., NeurIPS 2024, eq. 7 to 10, Algorithm 1, Lemma 3.1; Baydin et al., 2022.
 
@@ -84,6 +92,7 @@ class ForwardGradient(Estimator):
     support: Literal["all", "touched"] = "all"
     draw: int = 0
     carry: Literal["nothing", "tangents", "fresh"] = "nothing"
+    exchange: Exchange = "auto"
 
     def __post_init__(self) -> None:
         checks.whole_number(self.directions, "directions")
@@ -95,6 +104,7 @@ class ForwardGradient(Estimator):
         checks.one_of(self.support, "support", ("all", "touched"))
         checks.one_of(self.carry, "carry", ("nothing", "tangents", "fresh"))
         self._require_carriable()
+        checks.one_of(self.exchange, "exchange", EXCHANGES)
         if control_variates.as_tuple(self.control_variate) and self.directions == 1:
             raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
 
@@ -118,7 +128,9 @@ class ForwardGradient(Estimator):
     def _estimate(self, run: Unroll) -> Estimate:
         if self.carry != "nothing":
             return carried.estimate(self, run)
-        count, chunk = self.directions, self.chunk_size or self.directions
+        count, workers = self.directions, distributed.current()
+        share = -(-count // workers.size)
+        chunk = min(self.chunk_size or share, share)
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
             support = touched(run) if self.support == "touched" else None
             variates = control_variates.gradients(self.control_variate, run, support)
@@ -130,24 +142,18 @@ class ForwardGradient(Estimator):
             support,
         )
         directions.require_count("Forward() gives the exact gradient")
-        slopes: list[torch.Tensor] = []
-        pushed: Slopes | None = None
-        moved = False
-        for pushed in self._pushed(run, directions, chunk):
-            slopes.append(pushed.slopes)
-            moved = moved or pushed.moved
-        assert pushed is not None
-        run.require_connections(moved, torch.cat(slopes), pushed.state)
-        found = control_variates.combine(directions, torch.cat(slopes), variates, chunk)
+        pushed = spread_slopes(run, count, chunk, partial(self._push, run, directions), workers)
+        run.require_connections(pushed.moved, pushed.slopes, pushed.state)
+        among = exchange.partners(self.exchange, directions, workers)
+        found = control_variates.combine(directions, pushed.slopes, variates, chunk, among)
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}
         return Estimate(pushed.value, like_meta(run, found.grad), pushed.state, found.standard_error, left)
 
-    def _pushed(self, run: Unroll, directions: Directions, chunk: int) -> Iterator[Slopes]:
-        """Slopes along all directions in their order, some at a time."""
-        chunks = [range(start, min(start + chunk, self.directions)) for start in range(0, self.directions, chunk)]
+    def _push(self, run: Unroll, directions: Directions, chunks: Sequence[range]) -> Slopes:
+        """The slopes along some of the directions, chunk by chunk."""
         if self.tangents == "shared":
-            yield push_forward_sharing_steps(run, [directions.draw(numbers) for numbers in chunks])
-            return
-        for numbers in chunks:
-            vectors = directions.draw(numbers)
-            yield push_forward_by_differences(run, vectors) if self.first_order else run.push_forward(vectors)
+            return push_forward_sharing_steps(run, [directions.draw(numbers) for numbers in chunks])
+        push = partial(push_forward_by_differences, run) if self.first_order else run.push_forward
+        found = [push(directions.draw(numbers)) for numbers in chunks]
+        slopes, moved = torch.cat([pushed.slopes for pushed in found]), any(pushed.moved for pushed in found)
+        return Slopes(found[-1].value, found[-1].state, slopes, moved)

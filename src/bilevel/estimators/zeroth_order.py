@@ -8,16 +8,21 @@ from typing import ClassVar, Literal
 
 import torch
 
-from bilevel import autodiff, checks, diagnosis, trees
+from bilevel import autodiff, checks, diagnosis, distributed, exchange, trees
 from bilevel import directions as random_directions
 from bilevel.directions import Directions
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
+from bilevel.estimators.spreading import spread_numbers
+from bilevel.exchange import EXCHANGES, Exchange
 from bilevel.modules import modules_in
 from bilevel.problem import BlackBox
 from bilevel.trees import Tree
 from bilevel.unroll import Unroll
+
+_DRAWN_AT_ONCE = 64
+"""Directions added up at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,14 @@ class ZerothOrder(Estimator):
         distribution: as in `ForwardGradient`.
         control_variate: as in `ForwardGradient`; of a `BlackBox` only `Constant` or, in `fit`, `RunningMean`.
         draw: as in `ForwardGradient`.
+        exchange: as in `ForwardGradient`; with `"slopes"` the estimate is the same to the last bit on any number of
+            workers.
 
     Cost: 1 + 2b solves (central) or 1 + b (forward). Memory: one solve, whatever T and N.
     Bias: O(μ²) central, O(μ) forward; apart from it the relative variance is that of `ForwardGradient`, which is what
     `standard_error` estimates.
+
+    Workers share the directions; the solve at φ itself, each makes for itself.
 
     Reference: Shen et al., NeurIPS 2024, eq. 16, Appendix D; Nesterov and Spokoiny, 2017.
 
@@ -59,6 +68,7 @@ class ZerothOrder(Estimator):
     distribution: str = "rademacher"
     control_variate: ControlVariate | None = None
     draw: int = 0
+    exchange: Exchange = "auto"
     needs_derivatives: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -67,6 +77,7 @@ class ZerothOrder(Estimator):
         checks.one_of(self.scheme, "scheme", ("central", "forward"))
         random_directions.distribution(self.distribution)
         checks.whole_number(self.draw, "draw", at_least=0)
+        checks.one_of(self.exchange, "exchange", EXCHANGES)
         if control_variates.as_tuple(self.control_variate) and self.directions == 1:
             raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
 
@@ -80,16 +91,11 @@ class ZerothOrder(Estimator):
         directions.require_count("ZerothOrder(distribution='coordinate') differences every one of them")
         value, state = run.value()
         diagnosis.require_finite(run, value, state)
-        slopes: list[torch.Tensor] = []
-        for number in range(self.directions):
-            direction = [v[0] for v in directions.draw([number])]
-            ahead = self._shifted(run, direction, self.step_size)
-            if self.scheme == "central":
-                slope = (ahead - self._shifted(run, direction, -self.step_size)) / (2 * self.step_size)
-            else:
-                slope = (ahead - value) / self.step_size
-            slopes.append(slope)
-        if not any(bool(slope) for slope in slopes):
+        workers = distributed.current()
+        slopes = spread_numbers(
+            "slopes", self.directions, lambda number: self._slope(run, directions, number, value), workers
+        ).to(value)
+        if not bool(slopes.any()):
             warnings.warn(
                 f"ZerothOrder: the outer loss is {value.item():.6g} to the last bit wherever meta moved by "
                 f"step_size={self.step_size:g}, so the estimate is zero: meta does not reach the outer loss, or "
@@ -97,9 +103,19 @@ class ZerothOrder(Estimator):
                 "angles to the gradient",
                 stacklevel=3,
             )
-        found = control_variates.combine(directions, torch.stack(slopes), self._variates(run, state))
+        among = exchange.partners(self.exchange, directions, workers)
+        chunk = min(_DRAWN_AT_ONCE, -(-self.directions // among.size))
+        found = control_variates.combine(directions, slopes, self._variates(run, state), chunk, among)
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}
         return Estimate(value, like_meta(run, found.grad), state, found.standard_error, left)
+
+    def _slope(self, run: Unroll, directions: Directions, number: int, value: torch.Tensor) -> torch.Tensor:
+        """∇h · v for the direction of that number, by differences."""
+        direction = [v[0] for v in directions.draw([number])]
+        ahead = self._shifted(run, direction, self.step_size)
+        if self.scheme == "forward":
+            return (ahead - value) / self.step_size
+        return (ahead - self._shifted(run, direction, -self.step_size)) / (2 * self.step_size)
 
     def _variates(self, run: Unroll, state: Tree) -> list[torch.Tensor]:
         if isinstance(run.problem, BlackBox):

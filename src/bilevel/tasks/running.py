@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from bilevel import metrics, randomness, report
+from bilevel import checks, distributed, metrics, randomness, report
 from bilevel.errors import CheckpointError, DataError
 from bilevel.estimators import names
-from bilevel.files import write_json
+from bilevel.files import remove_leftovers, write_json
 from bilevel.outer_loop import Phase
 from bilevel.run_record import CHECKPOINT
 from bilevel.tasks.task import Preset, Task
@@ -54,9 +54,12 @@ class RunOptions:
     """Outer steps between two checkpoints."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+    timeout: float = distributed.TIMEOUT
+    """Under torchrun: seconds that a worker waits for another before it is an error."""
 
     def __post_init__(self) -> None:
         randomness.check_seed(self.seed)
+        checks.positive(self.timeout, "timeout")
 
 
 def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str, Any]) -> list[Phase]:
@@ -93,6 +96,7 @@ def run(
     """Train, evaluate, and write `config.json`, `metrics.jsonl`, `results.json` and `report.html`; the results.
 
     What can be refused is refused before anything is written, and a run whose first outer step fails leaves nothing.
+    Under torchrun, the workers share the training; the first one writes, evaluates and has results.
     """
     for package in ("jinja2", "matplotlib", *(["tensorboard"] if options.tensorboard else [])):
         importlib.import_module(package)  # now, not after the training
@@ -108,7 +112,10 @@ def run(
         "accumulate": options.accumulate,
         "seed": options.seed,
     }
-    with _claimed(folder, written, options.resume):
+    workers, resume = distributed.join_workers(options.timeout), options.resume or distributed.restarted()
+    with ExitStack() as claim:
+        if_first = _claimed(folder, written, resume) if workers.first else nullcontext()
+        workers.together("the run's folder", lambda: claim.enter_context(if_first))
         fitted = fit(
             setup.problem,
             setup.meta,
@@ -120,12 +127,15 @@ def run(
             project=setup.project,
             callbacks=task.callbacks(folder, outer_steps, setup.meta),
             out=folder,
-            resume=options.resume,
+            resume=resume,
             checkpoint_every=options.checkpoint_every,
             config={k: v for k, v in written.items() if k != "phases"},
             tensorboard=options.tensorboard,
             progress=progress,
+            workers=workers,
         )
+    if not workers.first:
+        return {}
     began = time.perf_counter()
     judged = task.evaluate(config, options.data_dir, fitted.meta, options.seed, progress)
     outer_seconds = fitted.history[-1]["seconds"]
@@ -222,6 +232,7 @@ def _describe(phase: Phase) -> str:
 def _claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[None]:
     """Write the run's settings into its folder, unless it holds another run; take them back if it never begins."""
     path = folder / CONFIG
+    remove_leftovers(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; --out names a folder")
     if path.exists():

@@ -1,0 +1,329 @@
+"""Groups of workers for the tests: a program, because it forks, and a test process may have threads.
+
+    python tests/worker_groups.py FOLDER
+
+Runs everything below in groups of forked processes, which costs one import of torch in all, and leaves what happened in
+FOLDER/happened.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from kills import fork_group, train, wait_for_group  # pyright: ignore[reportMissingImports] (benchmarks/kills.py)
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import bilevel
+from bilevel import cli, distributed, metrics, trees
+
+SIZES = (1, 2, 3)
+
+
+# -- estimates ---------------------------------------------------------------------------------------------------------
+
+
+def weights_problem() -> tuple[bilevel.GradientDescent, Tensor, Any]:
+    """Weights of examples in a small network trained by momentum; φ is a tree with two leaves."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(12, 4, generator=generator)
+    y = (x[:, 0] > 0).long()
+
+    def inner_loss(model: Any, meta: Any, batch: Any) -> Tensor:
+        losses = cross_entropy(model(x), y, reduction="none")
+        return (meta["weights"].sigmoid() * losses).mean() + 0.1 * (meta["bias"] * model(x[:1])).sum()
+
+    problem = bilevel.GradientDescent(
+        inner_loss,
+        lambda model, meta, batch: cross_entropy(model(x), 1 - y) + meta["bias"].square().sum(),
+        lambda meta: torch.nn.Linear(4, 2),
+        bilevel.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
+    )
+    meta: Any = {"weights": torch.linspace(-1, 1, 12), "bias": torch.tensor([0.3, -0.2])}
+    return problem, meta, bilevel.no_batches(4)
+
+
+def black_box() -> bilevel.BlackBox:
+    problem, _, batches = weights_problem()
+
+    def solve(meta: Any) -> Any:
+        state = problem.init(meta)
+        for t in range(len(batches)):
+            state = problem.step(state, meta, batches[t])
+        return trees.detach(state)
+
+    return bilevel.BlackBox(solve, problem.outer_loss)
+
+
+ESTIMATORS: dict[str, bilevel.Estimator] = {
+    "slopes": bilevel.ForwardGradient(7, exchange="slopes"),
+    "gradient": bilevel.ForwardGradient(7, exchange="gradient"),
+    "one at a time": bilevel.ForwardGradient(7, chunk_size=1, exchange="slopes"),
+    "chunks": bilevel.ForwardGradient(7, chunk_size=2, exchange="slopes"),
+    "chunks, gradient": bilevel.ForwardGradient(7, chunk_size=2, exchange="gradient"),
+    "fewer than workers": bilevel.ForwardGradient(1),
+    "basis": bilevel.ForwardGradient(5, "orthogonal", exchange="gradient", control_variate=bilevel.TruncatedReverse(2)),
+    "variates": bilevel.ForwardGradient(
+        6, control_variate=(bilevel.TruncatedReverse(1), bilevel.HessianFree()), exchange="slopes", chunk_size=2
+    ),
+    "variates, gradient": bilevel.ForwardGradient(
+        6, control_variate=(bilevel.TruncatedReverse(1), bilevel.HessianFree()), exchange="gradient", chunk_size=2
+    ),
+    "blocks": bilevel.ForwardGradient(6, "block", exchange="gradient", control_variate=bilevel.TruncatedReverse(2)),
+    "differences": bilevel.ForwardGradient(5, tangents="difference", exchange="slopes"),
+    "solves": bilevel.ZerothOrder(5, step_size=1e-4, exchange="slopes"),
+    "solves, gradient": bilevel.ZerothOrder(5, step_size=1e-4, exchange="gradient"),
+    "forward solves": bilevel.ZerothOrder(4, step_size=1e-6, scheme="forward", exchange="slopes"),
+    "black box": bilevel.ZerothOrder(5, step_size=1e-4, exchange="slopes"),
+    "exact": bilevel.Reverse(),
+    "auto": bilevel.Auto(),
+}
+
+
+def estimates(folder: Path) -> None:
+    """Every estimator; the first worker leaves numbers, all leave a checksum of them."""
+    torch.set_default_dtype(torch.float64)
+    problem, meta, batches = weights_problem()
+    found: dict[str, Any] = {}
+    workers = distributed.join_workers(timeout=60)
+    with workers.sharing():
+        for name, estimator in ESTIMATORS.items():
+            box = name == "black box"
+            estimate = estimator(black_box() if box else problem, meta, None if box else batches, seed=3)
+            numbers = [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
+            found[name] = [*numbers, estimate.standard_error or 0.0]
+    (folder / f"estimates-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
+
+
+def curves(folder: Path) -> None:
+    """Training with directions, and with exact estimates shared among workers."""
+    torch.set_default_dtype(torch.float64)
+    problem, meta, batches = weights_problem()
+    found = {}
+    for name, phase in {
+        "directions": bilevel.Phase(bilevel.ForwardGradient(5, exchange="gradient"), 4, accumulate=2),
+        "exact": bilevel.Phase(bilevel.Reverse(), 3, accumulate=5),
+        "fewer than workers": bilevel.Phase(bilevel.Reverse(), 2, accumulate=2),
+    }.items():
+        fitted = bilevel.fit(problem, meta, batches, seed=1, phases=[phase], progress=False)
+        rows = [[row["outer_loss"], row["grad_norm"], row["standard_error"]] for row in fitted.history]
+        found[name] = [rows, fitted.meta["weights"].tolist()]
+    workers = distributed.join_workers()
+    (folder / f"curves-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+class Trouble(bilevel.GradientDescent):
+    """Meets with something in one inner step of one worker at outer step 3."""
+
+    def __init__(self, trouble: Callable[[], float], rank: int) -> None:
+        self.trouble, self.rank, self.calls = trouble, rank, 0
+        problem, _, _ = weights_problem()
+        super().__init__(problem.inner_loss, problem._outer_loss, problem._make_params, problem.optimizer)
+
+    def step(self, state: Any, meta: Any, batch: Any) -> Any:
+        self.calls += 1
+        after = super().step(state, meta, batch)
+        if distributed.rank_in_environment() == self.rank and self.calls > 3 * 4:
+            factor = self.trouble()
+            after = after._replace(params=trees.map_leaves(lambda leaf: leaf * factor, after.params))
+        return after
+
+
+def troubled(folder: Path, trouble: Callable[[], float], rank: int = 1, timeout: float = 60, every: int = 2) -> None:
+    """A run in which the directions of a worker meet with trouble at outer step 3."""
+    torch.set_default_dtype(torch.float64)
+    _, meta, batches = weights_problem()
+    phase = bilevel.Phase(bilevel.ForwardGradient(2, chunk_size=1, exchange="slopes"), 6)
+    workers = distributed.join_workers(timeout)
+    bilevel.fit(
+        Trouble(trouble, rank), meta, batches, phases=[phase], out=folder, checkpoint_every=every, workers=workers,
+        progress=False,
+    )  # fmt: skip
+
+
+def raises() -> float:
+    raise ZeroDivisionError("the third example is not there")
+
+
+def sleeps(seconds: float) -> Callable[[], float]:
+    """Sleeps once."""
+    left = [seconds]
+
+    def sleep() -> float:
+        time.sleep(left.pop() if left else 0)
+        return 1.0
+
+    return sleep
+
+
+def other_seed_on_each(folder: Path) -> None:
+    problem, meta, batches = weights_problem()
+    seed, phases = distributed.rank_in_environment(), [bilevel.Phase(bilevel.Reverse(), 1)]
+    bilevel.fit(problem, meta, batches, seed=seed, phases=phases, out=folder, progress=False)
+
+
+def other_start_on_each(folder: Path) -> None:
+    problem, meta, batches = weights_problem()
+    meta["bias"] = meta["bias"] + distributed.rank_in_environment()
+    bilevel.fit(problem, meta, batches, phases=[bilevel.Phase(bilevel.Reverse(), 1)], out=folder, progress=False)
+
+
+def drifts_apart(folder: Path) -> None:
+    """The outer loss of exact estimates differs between the workers by rounding."""
+    problem, meta, batches = weights_problem()
+    outer, factor = problem._outer_loss, 1 + 1e-6 * distributed.rank_in_environment()
+    problem._outer_loss = lambda *arguments: outer(*arguments) * factor
+    bilevel.fit(problem, meta, batches, phases=[bilevel.Phase(bilevel.Reverse(), 1)], out=folder, progress=False)
+
+
+def lost_step() -> None:
+    """The workers make different calls."""
+    workers = distributed.join_workers(timeout=20)
+    workers.together("apples" if workers.first else "pears", lambda: None)
+
+
+def full_disk(folder: Path, every: int) -> None:
+    """The first worker may write no file longer than a few lines of metrics; both must hear of it."""
+    if distributed.rank_in_environment() == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    troubled(folder, lambda: 1.0, every=every)
+
+
+def sharded(folder: Path) -> None:
+    """The parameters of a network lie in halves in two processes; all of them compute the same direction together."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.join_workers(timeout=60)
+    mesh = init_device_mesh("cpu", (2,))
+    halves = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in two_layers().items()}
+    found = {}
+    for name, estimator, optimizer in SHARDED:
+        estimate = estimator(layers_problem(halves, optimizer), torch.linspace(-1, 1, 12), bilevel.no_batches(4))
+        local = [tuple(trees.local(leaf).shape) for leaf in trees.leaves(estimate.state.params)]
+        found[name] = [estimate.grad.tolist(), local]
+    (folder / f"sharded-{distributed.rank_in_environment()}.json").write_text(json.dumps(found))
+
+
+SHARDED = [
+    (
+        "momentum",
+        bilevel.ForwardGradient(3, tangents="difference"),
+        bilevel.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
+    ),
+    ("adam", bilevel.ForwardGradient(2, tangents="difference"), bilevel.optimizer(torch.optim.Adam, lr=0.05)),
+    ("solves", bilevel.ZerothOrder(2, step_size=1e-4), bilevel.optimizer(torch.optim.SGD, lr=0.1)),
+]
+
+
+def two_layers() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"first": (6, 4), "bias": (6,), "second": (2, 6)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def layers_problem(params: dict[str, Tensor], optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
+    """Weights of examples; each layer is gathered where it is used, and only there."""
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > 0).long()
+
+    def logits(params: Any) -> Tensor:
+        hidden = (x @ trees.whole(params["first"]).T + trees.whole(params["bias"])).tanh()
+        return hidden @ trees.whole(params["second"]).T
+
+    return bilevel.GradientDescent(
+        lambda params, meta, batch: (meta.sigmoid() * cross_entropy(logits(params), y, reduction="none")).mean(),
+        lambda params, meta, batch: cross_entropy(logits(params), 1 - y),
+        params,
+        optimizer,
+    )
+
+
+def command(folder: Path, *flags: str) -> None:
+    """`bilevel run` as torchrun's workers run it."""
+    small = ["--model", "mlp", "--width", "8", "--inner-steps", "2", "--outer-batch", "32", "--evaluation-runs", "1"]
+    cli.main(["run", "condensation", *small, "--whole-set-epochs", "1", "--out", str(folder), *flags])
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+
+def main(base: Path) -> None:
+    torch.set_num_threads(1)
+    happened: dict[str, Any] = {}
+    start = time.monotonic()
+
+    def group(name: str, function: Callable[[], Any], size: int = 2, restarts: int = 0, alone: bool = False) -> None:
+        """Run a group, and note its exit codes, what it printed, and how long it took."""
+        began = time.monotonic()
+        pids = fork_group(size, function, restarts, base / f"{name}.log")
+        ended = []
+        if alone:  # nobody stops the others, so that they have to find out for themselves
+            codes = []
+            for pid in pids:
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                ended.append(time.monotonic() - began)
+        else:
+            codes = wait_for_group(pids)
+        printed = [(base / f"{name}.log.{rank}").read_text() for rank in range(size)]
+        happened[name] = {"codes": codes, "printed": printed, "ended": ended}
+        print(f"{time.monotonic() - start:.1f} s: {name}", flush=True)
+
+    def terminated(name: str, function: Callable[[], Any], folder: Path, rank: int) -> None:
+        pids = fork_group(2, function, 0, base / f"{name}.log")
+        while not metrics.exist(folder):
+            time.sleep(0.01)
+        os.kill(pids[rank], signal.SIGTERM)
+        printed_at = [base / f"{name}.log.{rank}" for rank in range(2)]
+        happened[name] = {"codes": wait_for_group(pids), "printed": [path.read_text() for path in printed_at]}
+
+    estimates(base)  # this process alone; what torch sets up once, the forks have from here
+    curves(base)
+    train(base / "trained")
+    for size in SIZES[1:]:
+        group(f"estimates-{size}", lambda: estimates(base), size)
+        group(f"curves-{size}", lambda: curves(base), size)
+    group("undisturbed", lambda: troubled(base / "undisturbed", lambda: 1.0))
+    group("nan", lambda: troubled(base / "nan", lambda: float("nan")), alone=True)
+    group("nan, restarted", lambda: troubled(base / "nan", lambda: 1.0), restarts=1)
+    group("error", lambda: troubled(base / "error", raises), alone=True)
+    group("error of the first", lambda: troubled(base / "error of the first", raises, rank=0), alone=True)
+    group("slow", lambda: troubled(base / "slow", sleeps(1.0)))
+    group("hangs", lambda: troubled(base / "hangs", sleeps(8), timeout=2), alone=True)
+    group("dies", lambda: troubled(base / "dies", lambda: os.kill(os.getpid(), signal.SIGKILL) or 1.0), alone=True)
+    group("full disk", lambda: full_disk(base / "full disk", every=2), alone=True)
+    group("full metrics", lambda: full_disk(base / "full metrics", every=100), alone=True)
+    group("full disk, restarted", lambda: troubled(base / "full disk", lambda: 1.0), restarts=1)
+    group("seeds", lambda: other_seed_on_each(base / "seeds"), alone=True)
+    group("starts", lambda: other_start_on_each(base / "starts"), alone=True)
+    group("drift", lambda: drifts_apart(base / "drift"), alone=True)
+    group("lost step", lost_step, alone=True)
+    terminated("terminated", lambda: train(base / "terminated", 0.05), base / "terminated", 0)
+    group("terminated, restarted", lambda: train(base / "terminated"), restarts=1)
+    for name, estimator, optimizer in SHARDED:
+        alone = estimator(layers_problem(two_layers(), optimizer), torch.linspace(-1, 1, 12), bilevel.no_batches(4))
+        happened[f"whole, {name}"] = alone.grad.tolist()
+    group("sharded", lambda: sharded(base))
+    torch.set_default_dtype(torch.float32)
+    flags = ("--estimator", "forward-gradient", "--directions", "4", "--outer-steps", "3")
+    group("command", lambda: command(base / "command", *flags))
+    group("command again", lambda: command(base / "command", *flags), alone=True)
+    group("wrong flag", lambda: command(base / "command", "--directions", "many"), alone=True)
+    (base / "happened.json").write_text(json.dumps(happened))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
