@@ -14,6 +14,7 @@ from bilevel.errors import (
     MissingDerivativeError,
     NoDependenceError,
     NonFiniteError,
+    SolverError,
 )
 from bilevel.estimators import (
     Auto,
@@ -71,6 +72,7 @@ __all__ = [
     "Problem",
     "Reverse",
     "RunningMean",
+    "SolverError",
     "TruncatedReverse",
     "ZerothOrder",
     "batches",

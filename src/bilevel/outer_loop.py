@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import time
 import warnings
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import modules, randomness, trees
-from bilevel.errors import NonFiniteError
+from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator, control_variates
 from bilevel.metrics import Row
 from bilevel.optim import Optimizer
@@ -112,6 +113,10 @@ class OuterLoop:
     past: list[Tensor] | None = None
     """The exponential mean of past estimates, if a phase has `RunningMean` as a control variate."""
     past_weight: float = 0.0
+    retreats: int = 0
+    """How often one outer step may be taken back by half because the inner loop fails where it led."""
+    before: list[Tensor] | None = None
+    """φ before the last outer step, if steps may be taken back."""
     parameters: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -142,20 +147,21 @@ class OuterLoop:
     def advance(self) -> OuterStep:
         """One outer step."""
         began = time.perf_counter()
-        phase, estimate = self.phases[self.phase], None
+        phase = self.phases[self.phase]
         sums = [torch.zeros_like(p) for p in self._detached()]
         losses: list[float] = []
         errors: list[float | None] = []
+        estimate, taken_back = self._estimate_or_retreat(phase)
         for number in range(phase.accumulate):  # of each estimate, no more is kept than is needed
-            estimate = self._estimate(phase, number)
+            estimate = self._estimate(phase, number) if number else estimate
             sums = [total + part for total, part in zip(sums, trees.leaves(estimate.grad), strict=True)]
             losses.append(float(estimate.value))
             errors.append(estimate.standard_error)
-        assert estimate is not None
         gradients = [total / phase.accumulate for total in sums]
         outer_loss = sum(losses) / phase.accumulate
         self._remember(gradients)
-        self._update(gradients)
+        self.before = [p.clone() for p in self._detached()] if self.retreats else None
+        self._update(gradients, outer_loss)
         error, squared_norm = _pooled(errors), trees.squared_norm(gradients)
         squared = float(squared_norm)
         row: Row = {
@@ -166,6 +172,8 @@ class OuterLoop:
             "standard_error": error,
             "signal_to_noise": None if not error else max(squared - error**2, 0.0) ** 0.5 / error,
         }
+        if self.retreats:
+            row["retreats"] = taken_back
         self._watch_noise(squared, error)
         self.draws += phase.accumulate
         self.outer_step += 1
@@ -184,6 +192,24 @@ class OuterLoop:
             raise NonFiniteError(
                 f"outer step {self.outer_step}: {error}", error.inner_step, error.last_finite_state
             ) from error
+        except SolverError as error:
+            raise SolverError(f"outer step {self.outer_step}: {error}") from error
+
+    def _estimate_or_retreat(self, phase: Phase) -> tuple[Estimate, int]:
+        """The first estimate of an outer step, and how often half of the last step was taken back because the inner
+        loop failed where it had led.
+        """
+        times = 0
+        while True:
+            try:
+                return self._estimate(phase, 0), times
+            except (NonFiniteError, SolverError):
+                if self.before is None or times == self.retreats:
+                    raise
+            times += 1
+            with torch.no_grad():
+                for parameter, before in zip(self.parameters, self.before, strict=True):
+                    parameter.lerp_(before, 0.5)
 
     def _with_past(self, estimator: Estimator) -> Estimator:
         past = None if self.past is None else [mean / self.past_weight for mean in self.past]
@@ -215,10 +241,10 @@ class OuterLoop:
                 stacklevel=4,
             )
 
-    def _update(self, gradients: Sequence[Tensor]) -> None:
+    def _update(self, gradients: Sequence[Tensor], outer_loss: float) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
-        self.torch_optimizer.step()
+        self.torch_optimizer.step(lambda: outer_loss)  # LBFGS(max_iter=1) asks for it; the gradients are there already
         if self.project is not None:
             self._project(self.project)
         if not trees.all_finite(self._detached()):
@@ -285,6 +311,7 @@ class OuterLoop:
                 "optimizer": self.torch_optimizer.state_dict(),
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "past": self.past,
+                "before": self.before,
                 "counters": {name: getattr(self, name) for name in _COUNTERS},
             }
         )
@@ -306,6 +333,9 @@ class OuterLoop:
         self.past = state["past"]
         if self.past is not None:
             self.past = [mean.to(p.device) for mean, p in zip(self.past, self.parameters, strict=True)]
+        self.before = state["before"]
+        if self.before is not None:
+            self.before = [old.to(p.device) for old, p in zip(self.before, self.parameters, strict=True)]
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bilevel import randomness
-from bilevel.errors import NonFiniteError
+from bilevel import checks, randomness
+from bilevel.errors import NonFiniteError, SolverError
 from bilevel.metrics import Row
 from bilevel.optim import Optimizer
 from bilevel.optim import optimizer as make_optimizer
@@ -41,6 +41,7 @@ def fit(
     phases: Sequence[Phase],
     optimizer: Optimizer | None = None,
     project: Callable[[Any], Any] | None = None,
+    retreats: int = 0,
     callbacks: Sequence[Callable[[OuterStep], None]] = (),
     out: str | Path | None = None,
     resume: bool = False,
@@ -63,6 +64,9 @@ def fit(
         optimizer: the outer optimiser, `bilevel.optimizer(torch.optim.Adam, lr=1e-2)` by default. Its schedule
             advances once per outer step.
         project: maps the meta parameters to the nearest allowed ones after each step: `lambda x: x.clamp(0, 1)`.
+        retreats: where the inner loop fails (`NonFiniteError`, `SolverError`), go back half of the outer step that led
+            there and try again, so many times at most; counted in `history` as `retreats`. 0: such an error ends the
+            run. The outer optimiser's own memory stays as it is.
         callbacks: called after each outer step.
         out: a folder for `metrics.jsonl`, `checkpoint.safetensors` and TensorBoard events.
         resume: go on from the checkpoint in `out` (or start, if there is none); the numbers that follow are those of a
@@ -74,7 +78,8 @@ def fit(
         progress: show a progress bar.
 
     Raises:
-        NonFiniteError: an estimate is not finite; the meta parameters before it are in the checkpoint.
+        NonFiniteError, SolverError: an estimate is not finite, or a black box failed; the meta parameters before it
+            are in the checkpoint.
         CheckpointError: on resuming, the checkpoint is damaged or belongs to another configuration.
         FileExistsError: `out` holds a run already, and `resume` is false.
 
@@ -104,6 +109,7 @@ def fit(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
     loop = OuterLoop(problem, meta, inner_batches, outer_batch, seed, list(phases), optimizer, project)
+    loop.retreats = checks.whole_number(retreats, "retreats", at_least=0)
     record = RunRecord(loop, None if out is None else Path(out), config or {}, resume, tensorboard)
     try:
         with bar("outer steps", loop.total_steps, loop.outer_step, progress) as shown:
@@ -121,7 +127,7 @@ def fit(
                 )
     except BaseException as error:
         # A first step that fails, on its arguments for instance, leaves nothing behind.
-        if record.rows or isinstance(error, KeyboardInterrupt | NonFiniteError):
+        if record.rows or isinstance(error, KeyboardInterrupt | NonFiniteError | SolverError):
             record.save()
         raise
     finally:

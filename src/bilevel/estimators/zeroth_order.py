@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -41,7 +42,8 @@ class ZerothOrder(Estimator):
         control_variate: as in `ForwardGradient`; of a `BlackBox` only `Constant` or, in `fit`, `RunningMean`.
         draw: as in `ForwardGradient`.
 
-    Cost: 1 + 2b solves (central) or 1 + b (forward). Memory: one solve, whatever T and N.
+    Cost: 1 + 2b solves (central) or 1 + b (forward); at once, if a `BlackBox` has `solve_all`. Memory: one solve,
+    whatever T and N.
     Bias: O(μ²) central, O(μ) forward; apart from it the relative variance is that of `ForwardGradient`, which is what
     `standard_error` estimates.
 
@@ -78,17 +80,16 @@ class ZerothOrder(Estimator):
             trees.leaves(run.meta),
         )
         directions.require_count("ZerothOrder(distribution='coordinate') differences every one of them")
-        value, state = run.value()
+        offsets = (self.step_size, -self.step_size) if self.scheme == "central" else (self.step_size,)
+        places = [(number, offset) for number in range(self.directions) for offset in offsets]
+        solved = run.values(itertools.chain([run.meta], (_moved(run, directions, *place) for place in places)))
+        value, state = next(solved)
         diagnosis.require_finite(run, value, state)
-        slopes: list[torch.Tensor] = []
-        for number in range(self.directions):
-            direction = [v[0] for v in directions.draw([number])]
-            ahead = self._shifted(run, direction, self.step_size)
-            if self.scheme == "central":
-                slope = (ahead - self._shifted(run, direction, -self.step_size)) / (2 * self.step_size)
-            else:
-                slope = (ahead - value) / self.step_size
-            slopes.append(slope)
+        shifted = [self._finite(run, directions, place, *found) for place, found in zip(places, solved, strict=True)]
+        if self.scheme == "central":
+            slopes = [(a - b) / (2 * self.step_size) for a, b in zip(shifted[::2], shifted[1::2], strict=True)]
+        else:
+            slopes = [(ahead - value) / self.step_size for ahead in shifted]
         if not any(bool(slope) for slope in slopes):
             warnings.warn(
                 f"ZerothOrder: the outer loss is {value.item():.6g} to the last bit wherever meta moved by "
@@ -110,13 +111,19 @@ class ZerothOrder(Estimator):
         with autodiff.differentiable_kernels(modules_in([run.meta, state])):
             return control_variates.gradients(self.control_variate, run)
 
-    def _shifted(self, run: Unroll, direction: list[torch.Tensor], offset: float) -> torch.Tensor:
-        meta = [leaf + offset * v for leaf, v in zip(trees.leaves(run.meta), direction, strict=True)]
-        moved = run.at(like_meta(run, meta))
-        value, state = moved.value()
+    @staticmethod
+    def _finite(
+        run: Unroll, directions: Directions, place: tuple[int, float], value: torch.Tensor, state: Tree
+    ) -> torch.Tensor:
         if not bool(torch.isfinite(value)):
-            place = f"meta {'+' if offset > 0 else '-'} {abs(offset):g}·direction"
-            raise diagnosis.non_finite(
-                moved, f"the outer loss at {place} (finite at meta itself; a smaller step_size may help)", value, state
-            )
+            number, offset = place
+            where = f"meta {'+' if offset > 0 else '-'} {abs(offset):g}·direction"
+            what = f"the outer loss at {where} (finite at meta itself; a smaller step_size may help)"
+            raise diagnosis.non_finite(run.at(_moved(run, directions, number, offset)), what, value, state)
         return value
+
+
+def _moved(run: Unroll, directions: Directions, number: int, offset: float) -> Tree:
+    """φ, moved so far along direction `number`."""
+    direction = [v[0] for v in directions.draw([number])]
+    return like_meta(run, [leaf + offset * v for leaf, v in zip(trees.leaves(run.meta), direction, strict=True)])
