@@ -15,6 +15,7 @@ from bilevel.errors import (
     MissingDerivativeError,
     NoDependenceError,
     NonFiniteError,
+    SolverError,
     Terminated,
     WorkerError,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "Problem",
     "Reverse",
     "RunningMean",
+    "SolverError",
     "Terminated",
     "TruncatedReverse",
     "WorkerError",

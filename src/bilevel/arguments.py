@@ -42,8 +42,9 @@ def choice(name: str, options: Sequence[str], default: str, title: str, help_tex
     return made()
 
 
-def estimator_settings() -> Any:
-    """An instance of a dataclass with the settings of all estimators, each `None`: not given.
+def estimator_settings(taken: Any = None) -> Any:
+    """An instance of a dataclass with the settings of all estimators, each `None`: not given. Names that are fields of
+    `taken` are left to it; such a setting can still be given within the estimator's text.
 
     Made from the estimators' constructors and docstrings, so that a new estimator's settings are flags at once.
     """
@@ -64,6 +65,8 @@ def estimator_settings() -> Any:
             annotation = Annotated[value_type | None, tyro.conf.arg(help=help_text)]
             fields[setting] = (setting, annotation, dataclasses.field(default=None))
     in_order = dict.fromkeys(setting for kind in names.ESTIMATORS.values() for setting in names.settings_of(kind))
+    for field in () if taken is None else dataclasses.fields(taken):
+        in_order.pop(field.name, None)
     made = dataclasses.make_dataclass("EstimatorSettings", [fields[setting] for setting in in_order], frozen=True)
     made.__doc__ = "Settings of the estimators; one that none of the chosen estimators has is refused."
     return made()

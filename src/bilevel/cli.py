@@ -126,7 +126,7 @@ def _run(rest: list[str]) -> None:
         preset=_preset_option(task, preset),
         run=running.RunOptions(),
         task=task.presets[preset].config,
-        estimator=arguments.estimator_settings(),
+        estimator=arguments.estimator_settings(taken=task.presets[preset].config),
     )
     folder = running.folder_of(task, options)
     try:

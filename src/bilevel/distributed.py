@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bilevel import checks
-from bilevel.errors import NonFiniteError, WorkerError
+from bilevel.errors import NonFiniteError, SolverError, WorkerError
 
 Result = TypeVar("Result")
 
@@ -125,7 +125,8 @@ class Workers:
             if report is not None:
                 name, message = report
                 text = f"worker {rank} of {self.size}: {message}"
-                return NonFiniteError(text) if name == NonFiniteError.__name__ else WorkerError(f"{text} ({name})")
+                kinds = {kind.__name__: kind for kind in (NonFiniteError, SolverError)}
+                return kinds[name](text) if name in kinds else WorkerError(f"{text} ({name})")
         where = ", ".join(f"worker {rank} is at {place!r}" for rank, (place, _) in enumerate(reports))
         return WorkerError(f"the workers have lost step: {where}; all must make the same calls in the same order")
 

@@ -22,6 +22,13 @@ class NonFiniteError(BilevelError, ArithmeticError):
         self.last_finite_state = last_finite_state
 
 
+class SolverError(BilevelError, ArithmeticError):
+    """A black box's solve failed: it blew up, did not return in time, or was given what it cannot take.
+
+    Raise it in `solve`; `fit(retreats=...)` then goes back part of the outer step that led there.
+    """
+
+
 class NoDependenceError(BilevelError, ValueError):
     """What must depend on something does not, so that the hypergradient would be zero for the wrong reason.
 

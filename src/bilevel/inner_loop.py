@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,26 @@ class InnerLoop:
         """The outer loss h and the final state."""
         state = self.descend(self.start())
         return self.outer_loss(state, self.meta).detach(), state
+
+    def values(self, metas: Iterable[Tree]) -> Iterator[tuple[Tensor, Tree]]:
+        """The outer loss and the final state at each of several φ, one after the other; a black box with `solve_all`
+        solves for all of them at once.
+        """
+        problem = self.problem
+        if not isinstance(problem, BlackBox) or problem.solve_all is None:
+            for meta in metas:
+                yield self.at(meta).value()
+            return
+        metas = list(metas)
+        with torch.enable_grad(), randomness.torch_seeded(self.seed, randomness.INIT):
+            states = list(problem.solve_all(metas))
+        if len(states) != len(metas):
+            raise ValueError(f"solve_all returned {len(states)} states for {len(metas)} points; one for each is needed")
+        for meta, solved in zip(metas, states, strict=True):
+            state = trees.detach(solved)
+            with torch.enable_grad():
+                value = self.outer_loss(state, meta).detach()
+            yield value, state
 
     def at(self, meta: Tree) -> Self:
         """The same inner loop at another φ."""

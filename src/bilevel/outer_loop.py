@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bilevel import distributed, modules, randomness, trees
 from bilevel.distributed import Workers
-from bilevel.errors import NonFiniteError
+from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator, control_variates
 from bilevel.inner_loop import Carried
 from bilevel.metrics import Row
@@ -130,6 +130,10 @@ class OuterLoop:
     past_weight: float = 0.0
     carried: Carried | None = None
     """In a stream, where its inner loop has got to."""
+    retreats: int = 0
+    """How often one outer step may be taken back by half because the inner loop fails where it led."""
+    before: list[Tensor] | None = None
+    """φ before the last outer step, if steps may be taken back."""
     parameters: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,11 +165,12 @@ class OuterLoop:
         """One outer step."""
         began = time.perf_counter()
         phase = self.phases[self.phase]
-        found = self._estimates(phase)
+        found, taken_back = self._estimates_or_retreat(phase)
         gradients = [total / phase.accumulate for total in found.sums]
         outer_loss = sum(found.losses) / phase.accumulate
         self._remember(gradients)
-        self._update(gradients)
+        self.before = [p.clone() for p in self._detached()] if self.retreats else None
+        self._update(gradients, outer_loss)
         error, squared_norm = _pooled(found.errors), trees.squared_norm(gradients)
         squared = float(squared_norm)
         row: Row = {
@@ -176,6 +181,8 @@ class OuterLoop:
             "standard_error": error,
             "signal_to_noise": None if not error else max(squared - error**2, 0.0) ** 0.5 / error,
         }
+        if self.retreats:
+            row["retreats"] = taken_back
         self._watch_noise(squared, error)
         self.draws += phase.accumulate
         self.outer_step += 1
@@ -234,9 +241,27 @@ class OuterLoop:
             raise NonFiniteError(
                 f"outer step {self.outer_step}: {error}", error.inner_step, error.last_finite_state
             ) from error
+        except SolverError as error:
+            raise SolverError(f"outer step {self.outer_step}: {error}") from error
         if self.stream:
             self.carried = found.carried
         return found
+
+    def _estimates_or_retreat(self, phase: Phase) -> tuple[_Estimates, int]:
+        """The estimates of one outer step, and how often half of the last step was taken back because the inner loop
+        failed where it had led.
+        """
+        times = 0
+        while True:
+            try:
+                return self._estimates(phase), times
+            except (NonFiniteError, SolverError):
+                if self.before is None or times == self.retreats:
+                    raise
+            times += 1
+            with torch.no_grad():
+                for parameter, before in zip(self.parameters, self.before, strict=True):
+                    parameter.lerp_(before, 0.5)
 
     def _with_past(self, estimator: Estimator) -> Estimator:
         past = None if self.past is None else [mean / self.past_weight for mean in self.past]
@@ -268,10 +293,10 @@ class OuterLoop:
                 stacklevel=4,
             )
 
-    def _update(self, gradients: Sequence[Tensor]) -> None:
+    def _update(self, gradients: Sequence[Tensor], outer_loss: float) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
-        self.torch_optimizer.step()
+        self.torch_optimizer.step(lambda: outer_loss)  # LBFGS(max_iter=1) asks for it; the gradients are there already
         if self.project is not None:
             self._project(self.project)
         if not trees.all_finite(self._detached()):
@@ -340,6 +365,7 @@ class OuterLoop:
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "past": self.past,
                 "carried": None if self.carried is None else _as_dict(self.carried),
+                "before": self.before,
                 "counters": {name: getattr(self, name) for name in _COUNTERS},
             }
         )
@@ -362,6 +388,9 @@ class OuterLoop:
         if self.past is not None:
             self.past = [mean.to(p.device) for mean, p in zip(self.past, self.parameters, strict=True)]
         self.carried = None if state["carried"] is None else self._carried_from(state["carried"])
+        self.before = state["before"]
+        if self.before is not None:
+            self.before = [old.to(p.device) for old, p in zip(self.before, self.parameters, strict=True)]
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
 

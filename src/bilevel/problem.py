@@ -70,16 +70,21 @@ class BlackBox:
     """A bilevel problem whose inner loop is a program without derivatives. Only `ZerothOrder` takes it.
 
     Args:
-        solve: `solve(meta) -> state`: a simulator, a subprocess, another library.
+        solve: `solve(meta) -> state`: a simulator, a subprocess, another library. It raises `SolverError` when it fails.
         outer_loss: `outer_loss(state, meta, batch) -> scalar`.
+        solve_all: `solve_all(metas) -> states`, the same for a list of points, in parallel for instance (see
+            `OutsideProgram`). An estimate then asks for all its points at once, and holds all their states.
     """
 
     solve: Callable[[Tree], Tree]
     outer_loss: Callable[[Tree, Tree, Any], Tensor]
+    solve_all: Callable[[Sequence[Tree]], Sequence[Tree]] | None = None
 
     def __post_init__(self) -> None:
         checks.a_function(self.solve, "solve", "solve(meta)")
         checks.a_function(self.outer_loss, "outer_loss", "outer_loss(state, meta, batch)")
+        if self.solve_all is not None:
+            checks.a_function(self.solve_all, "solve_all", "solve_all(metas)")
 
 
 class Descent(NamedTuple):

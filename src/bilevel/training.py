@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from bilevel import distributed, randomness
+from bilevel import checks, distributed, randomness
 from bilevel.distributed import Workers
-from bilevel.errors import NonFiniteError, Terminated
+from bilevel.errors import NonFiniteError, SolverError, Terminated
 from bilevel.metrics import Row
 from bilevel.optim import Optimizer
 from bilevel.optim import optimizer as make_optimizer
@@ -46,6 +46,7 @@ def fit(
     optimizer: Optimizer | None = None,
     project: Callable[[Any], Any] | None = None,
     stream: bool = False,
+    retreats: int = 0,
     callbacks: Sequence[Callable[[OuterStep], None]] = (),
     out: str | Path | None = None,
     resume: bool = False,
@@ -72,6 +73,9 @@ def fit(
         stream: the inner loop is one long history, of which every estimate takes the next T steps: it goes on from the
             state where the one before ended, instead of from the start. Estimators see their own window alone, with
             that state as a constant, but for `ForwardGradient(..., carry=...)`, whose tangents go on as well.
+        retreats: where the inner loop fails (`NonFiniteError`, `SolverError`), go back half of the outer step that led
+            there and try again, so many times at most; counted in `history` as `retreats`. 0: such an error ends the
+            run. The outer optimiser's own memory stays as it is.
         callbacks: called after each outer step.
         out: a folder for `metrics.jsonl`, `checkpoint.safetensors` (and the one before) and TensorBoard events.
         resume: go on from the checkpoint in `out` (or start, if there is none); the numbers that follow are those of a
@@ -86,7 +90,8 @@ def fit(
             callbacks called. A group that torchrun restarted resumes by itself.
 
     Raises:
-        NonFiniteError: an estimate is not finite; the meta parameters before it are in the checkpoint.
+        NonFiniteError, SolverError: an estimate is not finite, or a black box failed; the meta parameters before it
+            are in the checkpoint.
         CheckpointError: on resuming, the checkpoint is damaged or belongs to another configuration.
         WorkerError: another worker failed, died or did not come in time; the checkpoint is of the last complete step.
         FileExistsError: `out` holds a run already, and `resume` is false.
@@ -114,12 +119,15 @@ def fit(
         raise ValueError("resume=True and tensorboard=True need out=FOLDER")
     if stream and isinstance(problem, BlackBox):
         raise ValueError("stream=True needs inner steps to go on with, and a BlackBox solves from the beginning")
+    if stream and retreats:
+        raise ValueError(f"retreats={retreats} with stream=True: the steps of a stream are not taken twice; take one")
     if optimizer is None:
         optimizer = make_optimizer(torch.optim.Adam, lr=1e-2)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
     workers = distributed.join_workers() if workers is None else workers
     loop = OuterLoop(problem, meta, inner_batches, outer_batch, seed, list(phases), optimizer, project, stream)
+    loop.retreats = checks.whole_number(retreats, "retreats", at_least=0)
     _require_same_start(workers, loop, config or {})
     folder = Path(out) if out is not None and workers.first else None
     goes_on = resume or (out is not None and distributed.restarted())
@@ -148,7 +156,7 @@ def fit(
                 )
     except BaseException as error:
         # A first step that fails, on its arguments for instance, leaves nothing behind.
-        if record.rows or isinstance(error, KeyboardInterrupt | Terminated | NonFiniteError):
+        if record.rows or isinstance(error, KeyboardInterrupt | Terminated | NonFiniteError | SolverError):
             # Where nothing can be written, that is the error to report, and not that this was tried once more.
             with suppress(OSError) if isinstance(error, OSError) else nullcontext():
                 record.save()

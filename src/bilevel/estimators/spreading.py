@@ -48,11 +48,10 @@ def spread_slopes(
     return Slopes(received[0, 0].to(pushed.value), pushed.state, slopes.to(pushed.slopes), bool(received[:, 1].any()))
 
 
-def spread_numbers(what: str, count: int, number: Callable[[int], Tensor], workers: Workers) -> Tensor:
-    """`number(0)` to `number(count − 1)` `[count]`, each found by one of the workers."""
-    mine = workers.together(what, lambda: [number(i) for i in workers.share(count)])
+def gathered(what: str, count: int, mine: Sequence[Tensor], workers: Workers) -> Tensor:
+    """All `[count]` numbers from each worker's share of them."""
     if workers.size == 1:
-        return torch.stack(mine)
+        return torch.stack(list(mine))
     sent = torch.zeros(-(-count // workers.size), dtype=torch.float64)
     sent[: len(mine)] = torch.tensor([float(value) for value in mine])
     return workers.gather(what, sent).T.reshape(-1)[:count]

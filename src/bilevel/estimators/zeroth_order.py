@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from bilevel import autodiff, checks, diagnosis, distributed, exchange, trees
 from bilevel import directions as random_directions
@@ -14,7 +17,7 @@ from bilevel.directions import Directions
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
-from bilevel.estimators.spreading import spread_numbers
+from bilevel.estimators.spreading import gathered
 from bilevel.exchange import EXCHANGES, Exchange
 from bilevel.modules import modules_in
 from bilevel.problem import BlackBox
@@ -48,7 +51,8 @@ class ZerothOrder(Estimator):
         exchange: as in `ForwardGradient`; with `"slopes"` the estimate is the same to the last bit on any number of
             workers.
 
-    Cost: 1 + 2b solves (central) or 1 + b (forward). Memory: one solve, whatever T and N.
+    Cost: 1 + 2b solves (central) or 1 + b (forward); at once, if a `BlackBox` has `solve_all`. Memory: one solve,
+    whatever T and N.
     Bias: O(μ²) central, O(μ) forward; apart from it the relative variance is that of `ForwardGradient`, which is what
     `standard_error` estimates.
 
@@ -89,12 +93,10 @@ class ZerothOrder(Estimator):
             trees.leaves(run.meta),
         )
         directions.require_count("ZerothOrder(distribution='coordinate') differences every one of them")
-        value, state = run.value()
-        diagnosis.require_finite(run, value, state)
         workers = distributed.current()
-        slopes = spread_numbers(
-            "slopes", self.directions, lambda number: self._slope(run, directions, number, value), workers
-        ).to(value)
+        mine = workers.share(self.directions)
+        value, state, slopes = workers.together("slopes", lambda: self._slopes(run, directions, mine))
+        slopes = gathered("slopes", self.directions, slopes, workers).to(value)
         if not bool(slopes.any()):
             warnings.warn(
                 f"ZerothOrder: the outer loss is {value.item():.6g} to the last bit wherever meta moved by "
@@ -109,15 +111,20 @@ class ZerothOrder(Estimator):
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}
         return Estimate(value, like_meta(run, found.grad), state, found.standard_error, left)
 
-    def _slope(self, run: Unroll, directions: Directions, number: int, value: torch.Tensor) -> torch.Tensor:
-        """∇h · v for the direction of that number, by differences."""
-        direction = [v[0] for v in directions.draw([number])]
-        ahead = self._shifted(run, direction, self.step_size)
+    def _slopes(self, run: Unroll, directions: Directions, numbers: Sequence[int]) -> tuple[Tensor, Tree, list[Tensor]]:
+        """The outer loss and the final state at φ, and ∇h · v for the directions of those numbers, by differences."""
+        offsets = (self.step_size, -self.step_size) if self.scheme == "central" else (self.step_size,)
+        places = [(number, offset) for number in numbers for offset in offsets]
+        solved = run.values(itertools.chain([run.meta], (_moved(run, directions, *place) for place in places)))
+        value, state = next(solved)
+        diagnosis.require_finite(run, value, state)
+        shifted = [self._finite(run, directions, place, *found) for place, found in zip(places, solved, strict=True)]
         if self.scheme == "forward":
-            return (ahead - value) / self.step_size
-        return (ahead - self._shifted(run, direction, -self.step_size)) / (2 * self.step_size)
+            return value, state, [(ahead - value) / self.step_size for ahead in shifted]
+        pairs = zip(shifted[::2], shifted[1::2], strict=True)
+        return value, state, [(ahead - behind) / (2 * self.step_size) for ahead, behind in pairs]
 
-    def _variates(self, run: Unroll, state: Tree) -> list[torch.Tensor]:
+    def _variates(self, run: Unroll, state: Tree) -> list[Tensor]:
         if isinstance(run.problem, BlackBox):
             for each in control_variates.as_tuple(self.control_variate):
                 if not isinstance(each, control_variates.Constant):
@@ -126,13 +133,17 @@ class ZerothOrder(Estimator):
         with autodiff.differentiable_kernels(modules_in([run.meta, state])):
             return control_variates.gradients(self.control_variate, run)
 
-    def _shifted(self, run: Unroll, direction: list[torch.Tensor], offset: float) -> torch.Tensor:
-        meta = [leaf + offset * v for leaf, v in zip(trees.leaves(run.meta), direction, strict=True)]
-        moved = run.at(like_meta(run, meta))
-        value, state = moved.value()
+    @staticmethod
+    def _finite(run: Unroll, directions: Directions, place: tuple[int, float], value: Tensor, state: Tree) -> Tensor:
         if not bool(torch.isfinite(value)):
-            place = f"meta {'+' if offset > 0 else '-'} {abs(offset):g}·direction"
-            raise diagnosis.non_finite(
-                moved, f"the outer loss at {place} (finite at meta itself; a smaller step_size may help)", value, state
-            )
+            number, offset = place
+            where = f"meta {'+' if offset > 0 else '-'} {abs(offset):g}·direction"
+            what = f"the outer loss at {where} (finite at meta itself; a smaller step_size may help)"
+            raise diagnosis.non_finite(run.at(_moved(run, directions, number, offset)), what, value, state)
         return value
+
+
+def _moved(run: Unroll, directions: Directions, number: int, offset: float) -> Tree:
+    """φ, moved so far along direction `number`."""
+    direction = [v[0] for v in directions.draw([number])]
+    return like_meta(run, [leaf + offset * v for leaf, v in zip(trees.leaves(run.meta), direction, strict=True)])

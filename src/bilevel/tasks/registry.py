@@ -6,6 +6,7 @@ from typing import Any
 
 from bilevel.tasks.cleaning.task import CleaningTask
 from bilevel.tasks.condensation.task import CondensationTask
+from bilevel.tasks.pde.task import PDETask
 from bilevel.tasks.task import Task
 
-TASKS: dict[str, Task[Any]] = {task.name: task for task in (CondensationTask(), CleaningTask())}
+TASKS: dict[str, Task[Any]] = {task.name: task for task in (CondensationTask(), CleaningTask(), PDETask())}

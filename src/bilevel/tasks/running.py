@@ -9,7 +9,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -22,10 +22,10 @@ from bilevel import checks, distributed, metrics, randomness, report
 from bilevel.errors import CheckpointError, DataError
 from bilevel.estimators import names
 from bilevel.files import remove_leftovers, write_json
-from bilevel.outer_loop import Phase
+from bilevel.outer_loop import OuterStep, Phase
 from bilevel.run_record import CHECKPOINT
-from bilevel.tasks.task import Preset, Task
-from bilevel.training import fit
+from bilevel.tasks.task import Preset, Setup, Task, Trained
+from bilevel.training import FitResult, fit
 
 CONFIG, RESULTS, REPORT = "config.json", "results.json", "report.html"
 
@@ -70,7 +70,7 @@ def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str,
         specs = [_phase_spec(text) for text in options.phases]
     else:
         steps = preset.outer_steps if options.outer_steps is None else options.outer_steps
-        specs = [(options.estimator or preset.estimator, steps, None)]
+        specs = [(options.estimator or preset.estimator, steps, preset.patience)]
     if not specs:
         raise ValueError('--phases needs at least one ESTIMATOR:STEPS, such as --phases hessian-free:50 "reverse:100"')
     phases, used = [], set()
@@ -100,7 +100,7 @@ def run(
     """
     for package in ("jinja2", "matplotlib", *(["tensorboard"] if options.tensorboard else [])):
         importlib.import_module(package)  # now, not after the training
-    phases = make_phases(preset, options, settings or {})
+    phases = make_phases(task.adapted(preset, config), options, settings or {})
     outer_steps = sum(phase.steps for phase in phases)
     setup = task.setup(config, options.data_dir, outer_steps, options.seed)
     folder = folder_of(task, options)
@@ -113,10 +113,9 @@ def run(
         "seed": options.seed,
     }
     workers, resume = distributed.join_workers(options.timeout), options.resume or distributed.restarted()
-    with ExitStack() as claim:
-        if_first = _claimed(folder, written, resume) if workers.first else nullcontext()
-        workers.together("the run's folder", lambda: claim.enter_context(if_first))
-        fitted = fit(
+
+    def train(setup: Setup, out: Path, callbacks: Sequence[Callable[[OuterStep], None]], progress: bool) -> FitResult:
+        return fit(
             setup.problem,
             setup.meta,
             setup.inner_batches,
@@ -125,8 +124,9 @@ def run(
             phases=phases,
             optimizer=setup.optimizer,
             project=setup.project,
-            callbacks=task.callbacks(folder, outer_steps, setup.meta),
-            out=folder,
+            retreats=setup.retreats,
+            callbacks=[*callbacks, *setup.callbacks],
+            out=out,
             resume=resume,
             checkpoint_every=options.checkpoint_every,
             config={k: v for k, v in written.items() if k != "phases"},
@@ -134,10 +134,25 @@ def run(
             progress=progress,
             workers=workers,
         )
+
+    with ExitStack() as claim:
+        if_first = _claimed(folder, written, resume) if workers.first else nullcontext()
+        workers.together("the run's folder", lambda: claim.enter_context(if_first))
+        fitted = train(setup, folder, task.callbacks(folder, outer_steps, setup.meta), progress)
     if not workers.first:
         return {}
     began = time.perf_counter()
-    judged = task.evaluate(config, options.data_dir, fitted.meta, options.seed, progress)
+    trained = Trained(
+        config,
+        options.data_dir,
+        folder,
+        fitted.meta,
+        outer_steps,
+        options.seed,
+        progress,
+        fit=lambda setup, name: train(setup, folder / name, [], progress=False).meta,
+    )
+    judged = task.judge(trained)
     outer_seconds = fitted.history[-1]["seconds"]
     results = {
         "task": task.name,

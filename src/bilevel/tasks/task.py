@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,6 +24,8 @@ class Preset(Generic[Config]):
     estimator: str
     outer_steps: int
     summary: str
+    patience: int | None = None
+    """End early when the outer loss has not improved for so many outer steps."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Setup:
     outer_batch: Any
     optimizer: Optimizer
     project: Callable[[Any], Any] | None = None
+    retreats: int = 0
+    callbacks: Sequence[Callable[[OuterStep], None]] = ()
+    """Besides those of the task."""
 
     def inner_batches_of(self, draw: int) -> Any:
         """The inner batches of one draw."""
@@ -44,6 +49,21 @@ class Setup:
     def outer_batch_of(self, draw: int) -> Any:
         """The outer batch of one draw."""
         return batch_of(self.outer_batch, draw)
+
+
+@dataclass(frozen=True)
+class Trained(Generic[Config]):
+    """A run whose outer loop is done, before it is judged."""
+
+    config: Config
+    data_dir: Path | None
+    folder: Path
+    meta: Any
+    outer_steps: int
+    seed: int
+    progress: bool
+    fit: Callable[[Setup, str], Any]
+    """`fit(setup, name)`: the same phases on another setup, recorded in the subfolder `name`; the φ found."""
 
 
 class Task(ABC, Generic[Config]):
@@ -65,6 +85,14 @@ class Task(ABC, Generic[Config]):
     @abstractmethod
     def evaluate(self, config: Config, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
         """What `results.json` says about the trained φ."""
+
+    def adapted(self, preset: Preset[Config], config: Config) -> Preset[Config]:
+        """The preset, with the estimator and the outer steps that suit a changed configuration."""
+        return preset
+
+    def judge(self, run: Trained[Config]) -> dict[str, Any]:
+        """As `evaluate`, for tasks that need more than φ: further outer loops, or what lies in the folder."""
+        return self.evaluate(run.config, run.data_dir, run.meta, run.seed, run.progress)
 
     @abstractmethod
     def headline(self, results: Mapping[str, Any]) -> list[tuple[str, str]]:

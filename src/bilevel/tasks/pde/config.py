@@ -1,0 +1,96 @@
+"""The settings of a PDE run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from bilevel.tasks.pde.equations import EquationName
+
+SolverName = Literal["numerical", "pinn", "differentiable"]
+UnknownName = Literal["coefficient", "coefficients", "initial-condition", "source", "library"]
+
+
+@dataclass(frozen=True)
+class PDE:
+    """Recover what is unknown in a partial differential equation from a few observations of its solution."""
+
+    equation: EquationName = "burgers"
+    """The equation, with the paper's coefficients and initial values."""
+    solver: SolverName = "numerical"
+    """Inner problem: `numerical` is SciPy's, a black box; `pinn` trains a physics-informed network; `differentiable` steps
+    the equation in torch."""
+    unknown: UnknownName = "coefficient"
+    """`coefficient` is the paper's; `coefficients` all of the equation; `initial-condition` and `source` whole fields;
+    `library` which of eight candidate terms there are. The last three need the differentiable solver."""
+    starts: int = 10
+    """Start values, drawn uniformly from the paper's range; each has an outer loop of its own."""
+    observed_x: int = 8
+    """Places of observation."""
+    observed_t: int = 8
+    """Times of observation at each place."""
+    noise: float = 0.0
+    """Standard deviation of the noise on observations, relative to that of the values observed."""
+    observations: str = ""
+    """A text file with a line x,t,u for each observation, to use instead of the grid; empty for none."""
+    points: int = 0
+    """Grid points of the inner solver; 0 for a number that suits the equation."""
+    inner_steps: int = 0
+    """Time steps of the differentiable solver, or training steps of the network; 0 for the solver's default."""
+    solver_tolerance: float = 1e-8
+    """Relative tolerance of SciPy's integrator."""
+    time_limit: float = 60.0
+    """Seconds after which a solve of SciPy's counts as failed."""
+    retreats: int = 8
+    """How often an outer step may be taken back by half because the solver failed where it led."""
+    outer_lr: float = 0.0
+    """Outer learning rate; 0 for the optimiser's default. One coefficient is fitted by the secant method, where it is the
+    first step of its logarithm; everything else by Adam, with exponential decay to a thousandth."""
+    penalty: float = 1e-6
+    """Weight of the penalty on unknown fields (squares) and on a library's coefficients (absolute values)."""
+    inner_optimizer: Literal["adam", "sgd"] = "adam"
+    """What trains the network."""
+    inner_lr: float = 0.003
+    """Its learning rate."""
+    collocation: int = 256
+    """Random points at which each training step asks the network to satisfy the equation."""
+    depth: int = 9
+    """Layers of the network."""
+    width: int = 20
+    """Units of a hidden layer."""
+    dtype: Literal["float32", "float64"] = "float64"
+    """Precision of the network."""
+
+    def __post_init__(self) -> None:
+        for name in ("starts", "observed_x", "observed_t", "collocation", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 1 is needed")
+        if self.depth < 2:
+            raise ValueError(f"depth={self.depth}: at least 2 layers are needed")
+        for name in ("noise", "points", "inner_steps", "retreats", "outer_lr", "penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
+        for name in ("solver_tolerance", "time_limit", "inner_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed")
+        if self.points and (self.points < 16 or self.points % 2):
+            raise ValueError(f"points={self.points}: an even number of at least 16 is needed, or 0")
+        if self.unknown in ("initial-condition", "source", "library") and self.solver != "differentiable":
+            raise ValueError(f"unknown={self.unknown!r} needs --solver differentiable, not {self.solver!r}")
+        if self.unknown == "library" and self.equation == "allen-cahn":
+            raise ValueError("unknown='library' needs an equation of period 2: burgers or kdv")
+
+    @property
+    def resolution(self) -> int:
+        """Grid points of the inner solver."""
+        if self.solver == "numerical":
+            return self.points or {"burgers": 1024, "allen-cahn": 512, "kdv": 512}[self.equation]
+        return self.points or {"burgers": 1024, "allen-cahn": 256, "kdv": 128}[self.equation]
+
+    @property
+    def solver_steps(self) -> int:
+        """Time steps of the differentiable solver, or training steps of the network."""
+        if self.solver == "pinn":
+            return self.inner_steps or 200
+        return self.inner_steps or {"burgers": 200, "allen-cahn": 100, "kdv": 400}[self.equation]

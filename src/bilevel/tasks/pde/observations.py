@@ -1,0 +1,171 @@
+"""What is observed of a solution, and the solution that a result is judged by: from a file, or from a finer solve."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bilevel import randomness
+from bilevel.errors import DataError
+from bilevel.tasks.pde import numerical
+from bilevel.tasks.pde.equations import EQUATIONS, LAST_TIME, LEFT, RIGHT, Equation
+
+Values = np.ndarray
+
+_NOISE = 300
+
+FILES = {
+    "burgers": ("burgers_shock.mat", "x", "t", "usol"),
+    "allen-cahn": ("Allen_Cahn.mat", "x", "t", "u"),
+    "kdv": ("KdV.mat", "x", "tt", "uu"),
+}
+"""The files in which these solutions go round, and the names of x, t and u in them."""
+
+OTHER_NAMES = {"Allen_Cahn.mat": ("Allen_Cahn_deepxde.mat",)}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A solution on a grid."""
+
+    x: Values
+    t: Values
+    u: Values
+    """`[len(x), len(t)]`."""
+    source: str
+    """Where it comes from, in words."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Values of u at places and times, one of each for every observation: `[n]`."""
+
+    x: Values
+    t: Values
+    u: Values
+    noise: float = 0.0
+    """The standard deviation of the noise in u, if it is known."""
+
+    @functools.cached_property
+    def places(self) -> tuple[Values, Values]:
+        """The distinct places, and for each observation its number among them."""
+        return np.unique(self.x, return_inverse=True)
+
+    @functools.cached_property
+    def times(self) -> tuple[Values, Values]:
+        """The distinct times, and for each observation its number among them."""
+        return np.unique(self.t, return_inverse=True)
+
+    def of(self, field: Values) -> Values:
+        """The observed entries of a field `[places, times]`."""
+        return field[self.places[1], self.times[1]]
+
+
+@functools.lru_cache(maxsize=6)
+def own_reference(name: str, x_points: int = 256, t_points: int = 101) -> Reference:
+    """The solution with the true coefficients, on a grid two to four times finer than the one used for inversion."""
+    equation = EQUATIONS[name]
+    points = 2048 if equation.odd else 1024
+    x, t = np.linspace(LEFT, RIGHT, x_points), np.linspace(0, LAST_TIME, t_points)
+    u = numerical.solve(equation, equation.coefficients, x, t, numerical.Accuracy(points, 1e-10))
+    return Reference(x, t, u, f"this program's own solver with {points} points and tolerance 1e-10")
+
+
+def read_reference(equation: Equation, folder: Path) -> Reference:
+    """The solution in the equation's `.mat` file.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds something else.
+    """
+    from scipy.io import loadmat
+
+    name, *keys = FILES[equation.name]
+    names = (name, *OTHER_NAMES.get(name, ()))
+    path = next((folder / each for each in names if (folder / each).is_file()), None)
+    if path is None:
+        raise DataError(f"there is no {' or '.join(names)} in {folder}; leave --data-dir out to do without")
+    try:
+        content = loadmat(path)
+    except Exception as error:  # a damaged file ends in errors of many kinds
+        raise DataError(f"{path} is damaged or no MATLAB file: {error or type(error).__name__}") from error
+    missing = [key for key in keys if key not in content]
+    if missing:
+        has = ", ".join(key for key in content if not key.startswith("__"))
+        raise DataError(f"{path} has no {', '.join(missing)}; it holds {has or 'nothing'}")
+    try:
+        x, t, u = (np.asarray(np.real(content[key]), dtype=float) for key in keys)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: {', '.join(keys)} must be arrays of numbers ({error})") from error
+    x, t = x.ravel(), t.ravel()
+    if u.shape == (len(t), len(x)):
+        u = u.T
+    _require_solution(path, equation, x, t, u)
+    return Reference(x, t, u, path.name)
+
+
+def _require_solution(path: Path, equation: Equation, x: Values, t: Values, u: Values) -> None:
+    """Raise unless u is a solution's values on a grid of places and times, from this equation's initial values on."""
+    if u.shape != (len(x), len(t)):
+        raise DataError(f"{path}: u is {u.shape} for {len(x)} places and {len(t)} times")
+    if not (np.isfinite(x).all() and np.isfinite(t).all() and np.isfinite(u).all()):
+        raise DataError(f"{path} holds NaN or infinity")
+    if not ((np.diff(x) > 0).all() and (np.diff(t) > 0).all()):
+        raise DataError(f"{path}: x and t must increase")
+    require_inside(x, t, str(path))
+    wrong = np.linalg.norm(u[:, 0] - equation.initial(x)) / np.linalg.norm(equation.initial(x))
+    if t[0] != 0 or wrong > 0.01:
+        raise DataError(
+            f"{path} does not start with the initial values of {equation.name} (t = {t[0]:g}, relative difference "
+            f"{wrong:.2g})"
+        )
+
+
+def require_inside(x: Values, t: Values, what: str) -> None:
+    """Raise for places or times outside of the equation's domain."""
+    outside = (x < LEFT - 1e-9) | (x > RIGHT + 1e-9), (t < 0) | (t > LAST_TIME + 1e-9)
+    for name, values, wrong, low, high in (("x", x, outside[0], LEFT, RIGHT), ("t", t, outside[1], 0, LAST_TIME)):
+        if wrong.any():
+            raise DataError(f"{what}: {name} = {values[wrong][0]:g} is outside of the domain [{low:g}, {high:g}]")
+
+
+def on_grid(reference: Reference, places: int, times: int, noise: float, seed: int) -> Observations:
+    """A grid of observations inside the domain, at grid points of the reference, with Gaussian noise.
+
+    `noise` is relative to the standard deviation of the values observed.
+    """
+    if places > len(reference.x) - 2 or times > len(reference.t) - 1:
+        raise ValueError(
+            f"a grid of {places} x {times} observations, but the reference solution has {len(reference.x)} places "
+            f"and {len(reference.t)} times"
+        )
+    i = np.round((np.arange(places) + 0.5) / places * (len(reference.x) - 1)).astype(int)
+    j = np.round((np.arange(times) + 1) / times * (len(reference.t) - 1)).astype(int)
+    x, t = np.meshgrid(reference.x[i], reference.t[j], indexing="ij")
+    u = reference.u[np.ix_(i, j)].ravel()
+    deviation = noise * float(u.std())
+    draws = randomness.generator(seed, _NOISE).standard_normal(len(u))
+    return Observations(x.ravel(), t.ravel(), u + deviation * draws, deviation)
+
+
+def read_table(path: Path) -> Observations:
+    """Observations from a text file with three columns, x, t and u, separated by commas; a first line of names is
+    skipped.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no {path}; a file with a line x,t,u for each observation is needed")
+    try:
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        names = 1 if any(c.isalpha() and c not in "eE" for c in first) else 0
+        table = np.loadtxt(path, delimiter=",", skiprows=names, ndmin=2)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; a line x,t,u with three numbers for each observation is needed") from error
+    if table.shape[0] < 1 or table.shape[1] != 3 or not np.isfinite(table).all():
+        raise DataError(
+            f"{path} holds {table.shape[0]} rows of {table.shape[1]}; three finite numbers x,t,u are needed"
+        )
+    x, t, u = table.T
+    require_inside(x, t, str(path))
+    return Observations(x, t, u)
