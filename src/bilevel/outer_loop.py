@@ -322,7 +322,6 @@ class OuterLoop:
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
 
-
     def _carried_from(self, stored: Mapping[str, Any]) -> Carried:
         """What `_as_dict` made, in the form and on the devices of this problem's inner states."""
         inner, outer = batches_of(self.inner_batches, self.draws), batch_of(self.outer_batch, self.draws)

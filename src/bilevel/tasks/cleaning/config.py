@@ -52,5 +52,7 @@ class Cleaning:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: a number in [0, 1) is needed")
         if not 0 < self.wrong < 1:
-            raise ValueError(f"wrong={self.wrong}: a fraction between 0 and 1 is needed; without wrong labels there is "
-                             "nothing to find")
+            raise ValueError(
+                f"wrong={self.wrong}: a fraction between 0 and 1 is needed; without wrong labels there is "
+                "nothing to find"
+            )

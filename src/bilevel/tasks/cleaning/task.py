@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bilevel.outer_loop import OuterStep
 from bilevel.report import Section
 from bilevel.tasks import image_data
@@ -49,9 +47,7 @@ class CleaningTask(Task[Cleaning]):
     def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:  # noqa: ARG002
         return []
 
-    def evaluate(
-        self, config: Cleaning, data_dir: Path | None, meta: Any, seed: int, progress: bool
-    ) -> dict[str, Any]:
+    def evaluate(self, config: Cleaning, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
         data = _data(config, data_dir)
         return evaluate(config, data, noisy_labels(config, data, seed), meta, seed, progress)
 
@@ -90,7 +86,7 @@ class CleaningTask(Task[Cleaning]):
             ),
             Section(
                 "Test accuracy",
-                "Fresh networks, trained alike, judged on test images whose labels are right. Mean ± standard deviation.",
+                "Fresh networks, trained alike, judged on test images with right labels. Mean ± standard deviation.",
                 pictures.accuracies(accuracy),
                 ("trained on", "test accuracy, %", "each run"),
                 rows,
