@@ -223,8 +223,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         "`python benchmarks/outer_loss.py`, and for MNIST `--problems noisy_labels_mnist --data-dir FOLDER`: outer "
         "Adam, the best of three outer learning rates for each estimator (the same three), falling linearly to 0. "
-        f"Final: mean outer loss of fresh draws, mean over the seeds (each of them). One thread, torch {torch.__version__}, python "
-        f"{platform.python_version()}.",
+        f"Final: mean outer loss of fresh draws, mean over the seeds (each of them). One thread, torch "
+        f"{torch.__version__}, python {platform.python_version()}.",
     ]
     for name in PROBLEMS:
         if name not in found:

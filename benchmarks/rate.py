@@ -190,8 +190,8 @@ def page(rows: list[dict[str, Any]], options: Options, versions: dict[str, str])
         "# The rate with a control variate",
         "",
         f"`python benchmarks/rate.py`: N = {N} labels, T = {T}, b = {B}, ρ = b/(N − 1) = {RHO:.4f}; {options.seeds} "
-        f"runs each. Needed: outer steps until h is {TARGET:.0%} of h(φ_0). Predicted: (1 + 1/ρ)/(1 + q/ρ) times fewer. "
-        f"{', '.join(f'{k} {v}' for k, v in versions.items())}.",
+        f"runs each. Needed: outer steps until h is {TARGET:.0%} of h(φ_0). Predicted: (1 + 1/ρ)/(1 + q/ρ) times "
+        f"fewer. {', '.join(f'{k} {v}' for k, v in versions.items())}.",
         "",
         "| method | q of the pilot run | q observed | outer steps needed | times fewer | predicted | mean ‖∇h‖² "
         "| its bound |",

@@ -28,7 +28,8 @@ def push_forward_sharing_steps(run: Unroll, chunks: Sequence[list[Tensor]]) -> S
     if not isinstance(problem, GradientDescent):
         raise TypeError(
             f'tangents="shared" needs the inner loss, whose second derivatives are symmetric; a '
-            f'{type(problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take tangents="exact"'
+            f"{type(problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take "
+            'tangents="exact"'
         )
     state = run.start()
     tangents = [run.push_init(vectors).tangents for vectors in chunks]

@@ -54,8 +54,9 @@ class ForwardGradient(Estimator):
             `bilevel.estimators.carried` for what is unbiased then.
 
     Cost: (1 + 2b)·T units, and T more for every further chunk that does not share; up to twice that where layers are
-    large and batches small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size states and the activations
-    of as many tangents, about 4 states for each. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for
+    large and batches small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size
+    states and the activations of as many tangents, about 4 states for each; with shared steps 1 + b states, one graph
+    of a step, and chunk_size backward passes. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for
     Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate and orthogonal directions; with a control variate c,
     that times ‖∇h − s·c‖²/‖∇h‖². `standard_error` estimates the root of the variance from the spread of w, and
     `diagnostics["variance_left"]` what of the variance the control variate left.
