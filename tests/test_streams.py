@@ -197,6 +197,8 @@ def test_settings_that_do_not_go_together() -> None:
         ForwardGradient(4, control_variate=Reverse(), carry="fresh")
     with pytest.raises(ValueError, match="independent directions"):
         ForwardGradient(4, "orthogonal", carry="fresh")
+    with pytest.raises(ValueError, match="would bring a bias"):
+        ForwardGradient(4, control_variate=bilevel.RunningMean(), carry="tangents")
     with pytest.raises(ValueError, match="take tangents="):
         ForwardGradient(4, tangents="shared", carry="fresh")
     with pytest.raises(ValueError, match="carry="):

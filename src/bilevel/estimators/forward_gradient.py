@@ -106,6 +106,11 @@ class ForwardGradient(Estimator):
                 raise ValueError(f"carry={self.carry!r} keeps all tangents of all entries: leave {name}={plain!r}")
         if self.carry != "nothing" and self.tangents == "shared":
             raise ValueError(f'carry={self.carry!r} with tangents="shared": take tangents="exact" or "difference"')
+        if self.carry == "tangents" and control_variates.running_mean_of(self) is not None:
+            raise ValueError(
+                'carry="tangents" keeps its directions, and RunningMean() is made of estimates along them: '
+                "as a control variate it would bring a bias; take another one"
+            )
         if self.carry == "fresh" and (self.control_variate is not None or self.distribution not in carried.SYMMETRIC):
             raise ValueError(
                 f'carry="fresh" takes no control_variate, and independent directions ({", ".join(carried.SYMMETRIC)}); '
