@@ -70,8 +70,8 @@ def as_markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     lines = [
         "# Chunks of directions that share the inner steps",
         "",
-        f"`python benchmarks/shared_steps.py`: {DIRECTIONS} directions, {STEPS} inner steps; process time in units of the "
-        f"plain inner loop, best of {REPEATS}; peak of live tensors; one thread, float32. "
+        f"`python benchmarks/shared_steps.py`: {DIRECTIONS} directions, {STEPS} inner steps; process time in units of "
+        f"the plain inner loop, best of {REPEATS}; peak of live tensors; one thread, float32. "
         f"{', '.join(f'{k} {v}' for k, v in versions.items())}. By the formulas "
         f"{2 * DIRECTIONS} + 8/chunk units in forward mode, {2 * DIRECTIONS} + 1 shared.",
         "",

@@ -65,7 +65,7 @@ def _network(*widths: int) -> nn.Sequential:
 
 
 def noisy_labels(name: image_data.DataName, data_dir: Path | None) -> Point:
-    """A weight for every training example, as `bilevel run cleaning` has them: 1000 digits, T = 100; or 5000 of MNIST."""
+    """A weight for every training example of `bilevel run cleaning`: 1000 digits or 5000 of MNIST, T = 100."""
     config = CleaningTask.presets[name].config
     made = cleaning_setup(config, image_data.load(name, data_dir), 0)
     return made.problem, made.meta, made.inner_batches_of(0), None
@@ -92,10 +92,10 @@ def learning_rates() -> Point:
 
 
 PROBLEMS: dict[str, tuple[Callable[[Path | None], Point], int]] = {
-    "condensation": (lambda data_dir: condensation(), 41),
+    "condensation": (lambda _: condensation(), 41),
     "noisy_labels_digits": (lambda data_dir: noisy_labels("digits", data_dir), 41),
     "noisy_labels_mnist": (lambda data_dir: noisy_labels("mnist", data_dir), 41),
-    "learning_rates": (lambda data_dir: learning_rates(), 13),
+    "learning_rates": (lambda _: learning_rates(), 13),
 }
 """With the budget of each, in inner loops."""
 
@@ -138,8 +138,10 @@ def main() -> None:
                 "sizes": f"N = {meta.numel()}, T = {len(inner)}, budget {budget} inner loops, {options.repeats} draws",
                 "rows": comparison.as_dicts(rows),
             }
-            comparison_plot.write(ROOT.parent / "docs" / "pictures" / f"equal_compute_{name}.png", rows, name)
             shown.advance(name)
+    for name, content in found.items():
+        rows = [bilevel.Compared(**row) for row in content["rows"]]
+        comparison_plot.write(ROOT.parent / "docs" / "pictures" / f"equal_compute_{name}.png", rows, name)
     write_json(stored, {"torch": torch.__version__, "problems": found})
     write_text(ROOT / "results" / "variance.md", page(found))
 

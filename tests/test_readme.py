@@ -37,13 +37,17 @@ def test_python_example_says_what_the_text_says(printed: list[str]) -> None:
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `bilevel` command of the README, made small by further flags."""
     monkeypatch.chdir(tmp_path)
-    small = shlex.split("--width 8 --inner-steps 3 --evaluation-runs 1 --whole-set-epochs 1 --outer-batch 64")
+    sizes = {
+        "condensation": "--width 8 --inner-steps 3 --evaluation-runs 1 --whole-set-epochs 1 --outer-batch 64",
+        "cleaning": "--width 8 --inner-steps 3 --evaluation-runs 1 --examples 50 --trusted 10",
+    }
     commands = [
         shlex.split(line) for block in blocks("sh") for line in block.splitlines() if line.startswith("bilevel")
     ]
     assert {words[1] for words in commands} == {"list", "run", "compare", "plan", "report"}
     for _, command, *rest in commands:
         if command == "run":
+            small = shlex.split(sizes[rest[0]])
             rest = [re.sub(r":50$", ":1", word) for word in rest]
             rest += small if "--phases" in rest else [*small, "--outer-steps", "2"]
         cli.main([command, *rest, *(["--inner-steps", "3", "--width", "8"] if command == "compare" else [])])

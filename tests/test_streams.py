@@ -14,7 +14,7 @@ from closed_forms import tensor
 from torch import Tensor
 
 import bilevel
-from bilevel import ForwardGradient, Phase, Reverse, TruncatedReverse
+from bilevel import ForwardGradient, Phase, Reverse, TruncatedReverse, randomness
 from bilevel import directions as module
 
 T, WINDOWS, N = 3, 4, 3
@@ -173,7 +173,7 @@ def test_a_stream_resumes_exactly(carry: Any, tmp_path: Path) -> None:
 def test_a_stream_without_outer_movement_is_one_history() -> None:
     still = bilevel.optimizer(torch.optim.SGD, lr=1e-300)
     result = fit([ForwardGradient(N, "coordinate", carry="tangents")], optimizer=still)
-    seed = bilevel.randomness.derive(0, bilevel.randomness.DRAW, 0, 0)
+    seed = randomness.derive(0, randomness.DRAW, 0, 0)
     exact = whole(Reverse(), seed=seed)
     assert result.history[-1]["outer_loss"] == float(exact.value)
     assert result.history[-1]["grad_norm"] == pytest.approx(float(exact.grad.norm()), rel=1e-10)
@@ -197,6 +197,8 @@ def test_settings_that_do_not_go_together() -> None:
         ForwardGradient(4, control_variate=Reverse(), carry="fresh")
     with pytest.raises(ValueError, match="independent directions"):
         ForwardGradient(4, "orthogonal", carry="fresh")
+    with pytest.raises(ValueError, match="would bring a bias"):
+        ForwardGradient(4, control_variate=bilevel.RunningMean(), carry="tangents")
     with pytest.raises(ValueError, match="take tangents="):
         ForwardGradient(4, tangents="shared", carry="fresh")
     with pytest.raises(ValueError, match="carry="):

@@ -117,7 +117,7 @@ def expectation(
 
 
 @pytest.mark.parametrize("variate", VARIATES.values(), ids=VARIATES.keys())
-@pytest.mark.parametrize("name", ["rademacher", "coordinate"])
+@pytest.mark.parametrize("name", ["rademacher", "coordinate", "orthogonal"])
 def test_forward_gradients(name: str, variate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     estimator = ForwardGradient(2, name, control_variate=variate)
     mean, squared, claimed = expectation(estimator, CASE, ENUMERATED[name](3, 2), monkeypatch)
@@ -126,11 +126,11 @@ def test_forward_gradients(name: str, variate: Any, monkeypatch: pytest.MonkeyPa
         assert claimed == pytest.approx(squared, rel=1e-9)
 
 
-@pytest.mark.parametrize("variate", ["none", "truncated", "two"])
+@pytest.mark.parametrize("variate", VARIATES.values(), ids=VARIATES.keys())
 @pytest.mark.parametrize("name", ["rademacher", "coordinate"])
-def test_zeroth_order(name: str, variate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroth_order(name: str, variate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # h is quadratic, so central differences have no bias of their own.
-    estimator = ZerothOrder(2, 1e-2, distribution=name, control_variate=VARIATES[variate])
+    estimator = ZerothOrder(2, 1e-2, distribution=name, control_variate=variate)
     mean, _, _ = expectation(estimator, CASE, ENUMERATED[name](3, 2), monkeypatch)
     assert mean == pytest.approx(CASE.gradient, rel=1e-8)
 

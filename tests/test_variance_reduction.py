@@ -83,7 +83,7 @@ def test_chunks_can_share_the_inner_steps(chunk_size: int | None) -> None:
 
 
 def test_steps_to_share_need_an_inner_loss() -> None:
-    with pytest.raises(TypeError, match="bilevel.GradientDescent"):
+    with pytest.raises(TypeError, match=r"bilevel\.GradientDescent"):
         BIG(ForwardGradient(4, tangents="shared"))
     unused = bilevel.GradientDescent(
         lambda theta, phi, batch: phi.sum(),

@@ -183,7 +183,8 @@ def _compare(rest: list[str]) -> None:
     console.print(_comparison_table(rows, point if inner_batches is None else f"{point}, T = {len(inner_batches)}"))
     console.print(
         "relative error: ‖estimate − exact‖/‖exact‖; standard error: what the estimator expects of itself, likewise "
-        "relative; ±: 95 % intervals, from --repeats 3 on; units: process time over that of the inner loop alone. Times are the best of up to three.",
+        "relative; ±: 95 % intervals, from --repeats 3 on; units: "
+        "process time over that of the inner loop alone. Times are the best of up to three.",
         style="dim",
     )
 

@@ -21,14 +21,15 @@ from bilevel.unroll import Slopes, Unroll
 def push_forward_sharing_steps(run: Unroll, chunks: Sequence[list[Tensor]]) -> Slopes:
     """What `Unroll.push_forward` gives for all chunks of directions together.
 
-    T (1 + 2b) units for b directions, whatever their number a chunk. Memory: the tangents of all of them, one graph of a
-    step, and the backward passes of one chunk through it.
+    T (1 + 2b) units for b directions, whatever their number a chunk. Memory: the tangents of all of them, one graph of
+    a step, and the backward passes of one chunk through it.
     """
     problem = run.problem
     if not isinstance(problem, GradientDescent):
         raise TypeError(
-            f'tangents="shared" needs the inner loss, whose second derivatives are symmetric; a {type(problem).__name__} '
-            'has only steps. Describe the problem with bilevel.GradientDescent, or take tangents="exact"'
+            f'tangents="shared" needs the inner loss, whose second derivatives are symmetric; a '
+            f"{type(problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take "
+            'tangents="exact"'
         )
     state = run.start()
     tangents = [run.push_init(vectors).tangents for vectors in chunks]

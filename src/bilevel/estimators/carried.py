@@ -7,17 +7,25 @@ truncated derivative. Both ways below keep Z, as far as b tangents can.
 **The same directions** (`carry="tangents"`). y' = Φ y + Γ v for the v of the first window. If φ has not changed, K
 windows of T steps are one of K·T, to the last bit but for rounding.
 
-**Fresh directions** (`carry="fresh"`). Keep pairs (y_i, l_i) of a tangent and its label, such that E[mean y_i l_iᵀ] = Z.
-For fresh directions u_i with E[u_i] = 0 and E[u_i u_iᵀ] = I, and numbers a_i that do not depend on them,
+**Fresh directions** (`carry="fresh"`). Keep pairs (y_i, l_i) of a tangent and its label with E[mean y_i l_iᵀ] = Z. For
+fresh directions u_i with E[u_i] = 0 and E[u_i u_iᵀ] = I, and numbers a_i that do not depend on them,
 
     y_i' = a_i Φ y_i + Γ u_i,   l_i' = l_i/a_i + u_i,   E[y_i' l_i'ᵀ] = Φ E[y_i l_iᵀ] + Γ,
 
 since the mixed terms have u_i once. The slope w_i = d y_i' + c u_i times its label estimates d Z' + c. This is one step
 of "unbiased online recurrent optimisation" for each window. The mixed terms are noise: about as much again as that of
-the window's own, and with a_i = √(‖l‖ ‖Γu‖/(‖y‖ ‖u‖)) least; for ‖Γu‖ the length of the first window's tangents stands.
+the window's own, and with a_i = √(‖l‖ ‖Γu‖/(‖y‖ ‖u‖)) least; ‖Γu‖ is taken from the first window's tangents.
 
-Reference: Tallec and Ollivier, 2017 (UORO, whose step is one inner step and whose b is 1); Williams and Zipser, 1989, on
-what a derivative carried through changing parameters is.
+**What is unbiased.** At fixed φ both are, for the gradient through the whole history. When φ moves between windows, Φ,
+Γ and Z are those of the φ of their time: what is estimated is d Z + c with Z a mixture of derivatives at past φ, as in
+real-time recurrent learning. The difference from the gradient of the history at today's φ is of first order in how far
+φ moved while the inner loop remembers. With the same directions all estimates of a run lie in the span of those b
+directions, so the noise of one outer step is that of the next and does not average out, and a plain gradient descent
+never leaves that span: right for a single gradient over a long history, wrong for training many meta parameters. Fresh
+directions have neither fault and more variance. Cost: (1 + 2b)·T units for a window, as without carrying.
+
+Reference: Tallec and Ollivier, 2017 (UORO, whose step is one inner step and whose b is 1); Williams and Zipser, 1989,
+on what a derivative carried through changing parameters is.
 """
 
 from __future__ import annotations
@@ -79,8 +87,8 @@ def _with_fresh_directions(settings: ForwardGradient, run: Unroll) -> Estimate:
     if count > 1:
         spread = sum(float((term - mean).double().square().sum()) for term, mean in zip(terms, grad, strict=True))
         error = (spread / (count * (count - 1))) ** 0.5
-    first = before is None or before.tangents is None
-    norm = float(trees.squared_norm(tangents).sqrt()) if first else before.first_norm
+    goes_on = before is not None and before.tangents is not None
+    norm = before.first_norm if before is not None and goes_on else float(trees.squared_norm(tangents).sqrt())
     carried = Carried(trees.detach(slopes.state), run.first_step + run.steps, tangents, labels, norm)
     return Estimate(slopes.value, like_meta(run, grad), slopes.state, error, carried=carried)
 

@@ -5,12 +5,12 @@ With variates c_1 … c_m `[m, N]` that do not depend on the directions, slopes 
     ∇h ≈ (1/b) Σ_i [ (w_i − s_i · p_i) v_i + s_i · c ]
 
 is unbiased as long as the scales s_i `[m]` are a function of the other directions alone ("leave one out"). They are
-fitted to those by least squares, with the weight of one further direction of slope 0:
+fitted to those by least squares, with a further direction of slope 0 that weighs 1/b:
 
-    s_i = (Σ_{j≠i} p_j p_jᵀ + c cᵀ)⁺ Σ_{j≠i} w_j p_j.
+    s_i = (Σ_{j≠i} p_j p_jᵀ + c cᵀ/b)⁺ Σ_{j≠i} w_j p_j.
 
 The variance is then that of the estimate of ∇h − s·c. The further direction keeps the fit bounded where few directions
-are there to fit to. A fit that includes direction i itself would be biased.
+are there to fit to (docs/theory.md says why 1/b). A fit that includes direction i itself would be biased.
 
 Directions drawn without replacement from an orthogonal basis are not independent, and leaving one out is not enough:
 the others say where v_i is not. Given them, E[v_i v_iᵀ] = (N I − Σ_{j≠i} v_j v_jᵀ)/(N − b + 1). Solving for ∇h gives

@@ -46,8 +46,9 @@ class ForwardGradient(Estimator):
             or a tuple of several. Its scale is fitted (see `bilevel.estimators.control_variates`); needs b >= 2.
         tangents: `"exact"`, in forward mode; `"shared"`, exact as well, by backward passes through one graph of each
             inner step that all chunks share, with the tangents of all directions in memory (often the faster and the
-            smaller one, see benchmarks/results/shared_steps.md); or `"difference"` for central differences of first-order gradients: for fused attention and
-            activation checkpointing, with relative errors of about 1e-10 in float64 and 1e-4 in float32.
+            smaller one, see benchmarks/results/shared_steps.md); or `"difference"` for central differences of
+            first-order gradients: for fused attention and activation checkpointing, with relative errors of about 1e-10
+            in float64 and 1e-4 in float32.
         support: `"touched"` restricts the directions to entries that the inner loop depends on at all (weights of
             examples that came up in a mini-batch), found with about 3T units; N is then their number.
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.
@@ -58,9 +59,10 @@ class ForwardGradient(Estimator):
             them adds up the gradient, or also the `"gradient"`, by an all-reduce; `"auto"` takes what costs less time.
             With `"slopes"`, the estimate is the same to the last bit on any number of workers up to b/chunk_size.
 
-    Cost: (1 + 2b)·T units, and T more for every further chunk that does not share; up to twice that where layers are large and batches
-    small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size states and the activations
-    of as many tangents, about 4 states for each. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for
+    Cost: (1 + 2b)·T units, and T more for every further chunk that does not share; up to twice that where layers are
+    large and batches small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size
+    states and the activations of as many tangents, about 4 states for each; with shared steps 1 + b states, one graph
+    of a step, and chunk_size backward passes. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for
     Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate and orthogonal directions; with a control variate c,
     that times ‖∇h − s·c‖²/‖∇h‖². `standard_error` estimates the root of the variance from the spread of w, and
     `diagnostics["variance_left"]` what of the variance the control variate left.
@@ -114,6 +116,11 @@ class ForwardGradient(Estimator):
                 raise ValueError(f"carry={self.carry!r} keeps all tangents of all entries: leave {name}={plain!r}")
         if self.carry != "nothing" and self.tangents == "shared":
             raise ValueError(f'carry={self.carry!r} with tangents="shared": take tangents="exact" or "difference"')
+        if self.carry == "tangents" and control_variates.running_mean_of(self) is not None:
+            raise ValueError(
+                'carry="tangents" keeps its directions, and RunningMean() is made of estimates along them: '
+                "as a control variate it would bring a bias; take another one"
+            )
         if self.carry == "fresh" and (self.control_variate is not None or self.distribution not in carried.SYMMETRIC):
             raise ValueError(
                 f'carry="fresh" takes no control_variate, and independent directions ({", ".join(carried.SYMMETRIC)}); '

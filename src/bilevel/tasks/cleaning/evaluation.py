@@ -48,19 +48,20 @@ def accuracies(
 
     All train networks from the same initialisations for as many steps at the same pace.
     """
-    some = (noisy.images, noisy.labels)
+    images, labels, right, alike = noisy.images, noisy.labels, ~noisy.wrong, torch.ones_like(phi)
+    trusted_alike = torch.ones_like(noisy.trusted_labels, dtype=phi.dtype)
     trials = {
-        "cleaned": (weights(phi), *some),
-        "everything": (torch.ones_like(phi), *some),
-        "clean_part": (torch.ones_like(phi)[~noisy.wrong], *(part[~noisy.wrong] for part in some)),
-        "trusted_alone": (torch.ones_like(phi)[:1].expand(config.trusted), noisy.trusted_images, noisy.trusted_labels),
+        "cleaned": (weights(phi), images, labels),
+        "everything": (alike, images, labels),
+        "clean_part": (alike[right], images[right], labels[right]),
+        "trusted_alone": (trusted_alike, noisy.trusted_images, noisy.trusted_labels),
     }
     results = {}
     with bar("evaluation", len(trials) * config.evaluation_runs, show=progress) as shown:
         for name, examples in trials.items():
             runs = []
             for number in range(config.evaluation_runs):
-                runs.append(_trained_accuracy(config, data, *examples, seed, number))
+                runs.append(_trained_accuracy(config, data, examples, seed, number))
                 shown.advance(f"{name} {runs[-1]:.1%}")
             results[name] = {
                 "mean": statistics.fmean(runs),
@@ -71,9 +72,10 @@ def accuracies(
 
 
 def _trained_accuracy(
-    config: Cleaning, data: LabelledImages, weight: Tensor, images: Tensor, labels: Tensor, seed: int, number: int
+    config: Cleaning, data: LabelledImages, examples: tuple[Tensor, Tensor, Tensor], seed: int, number: int
 ) -> float:
     """Test accuracy of fresh network `number` after training on these examples."""
+    weight, images, labels = examples
     with randomness.torch_seeded(seed, _NETWORK, number):
         model = network(config, data)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.inner_lr, momentum=config.momentum)

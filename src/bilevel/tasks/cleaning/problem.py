@@ -54,8 +54,8 @@ def noisy_labels(config: Cleaning, data: LabelledImages, seed: int) -> NoisyLabe
     wrong = torch.from_numpy(generator.random(config.examples) < config.wrong).to(device)
     if not 0 < int(wrong.sum()) < config.examples:
         raise ValueError(
-            f"examples={config.examples} with wrong={config.wrong}: all labels came out {'wrong' if wrong.any() else 'right'}; "
-            "take more examples, or another seed"
+            f"examples={config.examples} with wrong={config.wrong}: all labels came out "
+            f"{'wrong' if wrong.any() else 'right'}; take more examples, or another seed"
         )
     shift = torch.from_numpy(generator.integers(1, data.classes, config.examples)).to(device)
     right = data.train_labels[chosen]

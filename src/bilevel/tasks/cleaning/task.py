@@ -86,7 +86,7 @@ class CleaningTask(Task[Cleaning]):
             ),
             Section(
                 "Test accuracy",
-                "Fresh networks, trained alike, judged on test images whose labels are right. Mean ± standard deviation.",
+                "Fresh networks, trained alike, judged on test images with right labels. Mean ± standard deviation.",
                 pictures.accuracies(accuracy),
                 ("trained on", "test accuracy, %", "each run"),
                 rows,
