@@ -72,6 +72,14 @@ class BlackBox:
     Args:
         solve: `solve(meta) -> state`: a simulator, a subprocess, another library.
         outer_loss: `outer_loss(state, meta, batch) -> scalar`.
+
+    >>> import numpy, torch, bilevel
+    >>> box = BlackBox(
+    ...     solve=lambda meta: torch.from_numpy(numpy.exp(meta.numpy())),
+    ...     outer_loss=lambda state, meta, batch: state.sum(),
+    ... )
+    >>> bilevel.ZerothOrder(1)(box, torch.zeros(1, dtype=torch.float64)).grad  # d exp(φ)/dφ at 0
+    tensor([1.0000], dtype=torch.float64)
     """
 
     solve: Callable[[Tree], Tree]
