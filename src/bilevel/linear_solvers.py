@@ -1,6 +1,7 @@
 """Solvers of Hx = b for a symmetric H that is known only by its products with vectors.
 
-Vectors are lists of tensors. Each solver is a frozen object with settings and `solve(product, b) -> Solution`.
+Vectors are lists of tensors. Each solver is a frozen object with settings and `solve(product, b) -> Solution`. Its cost
+is counted in products; one with the Hessian of an inner loss takes `Implicit` 2 units.
 """
 
 from __future__ import annotations

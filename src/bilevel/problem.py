@@ -74,6 +74,14 @@ class BlackBox:
         outer_loss: `outer_loss(state, meta, batch) -> scalar`.
         solve_all: `solve_all(metas) -> states`, the same for a list of points, in parallel for instance (see
             `OutsideProgram`). An estimate then asks for all its points at once, and holds all their states.
+
+    >>> import numpy, torch, bilevel
+    >>> box = BlackBox(
+    ...     solve=lambda meta: torch.from_numpy(numpy.exp(meta.numpy())),
+    ...     outer_loss=lambda state, meta, batch: state.sum(),
+    ... )
+    >>> bilevel.ZerothOrder(1)(box, torch.zeros(1, dtype=torch.float64)).grad  # d exp(φ)/dφ at 0
+    tensor([1.0000], dtype=torch.float64)
     """
 
     solve: Callable[[Tree], Tree]
