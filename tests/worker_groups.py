@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kills import fork_group, train, wait_for_group  # pyright: ignore[reportMissingImports] (benchmarks/kills.py)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel
 from bilevel import cli, distributed, metrics, trees
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from kills import fork_group, train, wait_for_group  # pyright: ignore[reportMissingImports]
 
 SIZES = (1, 2, 3)
 
@@ -218,6 +220,7 @@ def sharded(folder: Path) -> None:
     (folder / f"sharded-{distributed.rank_in_environment()}.json").write_text(json.dumps(found))
 
 
+_SGD = bilevel.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
 SHARDED = [
     (
         "momentum",

@@ -1,0 +1,190 @@
+"""How much faster two single-thread workers are than one, what they send, and what drawing directions costs.
+
+    torchrun --nproc-per-node 2 benchmarks/scaling.py   # the speed-up: needs two idle cores
+    python benchmarks/scaling.py --draws                 # seconds for one entry of a direction
+
+The speed-up is that of whole outer steps of `fit`, with everything that belongs to them. One worker and two take turns:
+in a round, worker 0 runs the steps alone while the other one waits at a barrier, then both run the same steps together.
+Medians over the rounds. The waiting worker takes no processor time, so on a busy machine processor time tells what idle
+cores would give: the steps alone over the larger of the two shares. Writes `benchmarks/results/scaling.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import bilevel
+from bilevel import exchange
+from bilevel.directions import DISTRIBUTIONS, Directions
+from bilevel.files import write_text
+from bilevel.progress import bar
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS, TARGET = 7, 1.85
+
+
+def convnet_problem() -> tuple[Any, Tensor, Any]:
+    """Ten condensed 16x16 images through a two-block convnet, T = 20: N = 2,560."""
+    torch.manual_seed(0)
+    x, y, labels = torch.randn(64, 1, 16, 16), torch.arange(64) % 10, torch.arange(10)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
+    layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 10)]
+    problem = bilevel.GradientDescent(
+        lambda model, images, batch: cross_entropy(model(images), labels),
+        lambda model, images, batch: cross_entropy(model(x), y),
+        nn.Sequential(*layers),
+        bilevel.optimizer(torch.optim.SGD, lr=0.02, momentum=0.9),
+    )
+    return problem, torch.rand(10, 1, 16, 16), bilevel.no_batches(20)
+
+
+def mlp_problem() -> tuple[Any, Tensor, Any]:
+    """Weights of 500 examples, a network of 64 hidden units trained by Adam, T = 40."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 32)
+    y = (x[:, 0] > 0).long()
+    problem = bilevel.GradientDescent(
+        lambda model, w, batch: (w.sigmoid() * cross_entropy(model(x), y, reduction="none")).mean(),
+        lambda model, w, batch: cross_entropy(model(x[:100]), y[:100]),
+        nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 2)),
+        bilevel.optimizer(torch.optim.Adam, lr=0.01),
+    )
+    return problem, torch.zeros(500), bilevel.no_batches(40)
+
+
+def solver_problem() -> tuple[Any, Tensor, Any]:
+    """A black box: explicit diffusion on a line with a conductivity in each of 200 cells."""
+
+    def solve(meta: Tensor) -> Tensor:
+        u = torch.sin(torch.linspace(0, 6.28, 201))
+        for _ in range(400):
+            flux = 0.2 * meta.sigmoid() * (u[1:] - u[:-1])
+            u = torch.cat([u[:1], u[1:-1] + flux[1:] - flux[:-1], u[-1:]])
+        return u
+
+    return bilevel.BlackBox(solve, lambda u, meta, batch: (u**2).mean()), torch.zeros(200), None
+
+
+CASES: dict[str, tuple[Callable[[], tuple[Any, Tensor, Any]], bilevel.Estimator, int]] = {
+    "convnet, 32 directions": (convnet_problem, bilevel.ForwardGradient(32, chunk_size=8), 1),
+    "mlp with Adam, 64 directions": (mlp_problem, bilevel.ForwardGradient(64, chunk_size=16), 1),
+    "black box, 64 directions": (solver_problem, bilevel.ZerothOrder(64), 1),
+    "convnet, exact, 8 accumulated": (convnet_problem, bilevel.Reverse(), 8),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--draws", action="store_true")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.draws:
+        print("\n".join(draws()))
+        return
+    workers = bilevel.join_workers(timeout=1800)
+    if workers.size != 2:
+        raise SystemExit("two workers are needed: torchrun --nproc-per-node 2 benchmarks/scaling.py")
+    rows = []
+    with bar("rounds", options.rounds * len(CASES), show=workers.first) as shown:
+        for name in CASES:
+            rows.append(measured(workers, name, options.rounds, lambda name=name: shown.advance(name)))
+    if workers.first:
+        write_text(RESULTS / "scaling.md", "\n".join([*as_markdown(rows, options.rounds), *draws()]) + "\n")
+        print((RESULTS / "scaling.md").read_text())
+
+
+def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable[[], None]) -> dict[str, Any]:
+    """Wall and processor seconds of an outer step, alone and together, by turns."""
+    make, estimator, accumulate = CASES[name]
+    problem, meta, batches = make()
+
+    def steps(among: bilevel.Workers) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        phases = [bilevel.Phase(estimator, 2, accumulate)]
+        bilevel.fit(problem, meta, batches, phases=phases, progress=False, workers=among)
+        return (time.perf_counter() - wall) / 2, (time.process_time() - cpu) / 2
+
+    alone, together, waiting = [], [], []
+    for number in range(rounds + 1):  # the first one pays for what torch sets up once
+        dist.barrier()
+        found, wait = (0.0, 0.0), time.process_time()
+        if workers.first:
+            found = steps(bilevel.Workers())
+        dist.barrier()
+        waited = time.process_time() - wait
+        both = workers.gather("shares", torch.tensor([*steps(workers), waited]))
+        if number:
+            alone.append(found)
+            together.append((float(both[:, 0].max()), float(both[:, 1].max())))
+            waiting.append(float(both[1, 2]))
+            advance()
+    ratios = (
+        [[a[i] / t[i] for a, t in zip(alone, together, strict=True)] for i in range(2)] if workers.first else [[], []]
+    )
+    how = exchange.chosen("auto", getattr(estimator, "directions", 1), meta.numel(), 2)
+    directions = getattr(estimator, "directions", 0)
+    gradient = exchange.reduced_bytes(meta.numel(), 2, 4)
+    return {
+        "name": name,
+        "alone": statistics.median(a[0] for a in alone) if workers.first else 0.0,
+        "speedups": [sorted(r) for r in ratios],
+        "exchange": how if directions else "gradient",
+        "bytes": exchange.sent_bytes(how, directions, meta.numel(), 2) if directions else gradient,
+        "waiting": statistics.median(waiting),
+    }
+
+
+def as_markdown(rows: list[dict[str, Any]], rounds: int) -> list[str]:
+    """The table, and the machine's load while it was made."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    lines = [
+        "# Two workers against one",
+        "",
+        f"`torchrun --nproc-per-node 2 benchmarks/scaling.py --rounds {rounds}`: one thread each, "
+        f"{os.cpu_count()} cores, load averages (1, 5, 15 minutes) {load} at the end, torch {torch.__version__}, "
+        f"Python {platform.python_version()}. Median [least, most] of {rounds} rounds; target {TARGET}.",
+        "",
+        "| outer step | seconds alone | speed-up, wall | speed-up, processor time | exchange | bytes sent by each |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        texts = [f"{statistics.median(s):.2f} [{s[0]:.2f}, {s[-1]:.2f}]" for s in row["speedups"]]
+        lines.append(
+            f"| {row['name']} | {row['alone']:.3f} | {' | '.join(texts)} | {row['exchange']} | {row['bytes']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def draws() -> list[str]:
+    """Nanoseconds of processor time for drawing one entry of a direction and adding it up."""
+    lines = ["`python benchmarks/scaling.py --draws`, N = 1,000,000, chunks of 8, float32:", ""]
+    lines += ["| distribution | ns for an entry |", "| --- | --- |"]
+    leaf = torch.zeros(1000, 1000)
+    for name in DISTRIBUTIONS:
+        directions = Directions(name, 0, 16, [leaf])
+        found = []
+        for _ in range(3):
+            began, total = time.process_time(), torch.zeros_like(leaf)
+            for chunk in (range(8), range(8, 16)):
+                for v in directions.draw(chunk):
+                    total += torch.einsum("k,k...->...", torch.ones(8), v)
+            found.append((time.process_time() - began) / (16 * leaf.numel()) * 1e9)
+        lines.append(f"| {name} | {statistics.median(found):.1f} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

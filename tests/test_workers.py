@@ -1,0 +1,260 @@
+"""Several workers give what one gives, and an error of one is an error of all. The groups run in `worker_groups.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worker_groups import ESTIMATORS, SHARDED, SIZES
+
+import bilevel
+from bilevel import checkpoints, exchange, metrics, planner
+from bilevel.distributed import Workers
+from bilevel.run_record import CHECKPOINT, PREVIOUS
+
+ROOT = Path(__file__).parent.parent
+BIT_EQUAL = {"one at a time", "chunks", "variates", "solves", "forward solves", "black box", "exact", "auto"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which everything has happened."""
+    folder = tmp_path_factory.mktemp("groups")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])}
+    command = [sys.executable, str(Path(__file__).parent / "worker_groups.py"), str(folder)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def happened(base: Path) -> dict[str, Any]:
+    """Exit codes and what was printed, by the name of the group."""
+    return json.loads((base / "happened.json").read_text())
+
+
+def found(base: Path, what: str, size: int, rank: int = 0) -> dict[str, Any]:
+    return json.loads((base / f"{what}-{size}-{rank}.json").read_text())
+
+
+# -- the same numbers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimates_do_not_depend_on_the_number_of_workers(name: str, base: Path) -> None:
+    alone = found(base, "estimates", 1)[name]
+    assert all(map(math.isfinite, alone))
+    assert any(alone[1:])
+    for size in SIZES[1:]:
+        for rank in range(size):
+            together = found(base, "estimates", size, rank)[name]
+            if name in BIT_EQUAL:
+                assert together == alone
+            assert together == pytest.approx(alone, rel=1e-12, abs=1e-14)
+            assert together == found(base, "estimates", size)[name]  # all workers have the same, to the last bit
+
+
+def test_both_exchanges_give_the_same(base: Path) -> None:
+    for size in SIZES:
+        estimates = found(base, "estimates", size)
+        for one, other in (("slopes", "gradient"), ("chunks", "chunks, gradient"), ("variates", "variates, gradient")):
+            assert estimates[one] == pytest.approx(estimates[other], rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", ["directions", "exact", "fewer than workers"])
+def test_training_curves_do_not_depend_on_the_number_of_workers(name: str, base: Path) -> None:
+    rows, meta = found(base, "curves", 1)[name]
+    for size in SIZES[1:]:
+        for rank in range(size):
+            others, other = found(base, "curves", size, rank)[name]
+            assert other == pytest.approx(meta, rel=1e-12, abs=1e-14)
+            for row, also in zip(rows, others, strict=True):
+                assert also == pytest.approx(row, rel=1e-11)
+
+
+def test_sharded_parameters_give_what_whole_ones_give(base: Path, happened: dict[str, Any]) -> None:
+    """Each process holds its half of every parameter, of the optimiser's memory and of the tangents."""
+    for rank in range(2):
+        sharded = json.loads((base / f"sharded-{rank}.json").read_text())
+        for name, _, _ in SHARDED:
+            gradient, shapes = sharded[name]
+            assert gradient == pytest.approx(happened[f"whole, {name}"], rel=1e-9, abs=1e-12)
+            assert shapes == [[3], [3, 4], [1, 6]]
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def printed(happened: dict[str, Any], name: str, codes: list[int]) -> list[str]:
+    assert happened[name]["codes"] == codes, happened[name]["printed"]
+    return happened[name]["printed"]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [row["outer_step"] for row in metrics.read(folder / metrics.FILE)]
+
+
+def assert_as_undisturbed(base: Path, name: str) -> None:
+    one, other = (checkpoints.load(base / each / CHECKPOINT) for each in (name, "undisturbed"))
+    assert torch.equal(one["meta"][0], other["meta"][0])
+    assert one["counters"]["outer_step"] == 6
+    rows = [metrics.read(base / each / metrics.FILE) for each in (name, "undisturbed")]
+    assert [{**a, "seconds": 0} for a in rows[0]] == [{**b, "seconds": 0} for b in rows[1]]
+
+
+def test_a_nan_of_one_worker_ends_all_with_its_message(base: Path, happened: dict[str, Any]) -> None:
+    """And when the fault is gone, the restarted group goes on from the step before."""
+    first, second = printed(happened, "nan", [1, 1])
+    assert first.startswith("NonFiniteError: outer step 3: worker 1 of 2: the outer loss is not finite: inner step 0")
+    assert second.startswith("NonFiniteError: outer step 3: the outer loss is not finite: inner step 0")
+    printed(happened, "nan, restarted", [0, 0])
+    assert_as_undisturbed(base, "nan")
+
+
+def test_an_error_of_one_worker_ends_all_with_its_message(base: Path, happened: dict[str, Any]) -> None:
+    first, second = printed(happened, "error", [1, 1])
+    assert first == "WorkerError: worker 1 of 2: the third example is not there (ZeroDivisionError)\n"
+    assert second == "ZeroDivisionError: the third example is not there\n"
+    assert steps_of(base / "error") == [0, 1, 2]
+    assert checkpoints.load(base / "error" / CHECKPOINT)["counters"]["outer_step"] == 3
+    first, second = printed(happened, "error of the first", [1, 1])
+    assert first == "ZeroDivisionError: the third example is not there\n"
+    assert second.startswith("WorkerError: worker 0 of 2: the third example")
+
+
+def test_a_slow_worker_is_waited_for(base: Path, happened: dict[str, Any]) -> None:
+    printed(happened, "slow", [0, 0])
+    assert_as_undisturbed(base, "slow")
+
+
+def test_a_worker_that_hangs_is_waited_for_no_longer_than_the_timeout(base: Path, happened: dict[str, Any]) -> None:
+    first, second = printed(happened, "hangs", [1, 1])
+    assert "WorkerError: worker 0 of 2 waited in vain for another one at 'directions': a slow one needs" in first
+    assert "WorkerError: worker 1 of 2 lost another one at 'directions': it died or was stopped" in second
+    assert happened["hangs"]["ended"][0] < 8 <= happened["hangs"]["ended"][1]  # it slept for eight seconds
+    assert checkpoints.load(base / "hangs" / CHECKPOINT)["counters"]["outer_step"] == 3
+
+
+def test_the_others_notice_when_a_worker_dies(base: Path, happened: dict[str, Any]) -> None:
+    first, _ = printed(happened, "dies", [1, -9])
+    assert first.startswith("WorkerError: worker 0 of 2 lost another one at 'directions'")
+    assert checkpoints.load(base / "dies" / CHECKPOINT)["counters"]["outer_step"] == 3
+
+
+@pytest.mark.parametrize("name", ["full disk", "full metrics"])
+def test_a_full_disk_ends_all_and_leaves_nothing_half_written(name: str, base: Path, happened: dict[str, Any]) -> None:
+    """The checkpoint of step 2 does not fit, or with checkpoints further apart a line of the metrics."""
+    first, second = printed(happened, name, [1, 1])
+    assert re.match(
+        rf"OSError: .*cannot write to .*/{name}; there is no checkpoint yet. With that put right, resume", first
+    )
+    assert second.startswith("WorkerError: worker 0 of 2: [Errno")
+    if name == "full disk":  # it was run again, with space
+        printed(happened, "full disk, restarted", [0, 0])
+        assert_as_undisturbed(base, name)
+        assert {path.name for path in (base / name).iterdir()} == {CHECKPOINT, PREVIOUS, metrics.FILE}
+    else:
+        assert [path.name for path in (base / name).iterdir()] == [metrics.FILE]
+        assert (base / name / metrics.FILE).read_bytes().endswith(b"}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("seeds", "the settings of the run"),
+        ("starts", "the meta parameters at the start"),
+        ("drift", "the numbers of outer step 0"),
+    ],
+)
+def test_workers_that_do_not_agree_are_told_so(name: str, place: str, happened: dict[str, Any]) -> None:
+    for text in printed(happened, name, [1, 1]):
+        assert text.startswith(f"WorkerError: workers 0 and 1 of 2 disagree at '{place}'")
+
+
+def test_workers_that_make_different_calls_are_told_so(happened: dict[str, Any]) -> None:
+    for text in printed(happened, "lost step", [1, 1]):
+        assert "lost step: worker 0 is at 'apples', worker 1 is at 'pears'" in text
+
+
+def test_sigterm_saves_and_leaves_with_code_143(base: Path, happened: dict[str, Any]) -> None:
+    """The last worker standing gets it too, or hears of it; the restarted group ends with the same numbers."""
+    codes = happened["terminated"]["codes"]
+    assert codes[0] == 143
+    assert codes[1] in (143, 1)
+    printed(happened, "terminated, restarted", [0, 0])
+    one, other = (checkpoints.load(base / name / CHECKPOINT) for name in ("terminated", "trained"))
+    assert torch.equal(one["meta"][0], other["meta"][0])
+    assert steps_of(base / "terminated") == steps_of(base / "trained") == list(range(15))
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_first_worker_writes_and_shows(base: Path, happened: dict[str, Any]) -> None:
+    first, second = printed(happened, "command", [0, 0])
+    assert first.count("report: ") == 1
+    assert "outer loss" in first
+    assert second == ""
+    assert steps_of(base / "command") == [0, 1, 2]
+    first, second = printed(happened, "command again", [1, 1])
+    assert "already holds a run" in first
+    assert second == ""
+    first, second = printed(happened, "wrong flag", [2, 2])
+    assert "--directions" in first
+    assert second == ""
+
+
+# -- who does what -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("count", [0, 1, 7, 64])
+def test_every_part_is_somebodys(count: int, size: int) -> None:
+    shares = [list(Workers(rank, size).share(count)) for rank in range(size)]
+    assert sorted(part for share in shares for part in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    alone = Workers()
+    numbers = torch.arange(3.0)
+    assert torch.equal(alone.gather("x", numbers), numbers.double().unsqueeze(0))
+    assert alone.sum("x", [numbers])[0] is not None
+    assert alone.broadcast("x", "y") == "y"
+    with pytest.raises(ZeroDivisionError):
+        alone.together("x", lambda: 1 / 0)
+
+
+def test_the_exchange_follows_from_time_and_bytes() -> None:
+    assert exchange.chosen("slopes", 10**6, 10**9, 64) == "slopes"
+    assert exchange.chosen("gradient", 1, 1, 2) == "gradient"
+    assert exchange.chosen("auto", 16, 640, 2) == "slopes"
+    assert exchange.chosen("auto", 16, 10**8, 2) == "gradient"
+    for workers in (2, 8, 64):
+        slopes, gradient = (exchange.sent_bytes(how, 64, 1000, workers) for how in ("slopes", "gradient"))
+        assert slopes == 8 * 64 * (workers - 1) / workers
+        assert gradient - slopes == 2 * 4 * 1000 * (workers - 1) / workers
+
+
+def test_the_planner_shows_what_is_exchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    from bilevel import planning
+
+    sizes = {"params": 1e9, "meta_params": 1e8, "steps": 10, "memory": "80GB", "directions": 64}
+    plan = bilevel.on_paper(**sizes, workers=64)  # pyright: ignore[reportArgumentType]
+    rows = {type(row.estimator).__name__: row for row in plan.rows}
+    assert (rows["ForwardGradient"].exchange, rows["Reverse"].exchange) == ("gradient", None)
+    assert rows["ForwardGradient"].sent_bytes == exchange.sent_bytes("gradient", 64, 10**8, 64)
+    planning.show(plan, "on paper", in_units=True)
+    shown = capsys.readouterr().out
+    assert "for each of 64 workers" in shown
+    assert planner.size_text(rows["ForwardGradient"].sent_bytes or 0) in shown
+    planning.show(bilevel.on_paper(**sizes), "on paper", in_units=True)  # pyright: ignore[reportArgumentType]
+    assert "exchange" not in capsys.readouterr().out
