@@ -33,6 +33,7 @@ from bilevel.linear_solvers import ConjugateGradient, Neumann
 from bilevel.modules import ModuleView
 from bilevel.optim import Optimizer, optimizer
 from bilevel.outer_loop import OuterStep, Phase
+from bilevel.outside_program import FailedAttempt, OutsideProgram
 from bilevel.planner import Plan, Planned, on_paper, plan
 from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
 from bilevel.training import FitResult, fit
@@ -52,6 +53,7 @@ __all__ = [
     "Descent",
     "Estimate",
     "Estimator",
+    "FailedAttempt",
     "FitResult",
     "Forward",
     "ForwardGradient",
@@ -66,6 +68,7 @@ __all__ = [
     "NonFiniteError",
     "Optimizer",
     "OuterStep",
+    "OutsideProgram",
     "Phase",
     "Plan",
     "Planned",
