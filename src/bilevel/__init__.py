@@ -37,6 +37,7 @@ from bilevel.linear_solvers import ConjugateGradient, Neumann, Nystrom
 from bilevel.modules import ModuleView
 from bilevel.optim import Optimizer, optimizer
 from bilevel.outer_loop import OuterStep, Phase
+from bilevel.outside_program import FailedAttempt, OutsideProgram
 from bilevel.planner import Plan, Planned, on_paper, plan
 from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
 from bilevel.training import FitResult, fit
@@ -57,6 +58,7 @@ __all__ = [
     "Descent",
     "Estimate",
     "Estimator",
+    "FailedAttempt",
     "FitResult",
     "Forward",
     "ForwardGradient",
@@ -72,6 +74,7 @@ __all__ = [
     "Nystrom",
     "Optimizer",
     "OuterStep",
+    "OutsideProgram",
     "Phase",
     "Plan",
     "Planned",

@@ -97,10 +97,12 @@ class Optimizer:
         if self.meta_settings:
             names = ", ".join(self.meta_settings)
             raise ValueError(f"{names}: only an inner optimiser can take settings that are functions of meta")
-        if inspect.signature(self.algorithm.step).parameters["closure"].default is inspect.Parameter.empty:
+        needs_closure = inspect.signature(self.algorithm.step).parameters["closure"].default is inspect.Parameter.empty
+        if needs_closure and (self.settings.get("max_iter") != 1 or self.settings.get("line_search_fn")):
             raise ValueError(
                 f"torch.optim.{self.algorithm.__name__} evaluates the loss several times in a step (its step needs a "
-                "closure), and an outer step has one hypergradient; take SGD, Adam, RMSprop or another first-order one"
+                "closure), and an outer step has one hypergradient; take SGD, Adam, RMSprop or another first-order "
+                "one, or max_iter=1 without a line search"
             )
         bound = self.algorithm(list(parameters), **self.settings)  # pyright: ignore[reportCallIssue]
         return bound, None if self.schedule is None else self.schedule(bound)

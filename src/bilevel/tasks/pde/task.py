@@ -38,7 +38,7 @@ class PDETask(Task[PDE]):
     summary = "recover unknown coefficients, fields or terms of a partial differential equation from a few observations"
     presets: Mapping[str, Preset[PDE]] = {
         "coefficient": Preset(
-            PDE(), "zeroth-order", 30, "the paper's: one coefficient, any solver; needs no files", patience=4
+            PDE(), "zeroth-order", 30, "the paper's: one coefficient, any solver; needs no files", patience=3
         ),
         "coefficients": Preset(
             PDE(solver="differentiable", unknown="coefficients"),
@@ -60,8 +60,8 @@ class PDETask(Task[PDE]):
         ),
         "library": Preset(
             PDE(solver="differentiable", unknown="library", starts=1, observed_x=32, observed_t=16, penalty=1e-4),
-            "forward",
-            300,
+            "reverse",
+            200,
             "which of eight candidate terms there are, and their coefficients",
         ),
     }
@@ -72,7 +72,9 @@ class PDETask(Task[PDE]):
             spec = "zeroth-order" if count == 1 else f"zeroth-order(directions={count}, distribution='orthogonal')"
             return dataclasses.replace(preset, estimator=spec)
         if config.solver == "pinn":
-            return dataclasses.replace(preset, estimator="forward-gradient", outer_steps=min(preset.outer_steps, 15))
+            return dataclasses.replace(
+                preset, estimator="forward-gradient(tangents='difference')", outer_steps=min(preset.outer_steps, 12)
+            )
         return dataclasses.replace(preset, estimator="forward") if preset.estimator == "zeroth-order" else preset
 
     def setup(self, config: PDE, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:
@@ -85,9 +87,9 @@ class PDETask(Task[PDE]):
         """The other starts, then all of them against the truth."""
         found: list[Tensor | None] = [run.meta]
         reasons: list[str] = []
-        if run.config.starts > 1:
-            with bar("further starts", run.config.starts - 1, show=run.progress) as shown:
-                for number in range(1, run.config.starts):
+        if run.config.start_count > 1:
+            with bar("further starts", run.config.start_count - 1, show=run.progress) as shown:
+                for number in range(1, run.config.start_count):
                     setup = problem.setup(run.config, run.data_dir, run.outer_steps, run.seed, number)
                     try:
                         found.append(run.fit(setup, _name(number)))

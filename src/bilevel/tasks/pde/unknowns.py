@@ -126,11 +126,11 @@ def allowed(config: PDE, meta: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _smoothing(name: str, points: int) -> Tensor:
-    """A `[n, n]`: a Gaussian-like filter of width `SMOOTHNESS`, (1 + (ℓk)²)⁻² in the basis' modes, of unit gain."""
+    """A `[n, n]`: the filter (1 + (ℓk)²)⁻², scaled so that φ of variance 1 gives a field of variance 1."""
     equation: Equation = EQUATIONS[name]
     x = basis_of(equation, points).grid
     distance = np.abs(x[:, None] - x)
     if equation.boundary is None or equation.odd:
         distance = np.minimum(distance, 2 - distance)
-    kernel = (1 + distance / SMOOTHNESS) * np.exp(-distance / SMOOTHNESS)  # of (1 + (ℓk)²)⁻²
-    return torch.from_numpy(kernel / np.sqrt(kernel.sum(1).mean()))
+    kernel = (1 + distance / SMOOTHNESS) * np.exp(-distance / SMOOTHNESS)
+    return torch.from_numpy(kernel / np.linalg.norm(kernel, axis=1).mean())
