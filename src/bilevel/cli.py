@@ -34,6 +34,7 @@ _USAGE = """usage: bilevel COMMAND ...
 `bilevel run TASK --help` shows a task's options, `bilevel --version` the version."""
 
 _OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "tensorboard"}
+_LANGUAGE_PACKAGES = {"transformers", "tokenizers", "peft"}
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             commands[command](rest)
         except ModuleNotFoundError as error:
             package = (error.name or "").split(".")[0]
-            if package not in _OPTIONAL_PACKAGES:
+            if package not in _OPTIONAL_PACKAGES | _LANGUAGE_PACKAGES:
                 raise
-            _fail(f"this needs the package {package}: pip install 'bilevel[tasks]'", code=1)
+            extra = "lm" if package in _LANGUAGE_PACKAGES else "tasks"
+            _fail(f"this needs the package {package}: pip install 'bilevel[{extra}]'", code=1)
         except (BilevelError, ValueError, OSError) as error:
             _fail(str(error), code=1)
         except KeyboardInterrupt as error:
@@ -123,7 +125,7 @@ def _run(rest: list[str]) -> None:
     try:
         results = running.run(task, task.presets[preset], config, options, arguments.given(settings))
     except KeyboardInterrupt:
-        if not (folder / CHECKPOINT).exists():
+        if not ((folder / CHECKPOINT).exists() or (folder / running.STAGES).exists()):
             raise
         raise KeyboardInterrupt(f"interrupted; {folder} holds a checkpoint: go on with --resume") from None
     table = Table(show_header=False, box=None)

@@ -193,7 +193,7 @@ def as_tree(value: Tree) -> Tree:
 def as_plain_tree(tree: Tree) -> Tree:
     """The tree with every `ModuleView` replaced by a dict from parameter name to tensor.
 
-    An `OrderedDict`, because the leaves of a plain one are sorted by name, and would no longer come in the view's order.
+    An `OrderedDict`, because the leaves of a plain one are sorted by name, and would not come in the view's order.
     """
     return optree.tree_map(
         lambda leaf: OrderedDict(leaf.named_tensors) if isinstance(leaf, ModuleView) else leaf,

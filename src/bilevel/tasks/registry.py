@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bilevel.tasks.condensation.task import CondensationTask
+from bilevel.tasks.online_lm.task import OnlineLMTask
 from bilevel.tasks.task import Task
 
-TASKS: dict[str, Task[Any]] = {task.name: task for task in (CondensationTask(),)}
+TASKS: dict[str, Task[Any]] = {task.name: task for task in (CondensationTask(), OnlineLMTask())}

@@ -27,7 +27,7 @@ from bilevel.run_record import CHECKPOINT
 from bilevel.tasks.task import Preset, Task
 from bilevel.training import fit
 
-CONFIG, RESULTS, REPORT = "config.json", "results.json", "report.html"
+CONFIG, RESULTS, REPORT, STAGES = "config.json", "results.json", "report.html", "stages"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ def run(
         importlib.import_module(package)  # now, not after the training
     phases = make_phases(preset, options, settings or {})
     outer_steps = sum(phase.steps for phase in phases)
-    setup = task.setup(config, options.data_dir, outer_steps, options.seed)
     folder = folder_of(task, options)
     written = {
         "task": task.name,
@@ -109,6 +108,8 @@ def run(
         "seed": options.seed,
     }
     with _claimed(folder, written, options.resume):
+        task = task.prepared(config, options.data_dir, folder, options.seed, progress)
+        setup = task.setup(config, options.data_dir, outer_steps, options.seed)
         fitted = fit(
             setup.problem,
             setup.meta,
@@ -252,4 +253,4 @@ def _require_same_config(folder: Path, old: Mapping[str, Any], new: Mapping[str,
 
 
 def _has_begun(folder: Path) -> bool:
-    return (folder / CHECKPOINT).exists() or bool(metrics.read(folder / metrics.FILE))
+    return (folder / CHECKPOINT).exists() or bool(metrics.read(folder / metrics.FILE)) or (folder / STAGES).exists()
