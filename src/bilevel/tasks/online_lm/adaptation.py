@@ -34,7 +34,7 @@ def adapted(
             weights = weigh(document).to(device)
         with losses.autocast(precision, device):
             logits = learner(input_ids=ids, use_cache=False).logits
-        loss = losses.weighted_nll(logits.float(), ids, weights.float())
+        loss = losses.weighted_nll(losses.widened(logits), ids, losses.widened(weights))
         steps.zero_grad()
         loss.backward()
         steps.step()

@@ -35,7 +35,7 @@ class OnlineLM:
     lora_rank: int = 0
     """Adapt low-rank matrices of this rank in place of the weights themselves (LoRA, needs peft); 0 for all weights."""
     precision: Precision = "float32"
-    """`bfloat16` computes in bf16 under autocast; weights, inner state and its tangents stay float32."""
+    """`bfloat16` computes the losses in bf16; weights, inner state and its tangents stay float32."""
     context: int = 64
     """Tokens of a document at most; what is longer is cut, with a warning."""
     answer_tokens: int = 8
@@ -95,6 +95,10 @@ class OnlineLM:
             raise ValueError(f"kl_weight={self.kl_weight}: a number of at least 0 is needed")
         if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError(f"learning_rates={self.learning_rates}: positive numbers are needed, at least one")
+        if self.lora_rank and self.precision == "bfloat16":
+            raise ValueError(
+                "lora_rank with precision=bfloat16: the frozen weights would stay float32; take one of both"
+            )
         if self.context < 16:
             raise ValueError(f"context={self.context}: at least 16 tokens are needed for a question and its answer")
         if self.vocabulary < 300:

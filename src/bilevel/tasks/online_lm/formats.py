@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from bilevel.errors import DataError
 from bilevel.tasks.online_lm.documents import Corpus, Document, Question
 
-_PARTS = {"train": ("train",), "validation": ("valid", "val"), "test": ("test", "dev", "eval")}
+_PARTS = {"train": ("train",), "validation": ("valid", "validation", "val"), "test": ("test", "dev", "eval")}
 _KEYS = ("sorting_key", "evidence_id", "para_id", "doc_id", "id")
 _REFERENCES = ("evidence_id", "para_id", "doc_id")
 
@@ -44,7 +45,7 @@ def table(folder: Path) -> Corpus:
         texts.update(_texts(path))
     asked = [p for p in files if p not in sources]
     validation = None
-    if any(word in p.name.lower() for p in asked for word in _PARTS["validation"]):
+    if any(_is_of(p, "validation") for p in asked):
         validation = _table_documents(_one(folder, asked, "validation"), texts)
     train, test = (_table_documents(_one(folder, asked, part), texts) for part in ("train", "test"))
     return _split(folder, train, validation, test)
@@ -77,14 +78,20 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _one(folder: Path, files: Sequence[Path], part: str) -> Path:
-    words = _PARTS[part]
-    found = [p for p in files if any(word in p.name.lower() for word in words)]
+    found = [p for p in files if _is_of(p, part)]
     if not found:
         names = ", ".join(p.name for p in files) or "no such file at all"
-        raise DataError(f"{folder} has no file for {part} (with {' or '.join(words)} in its name): it has {names}")
+        raise DataError(
+            f"{folder} has no file for {part} (with {' or '.join(_PARTS[part])} in its name): it has {names}"
+        )
     if len(found) > 1:
         raise DataError(f"{folder} has several files for {part}: {', '.join(p.name for p in found)}; keep one")
     return found[0]
+
+
+def _is_of(path: Path, part: str) -> bool:
+    """Whether one of the words of the name, `eval` in `qa_eval.jsonl`, stands for this part."""
+    return any(word in _PARTS[part] for word in re.split(r"[^a-z]+", path.name.lower()))
 
 
 def _squad_documents(path: Path) -> list[Document]:

@@ -45,6 +45,11 @@ def kl_from_initial(logits: Tensor, initial_log_probs: Tensor, mask: Tensor) -> 
     return (each * mask).sum() / mask.sum()
 
 
+def widened(values: Tensor) -> Tensor:
+    """What autocast left in bf16 as float32; anything else as it is."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 def counted(labels: Tensor) -> Tensor:
     """How many tokens are predicted."""
     return (labels[:, 1:] != IGNORED).sum()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 import bilevel
-from bilevel import randomness
+from bilevel import randomness, trees
 from bilevel.tasks.online_lm import losses, tokens
 from bilevel.tasks.online_lm.config import OnlineLM
 from bilevel.tasks.online_lm.documents import Corpus
@@ -73,17 +73,15 @@ def setup(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, weight_m
 
 def problem(config: OnlineLM, model: Any) -> bilevel.GradientDescent:
     """SGD on the weighted loss of one document after the other; then answers, and closeness to the initial model."""
-    device = next(model.parameters()).device
-    mixed = functools.partial(losses.autocast, config.precision, device)
+    lowered = functools.partial(in_precision, config.precision)
 
     def inner_loss(adapted: Any, weight_model: Any, ids: Tensor) -> Tensor:
-        with mixed():
-            weights = weight_model(input_ids=ids)
-            logits = adapted(input_ids=ids, use_cache=False).logits
-        return losses.weighted_nll(logits.float(), ids, weights.float())
+        weights = lowered(weight_model)(input_ids=ids)
+        logits = lowered(adapted)(input_ids=ids, use_cache=False).logits
+        return losses.weighted_nll(losses.widened(logits), ids, losses.widened(weights))
 
     def outer_loss(adapted: Any, _weight_model: Any, batch: OuterBatch) -> Tensor:
-        answers, divergence = outer_parts(adapted, batch, mixed)
+        answers, divergence = outer_parts(lowered(adapted), batch)
         return answers + config.kl_weight * divergence
 
     return bilevel.GradientDescent(
@@ -91,14 +89,22 @@ def problem(config: OnlineLM, model: Any) -> bilevel.GradientDescent:
     )
 
 
-def outer_parts(adapted: Any, batch: OuterBatch, mixed: Any) -> tuple[Tensor, Tensor]:
+def in_precision(precision: str, model: Any) -> Any:
+    """The model as its loss is to be computed: with its parameters rounded to bf16, if asked for.
+
+    Rounding is part of the function that is differentiated, so the state, its tangents and its cotangents stay float32.
+    (Autocast rounds operation by operation, and its tangents meet in matrix products with two dtypes.)
+    """
+    return trees.map_leaves(lambda t: t.to(torch.bfloat16), model) if precision == "bfloat16" else model
+
+
+def outer_parts(adapted: Any, batch: OuterBatch) -> tuple[Tensor, Tensor]:
     """The answers' loss, and the divergence from the initial model."""
-    with mixed():
-        asked = adapted(input_ids=batch.questions.ids, attention_mask=batch.questions.mask, use_cache=False).logits
-        other = adapted(input_ids=batch.locality.ids, attention_mask=batch.locality.mask, use_cache=False).logits
+    asked = adapted(input_ids=batch.questions.ids, attention_mask=batch.questions.mask, use_cache=False).logits
+    other = adapted(input_ids=batch.locality.ids, attention_mask=batch.locality.mask, use_cache=False).logits
     return (
-        losses.answer_nll(asked.float(), batch.questions.labels),
-        losses.kl_from_initial(other.float(), batch.initial_log_probs, batch.locality.mask),
+        losses.answer_nll(losses.widened(asked), batch.questions.labels),
+        losses.kl_from_initial(losses.widened(other), batch.initial_log_probs, batch.locality.mask),
     )
 
 
@@ -107,4 +113,4 @@ def _before(model: Any, locality: Padded) -> tuple[Padded, Tensor]:
     placed = locality.to(next(model.parameters()).device)
     with torch.no_grad():
         logits = model(input_ids=placed.ids, attention_mask=placed.mask, use_cache=False).logits
-    return placed, log_softmax(logits.float(), -1)
+    return placed, log_softmax(losses.widened(logits), -1)

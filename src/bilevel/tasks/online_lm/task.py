@@ -63,7 +63,7 @@ class OnlineLMTask(Task[OnlineLM]):
         precision.warn_if_off(config, learner, made, seed)
         return made
 
-    def callbacks(self, *_: Any) -> list[Callable[[OuterStep], None]]:
+    def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:  # noqa: ARG002
         return []
 
     def evaluate(self, config: OnlineLM, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
