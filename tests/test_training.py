@@ -508,6 +508,19 @@ class Shift(nn.Module):
         return self.value * self.fixed
 
 
+class Parts(nn.Module):
+    """Parameters of equal shapes whose names are not in alphabetical order: a mistaken order would go unnoticed."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.z = nn.Parameter(value[:1].clone())
+        self.m = nn.Parameter(value[1:2].clone())
+        self.a = nn.Parameter(value[2:].clone())
+
+    def forward(self) -> Tensor:
+        return torch.cat([self.z, self.m, self.a])
+
+
 # How to build meta parameters from START, how a loss reads φ out of them, and how a result holds it.
 FORMS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
     "tensor": (START.clone, lambda meta: meta),
@@ -518,6 +531,7 @@ FORMS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
     ),
     "tuple": (lambda: (START[:2].clone(), START[2:].clone()), torch.cat),
     "module": (lambda: Shift(START), lambda meta: meta()),
+    "module of several parameters": (lambda: Parts(START), lambda meta: meta()),
     "tree with a module": (
         lambda: {"net": Shift(START[:2]), "rest": START[2:].clone()},
         lambda meta: torch.cat([meta["net"](), meta["rest"]]),
@@ -551,10 +565,11 @@ def test_meta_parameters_in_every_form(form: str, tmp_path: Path) -> None:
     assert not any(t.requires_grad for t in seen)
 
     if "module" in form:
-        module, trained = (meta, result.meta) if form == "module" else (meta["net"], result.meta["net"])
+        module, trained = (meta["net"], result.meta["net"]) if isinstance(meta, dict) else (meta, result.meta)
         assert trained is module
-        assert torch.equal(module.fixed, torch.ones(1, dtype=FLOAT))
-        assert module.value.requires_grad
+        if isinstance(module, Shift):
+            assert torch.equal(module.fixed, torch.ones(1, dtype=FLOAT))
+            assert module.value.requires_grad
     else:
         assert torch.equal(read(meta), before)
 

@@ -38,6 +38,7 @@ the run goes on from its checkpoint when one of them dies.
 `bilevel run TASK --help` shows a task's options, `bilevel --version` the version."""
 
 _OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "tensorboard"}
+_LANGUAGE_PACKAGES = {"transformers", "tokenizers", "peft"}
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             _recorded(commands[command])(rest)
         except ModuleNotFoundError as error:
             package = (error.name or "").split(".")[0]
-            if package not in _OPTIONAL_PACKAGES:
+            if package not in _OPTIONAL_PACKAGES | _LANGUAGE_PACKAGES:
                 raise
-            _fail(f"this needs the package {package}: pip install 'bilevel[tasks]'", code=1)
+            extra = "lm" if package in _LANGUAGE_PACKAGES else "tasks"
+            _fail(f"this needs the package {package}: pip install 'bilevel[{extra}]'", code=1)
         except (BilevelError, ValueError, OSError) as error:
             _fail(str(error), code=1)
         except KeyboardInterrupt as error:
@@ -132,7 +134,7 @@ def _run(rest: list[str]) -> None:
     try:
         results = running.run(task, task.presets[preset], config, options, arguments.given(settings))
     except (KeyboardInterrupt, Terminated) as error:
-        if not (folder / CHECKPOINT).exists():
+        if not ((folder / CHECKPOINT).exists() or (folder / running.STAGES).exists()):
             raise
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
         message = KeyboardInterrupt(f"{what}; {folder} holds a checkpoint: go on with --resume")

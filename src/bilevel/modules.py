@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -191,9 +192,12 @@ def as_tree(value: Tree) -> Tree:
 
 
 def as_plain_tree(tree: Tree) -> Tree:
-    """The tree with every `ModuleView` replaced by a dict from parameter name to tensor."""
+    """The tree with every `ModuleView` replaced by a dict from parameter name to tensor.
+
+    An `OrderedDict`, because the leaves of a plain one are sorted by name, and would not come in the view's order.
+    """
     return optree.tree_map(
-        lambda leaf: leaf.named_tensors if isinstance(leaf, ModuleView) else leaf,
+        lambda leaf: OrderedDict(leaf.named_tensors) if isinstance(leaf, ModuleView) else leaf,
         tree,
         is_leaf=lambda node: isinstance(node, ModuleView),
         namespace=NAMESPACE,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bilevel import checks, distributed, metrics, randomness, report
+from bilevel.distributed import Workers
 from bilevel.errors import CheckpointError, DataError
 from bilevel.estimators import names
 from bilevel.files import remove_leftovers, write_json
@@ -27,7 +28,7 @@ from bilevel.run_record import CHECKPOINT
 from bilevel.tasks.task import Preset, Setup, Task, Trained
 from bilevel.training import FitResult, fit
 
-CONFIG, RESULTS, REPORT = "config.json", "results.json", "report.html"
+CONFIG, RESULTS, REPORT, STAGES = "config.json", "results.json", "report.html", "stages"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,6 @@ def run(
         importlib.import_module(package)  # now, not after the training
     phases = make_phases(task.adapted(preset, config), options, settings or {})
     outer_steps = sum(phase.steps for phase in phases)
-    setup = task.setup(config, options.data_dir, outer_steps, options.seed)
     folder = folder_of(task, options)
     written = {
         "task": task.name,
@@ -114,7 +114,9 @@ def run(
     }
     workers, resume = distributed.join_workers(options.timeout), options.resume or distributed.restarted()
 
-    def train(setup: Setup, out: Path, callbacks: Sequence[Callable[[OuterStep], None]], progress: bool) -> FitResult:
+    def train(
+        setup: Setup, out: Path, callbacks: Sequence[Callable[[OuterStep], None]], progress: bool, workers: Workers
+    ) -> FitResult:
         return fit(
             setup.problem,
             setup.meta,
@@ -138,7 +140,9 @@ def run(
     with ExitStack() as claim:
         if_first = _claimed(folder, written, resume) if workers.first else nullcontext()
         workers.together("the run's folder", lambda: claim.enter_context(if_first))
-        fitted = train(setup, folder, task.callbacks(folder, outer_steps, setup.meta), progress)
+        task = _prepared(task, workers, config, options, folder, progress)
+        setup = task.setup(config, options.data_dir, outer_steps, options.seed)
+        fitted = train(setup, folder, task.callbacks(folder, outer_steps, setup.meta), progress, workers)
     if not workers.first:
         return {}
     began = time.perf_counter()
@@ -150,7 +154,7 @@ def run(
         outer_steps,
         options.seed,
         progress,
-        fit=lambda setup, name: train(setup, folder / name, [], progress=False).meta,
+        fit=lambda setup, name: train(setup, folder / name, [], progress=False, workers=Workers()).meta,
     )
     judged = task.judge(trained)
     outer_seconds = fitted.history[-1]["seconds"]
@@ -166,6 +170,18 @@ def run(
     write_json(folder / RESULTS, results)
     write_report(task, folder)
     return results
+
+
+def _prepared(
+    task: Task[Any], workers: Workers, config: Any, options: RunOptions, folder: Path, progress: bool
+) -> Task[Any]:
+    """The task with its stages before the outer loop done: by the first worker, from whose files the others read."""
+
+    def prepare(progress: bool) -> Task[Any]:
+        return task.prepared(config, options.data_dir, folder, options.seed, progress)
+
+    made = workers.together("the stages before the outer loop", lambda: prepare(progress) if workers.first else task)
+    return made if workers.first else prepare(False)
 
 
 def folder_of(task: Task[Any], options: RunOptions) -> Path:
@@ -280,4 +296,4 @@ def _require_same_config(folder: Path, old: Mapping[str, Any], new: Mapping[str,
 
 
 def _has_begun(folder: Path) -> bool:
-    return (folder / CHECKPOINT).exists() or bool(metrics.read(folder / metrics.FILE))
+    return (folder / CHECKPOINT).exists() or bool(metrics.read(folder / metrics.FILE)) or (folder / STAGES).exists()

@@ -74,6 +74,20 @@ class Task(ABC, Generic[Config]):
     presets: Mapping[str, Preset[Config]]
     """The first is the default."""
 
+    def prepared(
+        self,
+        config: Config,  # noqa: ARG002 (a task without stages has no use for them)
+        data_dir: Path | None,  # noqa: ARG002
+        folder: Path,  # noqa: ARG002
+        seed: int,  # noqa: ARG002
+        progress: bool,  # noqa: ARG002
+    ) -> Task[Config]:
+        """The task with its stages before the outer loop done, such as a pretrained model in `folder`/stages.
+
+        A run calls this first, and what it returns for everything else; a resumed run finds what is there already.
+        """
+        return self
+
     @abstractmethod
     def setup(self, config: Config, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:
         """The bilevel problem of this configuration."""

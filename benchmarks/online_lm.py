@@ -1,0 +1,283 @@
+"""What online-lm's weight model is worth, and how it is best trained at equal compute: seeds of the preset `tiny`.
+
+    python benchmarks/online_lm.py
+
+Of every seed (another language of made-up people, another base model, another weight model) the arms share the base
+model and a first phase of exact gradients at T = 6; then each has the same process time: more steps at T = 6, exact
+gradients at T = 24 with checkpoints, (FG)²U at T = 24. All learn the same unseen streams, beside weights that nobody
+learnt. Seeds that are done lie in --runs and are not computed again. Writes `benchmarks/results/online_lm.json`, `.md`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+from scipy.stats import t as student
+
+import bilevel
+from bilevel.estimators import Estimator
+from bilevel.files import write_json, write_text
+from bilevel.outer_loop import OuterStep
+from bilevel.progress import bar
+from bilevel.tasks.online_lm import data
+from bilevel.tasks.online_lm.adaptation import learned
+from bilevel.tasks.online_lm.config import OnlineLM
+from bilevel.tasks.online_lm.evaluation import MEASURES, Evaluation, methods
+from bilevel.tasks.online_lm.presets import PRESETS
+from bilevel.tasks.online_lm.problem import setup as make_setup
+from bilevel.tasks.online_lm.stages import tuned_model
+from bilevel.tasks.online_lm.weight_model import WeightModel
+from bilevel.tasks.running import versions
+
+RESULTS = Path(__file__).parent / "results"
+SHORT, LONG = 6, 24
+ARMS: dict[str, tuple[int, Callable[[], Estimator]]] = {
+    "exact, T = 6": (SHORT, lambda: bilevel.Reverse("sqrt")),
+    "exact, T = 24": (LONG, lambda: bilevel.Reverse("sqrt")),
+    "(FG)²U, T = 24, 4 directions": (LONG, lambda: bilevel.ForwardGradient(4)),
+}
+CONTROLS = {
+    "uniform": "uniform weights",
+    "tf_idf": "TF-IDF",
+    "salient_spans": "salient spans",
+    "no_adaptation": "no adaptation",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Seeds of the preset `tiny`, each with all arms."""
+
+    seeds: int = 5
+    """Seeds, from 0."""
+    budget: float = 40.0
+    """Process time of each arm after the common first phase, in seconds."""
+    runs: Path = Path("runs/online_lm")
+    """Where finished seeds are kept."""
+    preset: str = "tiny"
+    """Of the task."""
+    data_dir: Path | None = None
+    """For presets that read files."""
+    name: str = "online_lm"
+    """Of the files in benchmarks/results."""
+    seed: int | None = None
+    """Compute this seed alone, into --runs (what the processes of a benchmark do)."""
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    if options.seed is not None:
+        one_seed(options, options.seed)
+        return
+    seeds = []
+    with bar("seeds", options.seeds) as shown:
+        for seed in range(options.seeds):
+            path = result_of(options, seed)
+            if not path.exists():
+                command = [sys.executable, __file__, *sys.argv[1:], "--seed", str(seed)]
+                subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+            seeds.append(json.loads(path.read_text()))
+            shown.advance()
+    command = "python benchmarks/online_lm.py " + " ".join(sys.argv[1:])
+    summary = summarised(seeds)
+    write_json(
+        RESULTS / f"{options.name}.json",
+        {"command": command.strip(), "versions": versions(), "methods": summary, "seeds": seeds},
+    )
+    text = as_markdown(summary, seeds, options, command.strip())
+    write_text(RESULTS / f"{options.name}.md", text)
+    Console().print(Markdown(text))
+
+
+# -- one seed ----------------------------------------------------------------------------------------------------------
+
+
+class OutOfTimeError(Exception):
+    """An arm has used its process time."""
+
+
+def one_seed(options: Options, seed: int) -> None:
+    """Every arm and control of one seed."""
+    torch.set_num_threads(1)
+    began = time.process_time()
+    config = dataclasses.replace(PRESETS[options.preset].config, evaluation_runs=2)
+    corpus = data.load(config.data, options.data_dir, seed)
+    folder = result_of(options, seed).with_suffix("")
+    model, tokenizer = tuned_model(config, corpus, seed, folder, progress=True)
+    tuned_seconds = time.process_time() - began
+    first = WeightModel.on_top_of(model)
+    prepared = make_setup(dataclasses.replace(config, inner_steps=SHORT), corpus, model, tokenizer, first, seed)
+    bilevel.fit(
+        prepared.problem,
+        first,
+        prepared.inner_batches,
+        prepared.outer_batch,
+        seed,
+        phases=[bilevel.Phase(bilevel.Reverse("sqrt"), max(config.short_draws, 1))],
+        optimizer=prepared.optimizer,
+    )
+    trained, details = {}, {}
+    for number, (name, (steps, make)) in enumerate(ARMS.items()):
+        arm = copy.deepcopy(first)
+        there = dataclasses.replace(config, inner_steps=steps, short_draws=0)
+        trained[name], details[name] = within_budget(
+            options.budget, there, corpus, model, tokenizer, arm, make(), 1000 * (1 + number) + seed
+        )
+    everything = methods(config, corpus, tokenizer, first)
+    weightings = {
+        **{name: learned(meta) for name, meta in trained.items()},
+        "first phase alone": learned(first),
+        **{label: everything[name] for name, label in CONTROLS.items()},
+    }
+    found = Evaluation(config, corpus, model, tokenizer, seed).of(weightings, progress=True)
+    write_json(
+        result_of(options, seed),
+        {
+            "seed": seed,
+            "methods": found,
+            "arms": details,
+            "tuned_seconds": tuned_seconds,
+            "seconds": time.process_time() - began,
+        },
+    )
+
+
+def within_budget(
+    seconds: float,
+    config: OnlineLM,
+    corpus: Any,
+    model: Any,
+    tokenizer: Any,
+    meta: Any,
+    estimator: Estimator,
+    seed: int,
+) -> tuple[Any, dict[str, Any]]:
+    """The weight model after as many outer steps as fit into the process time, and how many they were."""
+    prepared = make_setup(config, corpus, model, tokenizer, meta, seed)
+    began = time.process_time()
+    last: list[Any] = []
+    losses: list[float] = []
+
+    def stop_in_time(step: OuterStep) -> None:
+        last[:] = [step.meta]
+        losses.append(step.row["outer_loss"])
+        if time.process_time() - began > seconds:
+            raise OutOfTimeError
+
+    with contextlib.suppress(OutOfTimeError):
+        bilevel.fit(
+            prepared.problem,
+            meta,
+            prepared.inner_batches,
+            prepared.outer_batch,
+            seed,
+            phases=[bilevel.Phase(estimator, 100_000)],
+            optimizer=prepared.optimizer,
+            callbacks=[stop_in_time],
+            progress=False,
+        )
+    with torch.no_grad():
+        for name, tensor in last[0].named_tensors.items():
+            meta.get_parameter(name).copy_(tensor)
+    tail = losses[-max(1, len(losses) // 5) :]
+    return meta, {"outer_steps": len(losses), "last_outer_loss": statistics.fmean(tail)}
+
+
+# -- what the numbers say ----------------------------------------------------------------------------------------------
+
+
+def result_of(options: Options, seed: int) -> Path:
+    return options.runs / options.name / f"seed-{seed}.json"
+
+
+def summarised(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of every method, each measure over the seeds: its mean over the streams of a seed counts as one number."""
+    found: dict[str, Any] = {}
+    for method in seeds[0]["methods"]:
+        found[method] = {}
+        for measure in MEASURES:
+            runs = [seed["methods"][method][measure]["mean"] for seed in seeds]
+            found[method][measure] = {"mean": statistics.fmean(runs), "half_width": half_width(runs), "runs": runs}
+    return found
+
+
+def half_width(runs: Sequence[float]) -> float | None:
+    """Of the 95 % interval of a mean (Student's t)."""
+    if len(runs) < 2:
+        return None
+    return float(student.ppf(0.975, len(runs) - 1)) * statistics.stdev(runs) / math.sqrt(len(runs))
+
+
+def as_markdown(summary: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]], options: Options, command: str) -> str:
+    """The table, the paired differences, and how it was measured."""
+    labels = {"exact_match": "exact match, %", "f1": "F1, %", "qa_loss": "QA loss"}
+    lines = [
+        "# Meta-learned online adaptation",
+        "",
+        f"`{command}`, {len(seeds)} seeds of the preset `{options.preset}`.",
+        "Mean over the seeds ± half the 95 % interval (Student's t). A seed is another language, base model and weight",
+        "model; each is judged on two streams of unseen documents about people that nothing was trained on. Every",
+        "method chose its learning rate on a validation stream, and takes one step per document.",
+        "",
+        "| weights | " + " | ".join(labels.values()) + " | outer steps in the same time |",
+        "| --- | " + "--- | " * (len(labels) + 1),
+    ]
+    for method, scores in summary.items():
+        steps = [seed["arms"][method]["outer_steps"] for seed in seeds if method in seed["arms"]]
+        cells = [shown(scores[measure], measure) for measure in labels]
+        lines.append(f"| {method} | {' | '.join(cells)} | {f'{statistics.fmean(steps):.0f}' if steps else '–'} |")
+    lines += [
+        "",
+        "Differences within a seed, mean ± half the 95 % interval:",
+        "",
+        "| pair | F1, points | QA loss |",
+        "| --- | --- | --- |",
+    ]
+    exact_short, exact_long, forward = ARMS
+    pairs = [(exact_long, other) for other in ("uniform weights", "no adaptation", "salient spans", "TF-IDF")]
+    pairs += [(exact_long, exact_short), (exact_long, forward), (forward, "first phase alone")]
+    for left, right in pairs:
+        cells = [shown(difference(summary, left, right, measure), measure, True) for measure in ("f1", "qa_loss")]
+        lines.append(f"| {left} − {right} | {' | '.join(cells)} |")
+    seconds = statistics.fmean(seed["seconds"] for seed in seeds)
+    tuned = statistics.fmean(seed["tuned_seconds"] for seed in seeds)
+    lines += [
+        "",
+        f"Process time on one core: {seconds:.0f} s a seed, {tuned:.0f} s of it for the base model, "
+        f"{options.budget:.0f} s for each arm after the first phase.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def difference(summary: Mapping[str, Any], left: str, right: str, measure: str) -> dict[str, Any]:
+    """Of two methods, seed by seed."""
+    runs = [a - b for a, b in zip(summary[left][measure]["runs"], summary[right][measure]["runs"], strict=True)]
+    return {"mean": statistics.fmean(runs), "half_width": half_width(runs)}
+
+
+def shown(found: Mapping[str, Any], measure: str, signed: bool = False) -> str:
+    factor, digits = (1, 3) if measure == "qa_loss" else (100, 1)
+    sign = "+" if signed else ""
+    spread = "" if found["half_width"] is None else f" ± {factor * found['half_width']:.{digits}f}"
+    return f"{factor * found['mean']:{sign}.{digits}f}{spread}"
+
+
+if __name__ == "__main__":
+    main()

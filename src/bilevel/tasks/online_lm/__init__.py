@@ -1,0 +1,1 @@
+"""Meta-learned online adaptation of language models (CaMeLS)."""

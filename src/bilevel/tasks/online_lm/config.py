@@ -1,0 +1,107 @@
+"""The settings of an online-lm run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+DataName = Literal["grammar", "squad", "streamingqa", "archivalqa"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class OnlineLM:
+    """Learn which tokens of a document are worth learning, so that one SGD step per document leaves answers behind."""
+
+    data: DataName = "grammar"
+    """Documents with questions: `grammar` makes up its own, the others are read from --data-dir."""
+    base: str = "scratch"
+    """Language model: a Hugging Face name or a local path, or `scratch` for a small one that the run trains itself."""
+    body: str = "base"
+    """What the weight model is built on: `base` for a copy of the language model, or another name or path."""
+    judge: str = "base"
+    """The model that learns the evaluation streams with the trained weights: `base`, or another name or path."""
+    architecture: Literal["gpt2", "llama"] = "gpt2"
+    """Of a model from scratch."""
+    width: int = 64
+    """Hidden size of a model from scratch."""
+    layers: int = 2
+    """Layers of a model from scratch."""
+    heads: int = 4
+    """Attention heads of a model from scratch."""
+    vocabulary: int = 4000
+    """Most tokens of a tokenizer from scratch."""
+    lora_rank: int = 0
+    """Adapt low-rank matrices of this rank in place of the weights themselves (LoRA, needs peft); 0 for all weights."""
+    precision: Precision = "float32"
+    """`bfloat16` computes the losses in bf16; weights, inner state and its tangents stay float32."""
+    context: int = 64
+    """Tokens of a document at most; what is longer is cut, with a warning."""
+    answer_tokens: int = 8
+    """Tokens of a generated answer at most."""
+    tune_steps: int = 700
+    """Steps that teach the base model to answer questions (and, from scratch, the language)."""
+    tune_batch: int = 32
+    """Questions in each of these steps."""
+    tune_documents: int = 16
+    """Documents in each of these steps; 0 for questions alone."""
+    tune_lr: float = 3e-3
+    """Highest learning rate of these steps (AdamW, one cycle)."""
+    inner_steps: int = 24
+    """T: documents, one SGD step each, of which the outer loss judges the last state."""
+    inner_lr: float = 0.16
+    """Learning rate of a step on a document."""
+    short_draws: int = 60
+    """Estimates at the beginning with short_steps documents in place of inner_steps: the paper's first phase."""
+    short_steps: int = 6
+    """Documents of those."""
+    outer_questions: int = 64
+    """Questions about these documents in an outer loss, at most."""
+    outer_lr: float = 1e-3
+    """Outer learning rate of Adam."""
+    kl_weight: float = 0.1
+    """Weight of the divergence from the model before any document, on other text."""
+    locality_batch: int = 8
+    """Pieces of other text in an outer loss."""
+    stream: int = 200
+    """Documents of an evaluation stream, at most."""
+    evaluation_runs: int = 3
+    """Evaluation streams, each drawn and ordered anew."""
+    evaluation_optimizer: Literal["sgd", "adam"] = "sgd"
+    """What takes the steps when a stream is learnt for evaluation."""
+    learning_rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+    """Learning rates that every method chooses from by its QA loss on a validation stream."""
+    beams: int = 1
+    """Beams that generate an answer."""
+    device: str = "auto"
+    """`auto` takes a GPU if there is one; else a torch device."""
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            *("width", "layers", "heads", "inner_steps", "short_steps", "outer_questions", "locality_batch"),
+            *("stream", "evaluation_runs", "tune_batch", "answer_tokens", "beams"),
+        )
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 1 is needed")
+        for name in ("lora_rank", "tune_steps", "tune_documents", "short_draws"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
+        for name in ("tune_lr", "inner_lr", "outer_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed")
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"kl_weight={self.kl_weight}: a number of at least 0 is needed")
+        if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ValueError(f"learning_rates={self.learning_rates}: positive numbers are needed, at least one")
+        if self.lora_rank and self.precision == "bfloat16":
+            raise ValueError(
+                "lora_rank with precision=bfloat16: the frozen weights would stay float32; take one of both"
+            )
+        if self.context < 16:
+            raise ValueError(f"context={self.context}: at least 16 tokens are needed for a question and its answer")
+        if self.vocabulary < 300:
+            raise ValueError(f"vocabulary={self.vocabulary}: at least 300 are needed, 256 of them for single bytes")
+        if self.base == "scratch" and self.width % self.heads:
+            raise ValueError(f"width={self.width} cannot be divided among heads={self.heads}")
