@@ -1,6 +1,7 @@
 """The planner's predictions against what is measured, for every estimator and three models.
 
-    python benchmarks/planner.py
+    python benchmarks/planner.py                    # every model; about twenty minutes
+    python benchmarks/planner.py --models mlp-adam  # measured anew, the others kept
 
 Memory: bytes of live tensors at the peak, predicted from one step and counted in the whole call. Time: wall time on one
 thread, predicted and measured by turns, medians of 5. Writes `benchmarks/results/planner.json` and `.md`.
@@ -8,6 +9,8 @@ thread, predicted and measured by turns, medians of 5. Writes `benchmarks/result
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import statistics
 import time
@@ -33,16 +36,22 @@ MEMORY_TARGET, TIME_TARGET = 0.2, 0.3
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    wanted = parser.parse_args().models
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # conjugate gradients on untrained networks meet negative curvature
-    rows: list[dict[str, Any]] = []
-    with bar("models", len(MODELS)) as shown:
-        for name in MODELS:
+    path = RESULTS / "planner.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in rows if row["model"] not in wanted]
+    with bar("models", len(wanted)) as shown:
+        for name in wanted:
             rows += measured(name)
             shown.advance(name)
+    rows.sort(key=lambda row: list(MODELS).index(row["model"]))
     versions = {"bilevel": bilevel.__version__, "torch": torch.__version__, "python": platform.python_version()}
     content = {"command": "python benchmarks/planner.py", "versions": versions, "rows": rows}
-    write_json(RESULTS / "planner.json", content)
+    write_json(path, content)
     write_text(RESULTS / "planner.md", "\n".join(as_markdown(rows, versions)) + "\n")
     print((RESULTS / "planner.md").read_text())
 

@@ -34,6 +34,7 @@ from bilevel.optim import Optimizer, optimizer
 from bilevel.outer_loop import OuterStep, Phase
 from bilevel.planner import Plan, Planned, on_paper, plan
 from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
+from bilevel.recomputing import Recomputed
 from bilevel.training import FitResult, fit
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ __all__ = [
     "Plan",
     "Planned",
     "Problem",
+    "Recomputed",
     "Reverse",
     "RunningMean",
     "TruncatedReverse",
