@@ -23,6 +23,7 @@ from bilevel.modules import modules_in
 from bilevel.unroll import unroll
 
 # pyright: reportMissingImports=false
+# ruff: noqa: ARG002  (other libraries' methods take arguments that are not needed here)
 
 
 def through_higher(subject: Subject, steps: int) -> Tensor:
@@ -64,8 +65,8 @@ class _Meta(nn.Module):
 def through_betty(subject: Subject, steps: int) -> Tensor:
     """Betty's `IterativeProblem` with `unroll_steps=T`, and an upper problem that differentiates through it.
 
-    As published (0.2.1) it fails at its start: `initialize` patches the optimiser twice (KeyError: 'params'). With that
-    repaired by hand its step fails, for an attribute `_fp16` that nothing sets; `HigherIterativeProblem` fails likewise.
+    As published (0.2.1) it fails at its start: `initialize` patches the optimiser twice (KeyError: 'params'). With
+    that repaired by hand its step fails, for an attribute `_fp16` that nothing sets. So does `HigherIterativeProblem`.
     """
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine

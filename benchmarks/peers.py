@@ -1,7 +1,8 @@
 """The same hypergradients by this library and by others: time, memory, and agreement with the truth.
 
-    python -m venv peers && peers/bin/pip install -c constraints.txt . transformers datasets simple-parsing natsort \\
-        jaxtyping accelerate petname ml_dtypes scipy peft tqdm psutil
+    python -m venv peers
+    peers/bin/pip install -c constraints.txt '.[tasks]' transformers  # then what Bergson's trainer imports
+    peers/bin/pip install datasets simple-parsing natsort jaxtyping accelerate petname ml_dtypes scipy peft psutil
     peers/bin/pip install --no-deps --ignore-requires-python -r benchmarks/requirements-peers.txt
     peers/bin/python benchmarks/peers.py               # goes on where it was stopped; --minutes 8 stops it in between
     peers/bin/python benchmarks/peers.py --only-write  # the page from what has been measured
@@ -42,6 +43,8 @@ from bilevel.progress import bar
 from bilevel.unroll import unroll
 
 RESULTS = Path(__file__).parent / "results"
+NOTES = Path(__file__).parent / "peers_notes.md"
+"""What explains the figures: profiles, and what was tried where one was missed."""
 PLAIN = "plain descent"
 LONG = 2000
 ROUNDS = 5
@@ -83,16 +86,25 @@ METHODS: dict[str, Method] = {
 PEERS = ("higher", "TorchOpt", "Betty", "Bergson")
 ESTIMATES = [name for name in METHODS if name.startswith(("vmap", "Forward"))]
 FLAT_AT_LENGTH = (PLAIN, 'Reverse("log")', 'Reverse("all", offload="disk")')
+GROWING = ("higher", "TorchOpt", "Betty", 'Reverse("graph")', 'Reverse("all")')
+"""Whose memory is proportional to T."""
 EXACT = [name for name in METHODS if name not in ESTIMATES]
 POINTS: dict[tuple[str, int], list[str]] = {
-    **{(name, T): list(METHODS) for T in (10, 50, 200) for name in ("mlp-adam", "convnet-momentum")},
-    **{(name, 10): list(METHODS) for name in ("gpt2-sgd", "gpt2-adam")},
-    **{(name, 50): EXACT for name in ("gpt2-sgd", "gpt2-adam")},
+    ("mlp-adam", 200): EXACT,
+    ("gpt2-adam", 10): list(METHODS),
+    ("convnet-momentum", 200): EXACT,
+    ("mlp-adam", 50): list(METHODS),
+    ("convnet-momentum", 50): list(METHODS),
     ("mlp-adam", LONG): list(FLAT_AT_LENGTH),
+    ("mlp-adam", 10): list(METHODS),
+    ("convnet-momentum", 10): list(METHODS),
+    ("gpt2-sgd", 10): list(METHODS),
+    ("gpt2-adam", 50): EXACT,
+    ("gpt2-sgd", 50): EXACT,
 }
-"""What is measured. GPT-2 at T = 200 would take its graphs 28 GiB and a round twenty minutes."""
-ORDER = [("mlp-adam", 200), ("gpt2-adam", 10), ("convnet-momentum", 200), ("gpt2-sgd", 10), ("mlp-adam", LONG)]
-ORDER += [point for point in POINTS if point not in ORDER]
+"""What is measured, in this order; directions at T = 10 and 50, since they cost the same at every step. GPT-2 at
+T = 200 would take its graphs 28 GiB and a round twenty minutes.
+"""
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------------
@@ -108,7 +120,7 @@ def child(what: str, model: str, steps: int, methods: list[str], truth: str) -> 
     for method in methods:
         subject, function = MODELS[model](), METHODS[method]
         if what == "memory":
-            yield {"method": method, **measure_memory(lambda steps: function(subject, steps), 2, steps)}
+            yield {"method": method, **measure_memory(functools.partial(function, subject), 2, steps)}
             continue
         try:
             function(subject, 2)
@@ -191,6 +203,8 @@ class Measured:
     def expected_bytes(self, model: str, steps: int, method: str) -> float:
         """By what the method took at smaller T, as if all of it grew with T."""
         known = [r for r in self.rows if (r["model"], r["method"]) == (model, method) and "extra_bytes" in r]
+        if method not in GROWING:
+            return 0.0
         return max((r["extra_bytes"] * steps / r["steps"] for r in known if r["steps"] < steps), default=0.0)
 
 
@@ -211,27 +225,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measure(measured: Measured, minutes: float) -> bool:
+def measure(measured: Measured, models: list[str], minutes: float) -> bool:
     """Measure what is not there yet, until the time is over; whether all is there."""
     end = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as folder, bar("rounds", ROUNDS) as shown:
+    folder = Path(tempfile.gettempdir()) / "bilevel-peers-truth"
+    folder.mkdir(exist_ok=True)
+    with bar("rounds", ROUNDS) as shown:
         for number in range(ROUNDS):
-            for model, T in ORDER:
-                if not one_round(measured, model, T, number, Path(folder) / f"{model}-{T}.pt", end):
+            for model, T in (point for point in POINTS if point[0] in models):
+                if not one_round(measured, model, T, number, folder / f"{model}-{T}.pt", end):
                     return False
             shown.advance(f"round {number + 1}")
     return True
 
 
 def one_round(measured: Measured, model: str, T: int, number: int, truth: Path, end: float) -> bool:
-    """A round of times of one point; before the first, its memory. False if there was no time for it."""
-
-    def missing(key: str, count: int, suffix: str = "") -> list[str]:
-        rows = {m: measured.row(model, T, m + suffix) for m in POINTS[model, T]}
-        return [m for m, r in rows.items() if "failure" not in r and len(r.get(key) or []) < count]
-
-    rounds = 1 if T == LONG else ROUNDS
-    if number >= rounds:
+    """One more round of times at one point, and before the first its memory. False if there was no time for it."""
+    if number >= (1 if T == LONG else ROUNDS):
         return True
     for method in POINTS[model, T]:
         row = measured.row(model, T, method)
@@ -239,14 +249,17 @@ def one_round(measured: Measured, model: str, T: int, number: int, truth: Path, 
             continue
         if time.monotonic() > end:
             return False
-        if measured.expected_bytes(model, T, method) > MOST and method not in FLAT:
-            size = measured.expected_bytes(model, T, method) / 2**30
-            measured.note(model, T, [{"method": method, "failure": f"not run: about {size:.0f} GiB, by T = 10"}])
-            continue
-        measured.note(model, T, in_child("memory", model, T, [method], truth))
-    for what, suffix, wanted in (("time", "", list(METHODS)), ("kept", KEPT, OF_KEPT)):
-        methods = [m for m in missing("all_seconds", number + 1, suffix) if m in wanted]
-        if not methods or (what == "kept" and T not in (10, 200)) or T == LONG and what == "kept":
+        expected = measured.expected_bytes(model, T, method)
+        if expected > MOST:
+            found = [{"method": method, "failure": f"not run: about {expected / 2**30:.0f} GiB, by what T = 10 took"}]
+        else:
+            found = in_child("memory", model, T, [method], truth)
+        measured.note(model, T, found)
+    kept = OF_KEPT if T == 50 and not model.startswith("gpt2") else []
+    for what, suffix, wanted in (("time", "", POINTS[model, T]), ("kept", KEPT, kept)):
+        rows = {method: measured.row(model, T, method + suffix) for method in wanted}
+        methods = [m for m, row in rows.items() if "failure" not in row and len(row["all_seconds"]) <= number]
+        if not methods:
             continue
         if time.monotonic() > end:
             return False
@@ -254,10 +267,6 @@ def one_round(measured: Measured, model: str, T: int, number: int, truth: Path, 
             in_child("truth", model, T, [], truth)
         measured.note(model, T, in_child(what, model, T, methods, truth), kept=what == "kept")
     return True
-
-
-FLAT = ('Reverse("sqrt")', 'Reverse("log")', 'Reverse("all", offload="disk")', "Bergson", PLAIN, *ESTIMATES)
-"""Methods whose memory does not grow in proportion to T."""
 
 
 def at(rows: list[dict[str, Any]], model: str, steps: int, method: str) -> dict[str, Any] | None:
@@ -283,44 +292,57 @@ def verdicts(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def against_peers(rows: list[dict[str, Any]], model: str, T: int) -> Iterator[str]:
     """Exact methods beside the fastest and the leanest peer."""
-    peers = [r for r in (at(rows, model, T, m) for m in ("higher", "TorchOpt")) if r]
+    peers = {m: r for m in PEERS if (r := at(rows, model, T, m))}
     if not peers:
         return
-    fastest, leanest = min(r["seconds"] for r in peers), min(r["extra_bytes"] for r in peers)
+    fastest = min(peers, key=lambda m: peers[m]["seconds"])
+    leanest = min(peers, key=lambda m: peers[m]["extra_bytes"])
+    seconds = peers[fastest]["seconds"]
     if graph := at(rows, model, T, 'Reverse("graph")'):
-        what = f'{model}, T = {T}: time of `Reverse("graph")` over that of the fastest peer'
-        yield verdict(what, graph["seconds"] / fastest, at_most=1.0)
-    for method, memory, seconds in (('Reverse("all")', 8, 1.5), ('Reverse("sqrt")', 20, 2.1)):
+        what = f'{model}, T = {T}: time of `Reverse("graph")` over that of the fastest peer ({fastest})'
+        yield verdict(what, graph["seconds"] / seconds, at_most=1.0)
+    unrolling = min((r["extra_bytes"] for m, r in peers.items() if m != "Bergson"), default=None)
+    for method, memory, time_limit in (('Reverse("all")', 8, 1.5), ('Reverse("sqrt")', 20, 2.1)):
         row = at(rows, model, T, method)
-        if row and T == 200:
-            what = f"{model}, T = {T}: memory of the leanest peer over that of `{method}`"
-            yield verdict(what, leanest / row["extra_bytes"], at_least=memory)
-            what = f"{model}, T = {T}: time of `{method}` over that of the fastest peer"
-            yield verdict(what, row["seconds"] / fastest, at_most=seconds)
+        if not (row and T == 200):
+            continue
+        what = f"{model}, T = {T}: memory of the leanest peer ({leanest}) over that of `{method}`"
+        yield verdict(what, peers[leanest]["extra_bytes"] / row["extra_bytes"], at_least=memory)
+        if leanest == "Bergson" and unrolling is not None:
+            what = f"{model}, T = {T}: memory of the leanest peer that stores graphs over that of `{method}`"
+            yield verdict(what, unrolling / row["extra_bytes"], at_least=memory)
+        what = f"{model}, T = {T}: time of `{method}` over that of the fastest peer ({fastest})"
+        yield verdict(what, row["seconds"] / seconds, at_most=time_limit)
 
 
 def of_directions(rows: list[dict[str, Any]], model: str, T: int) -> Iterator[str]:
     """Eight directions at once."""
-    eight, base = at(rows, model, T, "ForwardGradient(8)"), at(rows, model, T, PLAIN)
-    if eight and base:
-        what = f"{model}, T = {T}: units per direction of `ForwardGradient(8)`"
-        yield verdict(what, (eight["seconds"] / base["seconds"] - 1) / 8, at_most=2.3)
-    other = at(rows, model, T, "vmap(jvp) of everything, 8")
+    for suffix in ("", KEPT):
+        eight, base = at(rows, model, T, "ForwardGradient(8)" + suffix), at(rows, model, T, PLAIN + suffix)
+        if eight and base:
+            what = f"{model}, T = {T}: units per direction of `ForwardGradient(8)`{suffix}"
+            yield verdict(what, (eight["seconds"] / base["seconds"] - 1) / 8, at_most=2.3)
+    eight, other = (at(rows, model, T, m) for m in ("ForwardGradient(8)", "vmap(jvp) of everything, 8"))
     if eight and other:
-        what = f"{model}, T = {T}: time of `ForwardGradient(8)` over that of vmap(jvp) of everything"
-        yield verdict(what, eight["seconds"] / other["seconds"], at_most=1.0)
+        what = f"{model}, T = {T}: {{}} of `ForwardGradient(8)` over that of vmap(jvp) of everything, 8"
+        yield verdict(what.format("time"), eight["seconds"] / other["seconds"], at_most=1.0)
+        yield verdict(what.format("memory"), eight["extra_bytes"] / other["extra_bytes"], at_most=1.0)
 
 
 def of_transformer(rows: list[dict[str, Any]], model: str) -> Iterator[str]:
     """The exact gradient beside two directions, and both beside stored graphs."""
-    exact, two, graph = (at(rows, model, 10, m) for m in ('Reverse("all")', "ForwardGradient(2)", 'Reverse("graph")'))
+    names = {"exact": 'Reverse("all")', "two": "ForwardGradient(2)", "graph": 'Reverse("graph")'}
+    found = {key: at(rows, model, 10, name) for key, name in names.items()}
+    exact, two, graph = (found[key] for key in names)
     if not (exact and two and graph):
         return
-    for what, key in (("time", "seconds"), ("memory", "extra_bytes")):
-        yield verdict(f'{model}: {what} of `Reverse("all")` over that of two directions', exact[key] / two[key], 1.0)
-        for name, row in (('Reverse("all")', exact), ("ForwardGradient(2)", two)):
-            asked = 1.0 if key == "seconds" else 0.2
-            yield verdict(f"{model}: {what} of `{name}` over that of stored graphs", row[key] / graph[key], asked)
+    for what, key, asked in (("time", "seconds", 1.0), ("memory", "extra_bytes", 0.2)):
+        over = f'{model}, T = 10: {what} of `Reverse("all")` over that of `ForwardGradient(2)`'
+        yield verdict(over, exact[key] / two[key], 1.0)
+        for name, row in ((names["exact"], exact), (names["two"], two)):
+            yield verdict(
+                f"{model}, T = 10: {what} of `{name}` over that of stored graphs", row[key] / graph[key], asked
+            )
 
 
 def verdict(what: str, value: float, at_most: float | None = None, at_least: float | None = None) -> str:
@@ -335,41 +357,52 @@ def as_markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "# This library beside others"
     yield ""
     yield (
-        "`python benchmarks/peers.py`: process time, medians of 5 (3 for T = 200 and GPT-2, 1 for T = 2000); extra "
-        "peak memory; relative error against float64, for exact methods. One thread of a machine with two cores, "
-        f"others at work on it, no GPU. {', '.join(f'{k} {v}' for k, v in versions().items())}."
+        "`python benchmarks/peers.py`, which also says how to install the others. Process time, medians over rounds, "
+        "the number of which stands in the last column; how far resident memory rises at its peak; relative error "
+        "against float64, for exact methods. One thread of a virtual machine with two cores of an x86-64 server and "
+        "24 GiB of memory, no GPU, with other work on both cores all the while, so ratios in a table mean more than "
+        f"seconds. {', '.join(f'{k} {v}' for k, v in versions().items())}."
     )
     for model, T in dict.fromkeys((r["model"], r["steps"]) for r in rows):
-        base = at(rows, model, T, PLAIN)
-        yield ""
-        yield f"## {model}, T = {T}"
-        yield ""
-        yield "| method | seconds | units / T | extra MiB | relative error | not finite |"
-        yield "| --- | --- | --- | --- | --- | --- |"
-        for row in (r for r in rows if (r["model"], r["steps"]) == (model, T)):
-            if "seconds" not in row or "extra_bytes" not in row:
-                yield f"| {row['method']} | {row.get('failure', 'not measured')} | | | | |"
-                continue
-            units = f"{row['seconds'] / base['seconds']:.2f}" if base else ""
-            error = f"{row['relative_error']:.1e}" if "relative_error" in row else ""
-            extra = f"{row['extra_bytes'] / 2**20:.1f}"
-            bad = row.get("not_finite", "")
-            yield f"| {row['method']} | {row['seconds']:.3f} | {units} | {extra} | {error} | {bad} |"
+        yield from table(rows, model, T)
     yield ""
     yield "## What was asked for"
     yield ""
     yield from verdicts(rows)
     yield ""
-    yield (
-        "Betty is not in the tables: its hypergradients are of one inner step by implicit or finite-difference "
-        "formulas, so it can't be asked for that of T steps. Bergson's trainer takes Hugging Face data sets and its "
-        "own losses, not a given inner loss; it was not run."
-    )
+    yield from NOTES.read_text(encoding="utf-8").splitlines()
+
+
+def table(rows: list[dict[str, Any]], model: str, T: int) -> Iterator[str]:
+    """One model at one T."""
+    here = {r["method"]: r for r in rows if (r["model"], r["steps"]) == (model, T)}
+    base = here.get(PLAIN, {}).get("seconds")
+    yield ""
+    yield f"## {model}, T = {T}"
+    yield ""
+    yield "| method | seconds | plain descents | extra MiB | relative error | not finite | rounds |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for method, row in here.items():
+        if "failure" in row:
+            yield f"| {method} | {row['failure']} | | | | | |"
+        if "seconds" not in row:
+            continue
+        against = here.get(PLAIN + KEPT, {}).get("seconds") if method.endswith(KEPT) else base
+        cells = [
+            f"{row['seconds']:.3f}",
+            f"{row['seconds'] / against:.2f}" if against else "",
+            f"{row['extra_bytes'] / 2**20:.1f}" if "extra_bytes" in row else "",
+            f"{row['relative_error']:.1e}" if "relative_error" in row else "",
+            str(row.get("not_finite", "")),
+            str(len(row["all_seconds"])),
+        ]
+        yield f"| {method} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no process after so long")
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--only-write", action="store_true", help="measure nothing")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -379,7 +412,7 @@ def main() -> None:
             print(json.dumps(found), flush=True)
         return
     measured = Measured(RESULTS / "peers.json")
-    done = arguments.only_write or measure(measured, arguments.minutes)
+    done = arguments.only_write or measure(measured, arguments.models, arguments.minutes)
     write_text(RESULTS / "peers.md", "\n".join(as_markdown(measured.rows)) + "\n")
     print((RESULTS / "peers.md").read_text())
     sys.exit(0 if done else 3)

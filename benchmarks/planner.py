@@ -3,8 +3,9 @@
     python benchmarks/planner.py                    # every model; about twenty minutes
     python benchmarks/planner.py --models mlp-adam  # measured anew, the others kept
 
-Memory: bytes of live tensors at the peak, predicted from one step and counted in the whole call. Time: wall time on one
-thread, predicted and measured by turns, medians of 5. Writes `benchmarks/results/planner.json` and `.md`.
+Memory: bytes of live tensors at the peak, predicted from one step and counted in the whole call. Time: process time on
+one thread, which is the wall time of a machine without other work, predicted and measured by turns, medians of 5 (of 2
+for GPT-2). Writes `benchmarks/results/planner.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from models import MODELS
 
 import bilevel
+from bilevel import costs
 from bilevel.estimators.names import describe
 from bilevel.files import write_json, write_text
 from bilevel.live_bytes import counting
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     wanted = parser.parse_args().models
     torch.set_num_threads(1)
+    costs._clock = time.process_time
     warnings.simplefilter("ignore")  # conjugate gradients on untrained networks meet negative curvature
     path = RESULTS / "planner.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -68,9 +71,9 @@ def measured(name: str) -> Iterator[dict[str, Any]]:
             row.estimator(problem, subject.meta, batches)
         seconds = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = time.process_time()
             row.estimator(problem, subject.meta, batches)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         yield {
             "model": name,
             "steps": STEPS[name],
@@ -87,8 +90,8 @@ def as_markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> Iterato
     yield "# Predictions of the planner"
     yield ""
     yield (
-        "`python benchmarks/planner.py`: predicted / measured; peak of live tensors in MiB, wall time in seconds, one "
-        f"thread, medians. {', '.join(f'{k} {v}' for k, v in versions.items())}, one of two cores, others at work."
+        "`python benchmarks/planner.py`: predicted / measured; peak of live tensors in MiB, process time in seconds, "
+        f"one thread, medians. {', '.join(f'{k} {v}' for k, v in versions.items())}, one of two cores, others at work."
     )
     yield ""
     yield "| model | T | estimator | memory | ratio | time | ratio |"

@@ -43,7 +43,9 @@ class Network(nn.Module):
         return self.head(x)
 
 
-def problem(recomputed: bool, dropout: float = 0.0, inner: int = 6, depth: int = 3, frozen: bool = False, n: int = 5) -> Any:
+def problem(
+    recomputed: bool, dropout: float = 0.0, inner: int = 6, depth: int = 3, frozen: bool = False, n: int = 5
+) -> Any:
     torch.manual_seed(0)
     x, y = torch.randn(n, 4, 4, dtype=torch.float64), torch.randint(3, (n, 4))
     blocks: list[nn.Module] = [Block(4, inner, dropout) for _ in range(depth)]
