@@ -250,11 +250,14 @@ def reset_peak() -> None:
         file.write("5")
 
 
-def measure_memory(call: Callable[[int], Any], warm_up_steps: int, steps: int) -> dict[str, Any]:
+def measure_memory(
+    call: Callable[[int], Any], warm_up_steps: int, steps: int, on_one_cpu: bool = True
+) -> dict[str, Any]:
     """How far the resident memory rises during `call(steps)`."""
     # Linux counts resident pages by CPU and adds them up 32 at a time, so on one CPU the recorded peak is within
     # 128 KiB of the truth, and on n of them within n times that.
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if on_one_cpu:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     call(warm_up_steps)
     gc.collect()
     reset_peak()

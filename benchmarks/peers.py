@@ -1,17 +1,24 @@
 """The same hypergradients by this library and by others: time, memory, and agreement with the truth.
 
-    pip install --no-deps -r benchmarks/requirements-peers.txt
-    python benchmarks/peers.py
+    python -m venv peers
+    peers/bin/pip install -c constraints.txt '.[tasks]' transformers  # then what Bergson's trainer imports
+    peers/bin/pip install datasets simple-parsing natsort jaxtyping accelerate petname ml_dtypes scipy peft psutil
+    peers/bin/pip install --no-deps --ignore-requires-python -r benchmarks/requirements-peers.txt
+    peers/bin/python benchmarks/peers.py               # goes on where it was stopped; --minutes 8 stops it in between
+    peers/bin/python benchmarks/peers.py --only-write  # the page from what has been measured
 
-Every point is two processes of its own, one thread each: one for time (process time, medians), one for memory (how far
-the peak of resident memory rises above what was there before the call, as in `benchmarks/memory.py`). The truth is
-`Reverse("sqrt")` in float64. Writes `benchmarks/results/peers.json` and `.md`.
+Time: process time on one thread. A round is one process that calls every method once on one model at one T, after a
+short call to warm up; rounds are repeated and medians taken, so what else the machine does falls on all methods alike.
+Memory: a process for each (forked once everything is imported), how far the peak of resident memory rises above what
+was there before the call, as in `benchmarks/memory.py`. The truth is `Reverse("sqrt")` in float64. A method that would
+take more than 6 GiB, by what it took at a smaller T, is not run. Writes `benchmarks/results/peers.json` after every
+process, and `.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import json
 import os
 import platform
@@ -25,25 +32,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peer_methods
 import torch
 from memory import RETURNING_ALLOCATOR, measure_memory
 from models import MODELS, Subject
 from torch import Tensor
 
 import bilevel
-from bilevel import autodiff
 from bilevel.files import write_json, write_text
-from bilevel.modules import modules_in
 from bilevel.progress import bar
 from bilevel.unroll import unroll
 
 RESULTS = Path(__file__).parent / "results"
-POINTS = [(name, T) for name in ("mlp-adam", "convnet-momentum") for T in (10, 50, 200)]
-POINTS += [("gpt2-sgd", 10), ("gpt2-adam", 10)]
+NOTES = Path(__file__).parent / "peers_notes.md"
+"""What explains the figures: profiles, and what was tried where one was missed."""
 PLAIN = "plain descent"
 LONG = 2000
-SECONDS = 240
+ROUNDS = 5
+SECONDS = 1200
 """A process that takes longer is stopped."""
+AT_ONCE = 4
+"""Of memory, measurements between two looks at the clock."""
+MOST = 6 * 2**30
+KEEPING_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+"""glibc keeps what is freed, as PyTorch's allocator does on a GPU; otherwise every large tensor comes in new pages."""
 
 Method = Callable[[Subject, int], Tensor | None]
 
@@ -58,57 +70,12 @@ def ours(estimator: bilevel.Estimator) -> Method:
     return lambda subject, steps: estimator(subject.problem(), subject.meta, bilevel.no_batches(steps)).grad
 
 
-def recipe(count: int) -> Method:
-    """All directions in one vmap(jvp) of the whole unrolled loss, as in the code released with (FG)²U."""
-
-    def estimate(subject: Subject, steps: int) -> Tensor:
-        run = unroll(subject.problem(), subject.meta, bilevel.no_batches(steps), None, seed=0)
-
-        def loss(meta: Tensor) -> Tensor:
-            state = run.start()
-            for t in range(steps):
-                state = run.step(t, state, meta)
-            return run.outer_loss(state, meta)
-
-        vectors = [torch.ones(count, *subject.meta.shape)]
-        with autodiff.differentiable_kernels(modules_in([run.start()])):
-            pushed = autodiff.push_forward(loss, [subject.meta], [vectors])
-        return torch.einsum("k,k...->...", pushed.tangents[0], vectors[0]) / count
-
-    return estimate
-
-
-def through_higher(subject: Subject, steps: int) -> Tensor:
-    """`higher.innerloop_ctx`."""
-    import higher  # pyright: ignore[reportMissingImports]
-
-    meta = subject.meta.clone().requires_grad_()
-    optimizer = subject.algorithm(subject.network.parameters(), **subject.settings)
-    with higher.innerloop_ctx(subject.network, optimizer, copy_initial_weights=False) as (model, inner):
-        for _ in range(steps):
-            inner.step(subject.inner_loss(model, meta))
-        return torch.autograd.grad(subject.outer_loss(model), meta)[0]
-
-
-def through_torchopt(subject: Subject, steps: int) -> Tensor:
-    """`torchopt.MetaAdam` or `MetaSGD`, with their defaults."""
-    import torchopt  # pyright: ignore[reportMissingImports]
-
-    kind = torchopt.MetaAdam if subject.algorithm is torch.optim.Adam else torchopt.MetaSGD
-    meta = subject.meta.clone().requires_grad_()
-    model = copy.deepcopy(subject.network)
-    inner = kind(model, **subject.settings)
-    for _ in range(steps):
-        inner.step(subject.inner_loss(model, meta))
-    return torch.autograd.grad(subject.outer_loss(model), meta)[0]
-
-
 METHODS: dict[str, Method] = {
     PLAIN: plain,
-    "higher": through_higher,
-    "TorchOpt": through_torchopt,
-    "vmap(jvp) of everything, 2": recipe(2),
-    "vmap(jvp) of everything, 8": recipe(8),
+    "higher": peer_methods.through_higher,
+    "TorchOpt": peer_methods.through_torchopt,
+    "Betty": peer_methods.through_betty,
+    "Bergson": peer_methods.through_bergson,
     'Reverse("graph")': ours(bilevel.Reverse("graph")),
     'Reverse("all")': ours(bilevel.Reverse("all")),
     'Reverse("sqrt")': ours(bilevel.Reverse("sqrt")),
@@ -116,45 +83,97 @@ METHODS: dict[str, Method] = {
     'Reverse("all", offload="disk")': ours(bilevel.Reverse("all", offload="disk")),
     "ForwardGradient(2)": ours(bilevel.ForwardGradient(2)),
     "ForwardGradient(8)": ours(bilevel.ForwardGradient(8)),
+    "vmap(jvp) of everything, 2": functools.partial(peer_methods.recipe, 2),
+    "vmap(jvp) of everything, 8": functools.partial(peer_methods.recipe, 8),
 }
+PEERS = ("higher", "TorchOpt", "Betty", "Bergson")
 ESTIMATES = [name for name in METHODS if name.startswith(("vmap", "Forward"))]
+FLAT_AT_LENGTH = (PLAIN, 'Reverse("log")', 'Reverse("all", offload="disk")')
+GROWING = ("higher", "TorchOpt", "Betty", 'Reverse("graph")', 'Reverse("all")')
+"""Whose memory is proportional to T."""
+EXACT = [name for name in METHODS if name not in ESTIMATES]
+LEFT_OUT = ('Reverse("log")', 'Reverse("all", offload="disk")', "vmap(jvp) of everything, 2")
+POINTS: dict[tuple[str, int], list[str]] = {
+    ("mlp-adam", 200): EXACT,
+    ("gpt2-adam", 10): [name for name in METHODS if name not in LEFT_OUT],
+    ("convnet-momentum", 200): EXACT,
+    ("mlp-adam", 50): list(METHODS),
+    ("convnet-momentum", 50): list(METHODS),
+    ("mlp-adam", LONG): list(FLAT_AT_LENGTH),
+    ("mlp-adam", 10): list(METHODS),
+    ("convnet-momentum", 10): list(METHODS),
+    ("gpt2-sgd", 10): [name for name in METHODS if name not in LEFT_OUT],
+}
+"""What is measured, in this order; directions at T = 10 and 50, since they cost the same at every step. GPT-2 at
+T = 200 would take its graphs 28 GiB, and at T = 50 a round some ten minutes.
+"""
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------------
 
 
-def child(what: str, model: str, method: str, steps: int, repeats: int, truth: str) -> dict[str, Any]:
-    """One measurement."""
+def child(what: str, model: str, steps: int, methods: list[str], truth: str) -> Iterator[dict[str, Any]]:
+    """One measurement of each method, a line of JSON for each."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if what == "truth":
         torch.save(ours(bilevel.Reverse("sqrt"))(MODELS[model](dtype=torch.float64), steps), truth)
+        return
+    for method in methods:
+        if what == "memory":
+            in_fork(lambda method=method: {"method": method, **memory_of(model, steps, method)})
+            continue
+        subject, function = MODELS[model](), METHODS[method]
+        try:
+            function(subject, 2)
+            start = time.process_time()
+            grad = function(subject, steps)
+            seconds = time.process_time() - start
+        except Exception as error:
+            if method not in PEERS:
+                raise
+            yield {"method": method, "failure": f"{type(error).__name__}: {error}"[:200]}
+            continue
+        yield {"method": method, "seconds": seconds, **({} if grad is None else agreement(method, grad, truth))}
+
+
+def in_fork(call: Callable[[], dict[str, Any]]) -> None:
+    """Print what a call answers in a process of its own."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        return
+    print(json.dumps(call()), flush=True)
+    os._exit(0)
+
+
+def memory_of(model: str, steps: int, method: str) -> dict[str, Any]:
+    """Peak of resident memory, or the error of a peer."""
+    try:
+        return measure_memory(functools.partial(METHODS[method], MODELS[model]()), 2, steps, on_one_cpu=False)
+    except Exception as error:
+        if method not in PEERS:
+            raise
+        return {"failure": f"{type(error).__name__}: {error}"[:200]}
+
+
+def agreement(method: str, grad: Tensor, truth: str) -> dict[str, Any]:
+    """How far an exact method is from the truth."""
+    if method in ESTIMATES:
         return {}
-    subject = MODELS[model]()
-    function = METHODS[method]
-    if what == "memory":
-        return measure_memory(lambda steps: function(subject, steps), 2, steps)
-    function(subject, 2)
-    seconds, grad = [], None
-    for _ in range(repeats):
-        start = time.process_time()
-        grad = function(subject, steps)
-        seconds.append(time.process_time() - start)
-    found: dict[str, Any] = {"seconds": statistics.median(seconds), "repeats": repeats}
-    if grad is not None and method not in ESTIMATES:
-        exact = torch.load(truth)
-        found["not_finite"] = int((~torch.isfinite(grad)).sum())
-        found["relative_error"] = float((grad.double() - exact).norm() / exact.norm())
-    return found
+    exact = torch.load(truth)
+    error = float((grad.double() - exact).norm() / exact.norm())
+    return {"not_finite": int((~torch.isfinite(grad)).sum()), "relative_error": error}
 
 
 # -- the parent --------------------------------------------------------------------------------------------------------
 
 
-def in_child(*arguments: Any) -> dict[str, Any]:
-    """The answer of a measurement, or why there is none."""
-    extra = RETURNING_ALLOCATOR if arguments[0] == "memory" else {}
-    command = [sys.executable, __file__, "--child", *map(str, arguments)]
+def in_child(what: str, model: str, steps: int, methods: list[str], truth: Path) -> list[dict[str, Any]]:
+    """What a process printed, and why it ended where it did not end well."""
+    extra = {"memory": RETURNING_ALLOCATOR, "kept": KEEPING_ALLOCATOR}.get(what, {})
+    command = [sys.executable, __file__, "--child", what, model, str(steps), json.dumps(methods), str(truth)]
+    failure = None
     try:
         done = subprocess.run(
             command,
@@ -164,38 +183,123 @@ def in_child(*arguments: Any) -> dict[str, Any]:
             check=False,
             timeout=SECONDS,
         )
-    except subprocess.TimeoutExpired:
-        return {"failure": f"more than {SECONDS} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"failure": lines[-1][:200]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        output = done.stdout
+        if done.returncode:
+            failure = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
+    except subprocess.TimeoutExpired as stopped:
+        output = (stopped.stdout or b"").decode()
+        failure = f"more than {SECONDS} s"
+    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"method"')]
+    answered = {each["method"] for each in found}
+    missing = [method for method in methods if method not in answered]
+    if missing:
+        found.append({"method": missing[0], "failure": failure or "killed, or ended without an answer"})
+    return found
 
 
-def measure() -> list[dict[str, Any]]:
-    """All points."""
-    rows = []
-    plan = [(model, T, method) for model, T in POINTS for method in METHODS]
-    plan += [("mlp-adam", LONG, method) for method in (PLAIN, 'Reverse("log")', 'Reverse("all", offload="disk")')]
-    with tempfile.TemporaryDirectory() as folder, bar("points", len(plan)) as shown:
-        for model, T, method in plan:
-            truth = Path(folder) / f"{model}-{T}.pt"
-            if not truth.exists():
-                in_child("truth", model, "-", T, 1, truth)
-            repeats = 5 if T <= 50 and not model.startswith("gpt2") else 3 if T < LONG else 1
-            row = {"model": model, "steps": T, "method": method}
-            row |= in_child("time", model, method, T, repeats, truth)
-            if "failure" not in row:
-                row |= in_child("memory", model, method, T, 1, truth)
-            rows.append(row)
-            shown.advance(f"{model}, T = {T}: {method}")
-    return rows
+class Measured:
+    """What has been measured so far, on disk after every process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def row(self, model: str, steps: int, method: str) -> dict[str, Any]:
+        """The row of that point, made if there is none."""
+        wanted = {"model": model, "steps": steps, "method": method}
+        for row in self.rows:
+            if wanted.items() <= row.items():
+                return row
+        self.rows.append({**wanted, "all_seconds": []})
+        return self.rows[-1]
+
+    def note(self, model: str, steps: int, found: list[dict[str, Any]], kept: bool = False) -> None:
+        """Add what a process found."""
+        for each in found:
+            row = self.row(model, steps, each["method"] + (KEPT if kept else ""))
+            if "seconds" in each:
+                row["all_seconds"].append(each.pop("seconds"))
+            row.update(each | {"method": row["method"]})
+            if row["all_seconds"]:
+                row["seconds"] = statistics.median(row["all_seconds"])
+        write_json(self._path, {"command": "python benchmarks/peers.py", "versions": versions(), "rows": self.rows})
+
+    def expected_bytes(self, model: str, steps: int, method: str) -> float:
+        """By what the method took at smaller T, as if all of it grew with T."""
+        known = [r for r in self.rows if (r["model"], r["method"]) == (model, method) and "extra_bytes" in r]
+        if method not in GROWING:
+            return 0.0
+        return max((r["extra_bytes"] * steps / r["steps"] for r in known if r["steps"] < steps), default=0.0)
+
+
+KEPT = ", allocator that keeps"
+OF_KEPT = [PLAIN, "ForwardGradient(8)", "vmap(jvp) of everything, 8"]
+
+
+def versions() -> dict[str, str]:
+    """Of what was compared."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "bilevel": bilevel.__version__, "torch": torch.__version__}
+    for name in ("higher", "torchopt", "betty-ml", "bergson", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def measure(measured: Measured, models: list[str], minutes: float) -> bool:
+    """Measure what is not there yet, until the time is over; whether all is there."""
+    end = time.monotonic() + 60 * minutes
+    folder = Path(tempfile.gettempdir()) / "bilevel-peers-truth"
+    folder.mkdir(exist_ok=True)
+    with bar("rounds", ROUNDS) as shown:
+        for number in range(ROUNDS):
+            for model, T in (point for point in POINTS if point[0] in models):
+                if not one_round(measured, model, T, number, folder / f"{model}-{T}.pt", end):
+                    return False
+            shown.advance(f"round {number + 1}")
+    return True
+
+
+def one_round(measured: Measured, model: str, T: int, number: int, truth: Path, end: float) -> bool:
+    """One more round of times at one point, and before the first its memory. False if there was no time for it."""
+    if number >= (1 if T == LONG else ROUNDS):
+        return True
+    wanted: list[str] = []
+    for method in POINTS[model, T]:
+        row = measured.row(model, T, method)
+        if "extra_bytes" in row or "failure" in row:
+            continue
+        if (expected := measured.expected_bytes(model, T, method)) > MOST:
+            reason = f"not run: about {expected / 2**30:.0f} GiB, by what T = 10 took"
+            measured.note(model, T, [{"method": method, "failure": reason}])
+        else:
+            wanted.append(method)
+    for start in range(0, len(wanted), AT_ONCE):
+        if time.monotonic() > end:
+            return False
+        measured.note(model, T, in_child("memory", model, T, wanted[start : start + AT_ONCE], truth))
+    kept = OF_KEPT if T == 50 and not model.startswith("gpt2") else []
+    for what, suffix, wanted in (("time", "", POINTS[model, T]), ("kept", KEPT, kept)):
+        rows = {method: measured.row(model, T, method + suffix) for method in wanted}
+        methods = [m for m, row in rows.items() if "failure" not in row and len(row["all_seconds"]) <= number]
+        if not methods:
+            continue
+        if time.monotonic() > end:
+            return False
+        if not truth.exists():
+            in_child("truth", model, T, [], truth)
+        measured.note(model, T, in_child(what, model, T, methods, truth), kept=what == "kept")
+    return True
 
 
 def at(rows: list[dict[str, Any]], model: str, steps: int, method: str) -> dict[str, Any] | None:
     """A point that was measured."""
     wanted = (model, steps, method)
-    return next((r for r in rows if (r["model"], r["steps"], r["method"]) == wanted and "failure" not in r), None)
+    whole = [r for r in rows if (r["model"], r["steps"], r["method"]) == wanted and "seconds" in r]
+    return next((r for r in whole if "extra_bytes" in r or r["method"].endswith(KEPT)), None)
 
 
 def verdicts(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -214,44 +318,57 @@ def verdicts(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def against_peers(rows: list[dict[str, Any]], model: str, T: int) -> Iterator[str]:
     """Exact methods beside the fastest and the leanest peer."""
-    peers = [r for r in (at(rows, model, T, m) for m in ("higher", "TorchOpt")) if r]
+    peers = {m: r for m in PEERS if (r := at(rows, model, T, m))}
     if not peers:
         return
-    fastest, leanest = min(r["seconds"] for r in peers), min(r["extra_bytes"] for r in peers)
+    fastest = min(peers, key=lambda m: peers[m]["seconds"])
+    leanest = min(peers, key=lambda m: peers[m]["extra_bytes"])
+    seconds = peers[fastest]["seconds"]
     if graph := at(rows, model, T, 'Reverse("graph")'):
-        what = f'{model}, T = {T}: time of `Reverse("graph")` over that of the fastest peer'
-        yield verdict(what, graph["seconds"] / fastest, at_most=1.0)
-    for method, memory, seconds in (('Reverse("all")', 8, 1.5), ('Reverse("sqrt")', 20, 2.1)):
+        what = f'{model}, T = {T}: time of `Reverse("graph")` over that of the fastest peer ({fastest})'
+        yield verdict(what, graph["seconds"] / seconds, at_most=1.0)
+    unrolling = min((r["extra_bytes"] for m, r in peers.items() if m != "Bergson"), default=None)
+    for method, memory, time_limit in (('Reverse("all")', 8, 1.5), ('Reverse("sqrt")', 20, 2.1)):
         row = at(rows, model, T, method)
-        if row and T == 200:
-            what = f"{model}, T = {T}: memory of the leanest peer over that of `{method}`"
-            yield verdict(what, leanest / row["extra_bytes"], at_least=memory)
-            what = f"{model}, T = {T}: time of `{method}` over that of the fastest peer"
-            yield verdict(what, row["seconds"] / fastest, at_most=seconds)
+        if not (row and T == 200):
+            continue
+        what = f"{model}, T = {T}: memory of the leanest peer ({leanest}) over that of `{method}`"
+        yield verdict(what, peers[leanest]["extra_bytes"] / row["extra_bytes"], at_least=memory)
+        if leanest == "Bergson" and unrolling is not None:
+            what = f"{model}, T = {T}: memory of the leanest peer that stores graphs over that of `{method}`"
+            yield verdict(what, unrolling / row["extra_bytes"], at_least=memory)
+        what = f"{model}, T = {T}: time of `{method}` over that of the fastest peer ({fastest})"
+        yield verdict(what, row["seconds"] / seconds, at_most=time_limit)
 
 
 def of_directions(rows: list[dict[str, Any]], model: str, T: int) -> Iterator[str]:
     """Eight directions at once."""
-    eight, base = at(rows, model, T, "ForwardGradient(8)"), at(rows, model, T, PLAIN)
-    if eight and base:
-        what = f"{model}, T = {T}: units per direction of `ForwardGradient(8)`"
-        yield verdict(what, (eight["seconds"] / base["seconds"] - 1) / 8, at_most=2.3)
-    other = at(rows, model, T, "vmap(jvp) of everything, 8")
+    for suffix in ("", KEPT):
+        eight, base = at(rows, model, T, "ForwardGradient(8)" + suffix), at(rows, model, T, PLAIN + suffix)
+        if eight and base:
+            what = f"{model}, T = {T}: units per direction of `ForwardGradient(8)`{suffix}"
+            yield verdict(what, (eight["seconds"] / base["seconds"] - 1) / 8, at_most=2.3)
+    eight, other = (at(rows, model, T, m) for m in ("ForwardGradient(8)", "vmap(jvp) of everything, 8"))
     if eight and other:
-        what = f"{model}, T = {T}: time of `ForwardGradient(8)` over that of vmap(jvp) of everything"
-        yield verdict(what, eight["seconds"] / other["seconds"], at_most=1.0)
+        what = f"{model}, T = {T}: {{}} of `ForwardGradient(8)` over that of vmap(jvp) of everything, 8"
+        yield verdict(what.format("time"), eight["seconds"] / other["seconds"], at_most=1.0)
+        yield verdict(what.format("memory"), eight["extra_bytes"] / other["extra_bytes"], at_most=1.0)
 
 
 def of_transformer(rows: list[dict[str, Any]], model: str) -> Iterator[str]:
     """The exact gradient beside two directions, and both beside stored graphs."""
-    exact, two, graph = (at(rows, model, 10, m) for m in ('Reverse("all")', "ForwardGradient(2)", 'Reverse("graph")'))
+    names = {"exact": 'Reverse("all")', "two": "ForwardGradient(2)", "graph": 'Reverse("graph")'}
+    found = {key: at(rows, model, 10, name) for key, name in names.items()}
+    exact, two, graph = (found[key] for key in names)
     if not (exact and two and graph):
         return
-    for what, key in (("time", "seconds"), ("memory", "extra_bytes")):
-        yield verdict(f'{model}: {what} of `Reverse("all")` over that of two directions', exact[key] / two[key], 1.0)
-        for name, row in (('Reverse("all")', exact), ("ForwardGradient(2)", two)):
-            asked = 1.0 if key == "seconds" else 0.2
-            yield verdict(f"{model}: {what} of `{name}` over that of stored graphs", row[key] / graph[key], asked)
+    for what, key, asked in (("time", "seconds", 1.0), ("memory", "extra_bytes", 0.2)):
+        over = f'{model}, T = 10: {what} of `Reverse("all")` over that of `ForwardGradient(2)`'
+        yield verdict(over, exact[key] / two[key], 1.0)
+        for name, row in ((names["exact"], exact), (names["two"], two)):
+            yield verdict(
+                f"{model}, T = 10: {what} of `{name}` over that of stored graphs", row[key] / graph[key], asked
+            )
 
 
 def verdict(what: str, value: float, at_most: float | None = None, at_least: float | None = None) -> str:
@@ -261,56 +378,70 @@ def verdict(what: str, value: float, at_most: float | None = None, at_least: flo
     return f"- {'yes' if holds else 'NO'}: {what}: {value:.2f} ({asked})"
 
 
-def as_markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> Iterator[str]:
+def as_markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The tables with the command that made them."""
     yield "# This library beside others"
     yield ""
     yield (
-        "`python benchmarks/peers.py`: process time, medians of 5 (3 for T = 200 and GPT-2, 1 for T = 2000); extra "
-        "peak memory; relative error against float64, for exact methods. One thread of a machine with two cores, "
-        f"others at work on it, no GPU. {', '.join(f'{k} {v}' for k, v in versions.items())}."
+        "`python benchmarks/peers.py`, which also says how to install the others. Process time, medians over rounds, "
+        "the number of which stands in the last column; how far resident memory rises at its peak; relative error "
+        "against float64, for exact methods. One thread of a virtual machine with two cores of an x86-64 server and "
+        "24 GiB of memory, no GPU, with other work on both cores all the while, so ratios in a table mean more than "
+        f"seconds. {', '.join(f'{k} {v}' for k, v in versions().items())}."
     )
     for model, T in dict.fromkeys((r["model"], r["steps"]) for r in rows):
-        base = at(rows, model, T, PLAIN)
-        yield ""
-        yield f"## {model}, T = {T}"
-        yield ""
-        yield "| method | seconds | units / T | extra MiB | relative error | not finite |"
-        yield "| --- | --- | --- | --- | --- | --- |"
-        for row in (r for r in rows if (r["model"], r["steps"]) == (model, T)):
-            if "failure" in row:
-                yield f"| {row['method']} | failed: {row['failure']} | | | | |"
-                continue
-            units = f"{row['seconds'] / base['seconds']:.2f}" if base else ""
-            error = f"{row['relative_error']:.1e}" if "relative_error" in row else ""
-            extra = f"{row['extra_bytes'] / 2**20:.1f}"
-            bad = row.get("not_finite", "")
-            yield f"| {row['method']} | {row['seconds']:.3f} | {units} | {extra} | {error} | {bad} |"
+        yield from table(rows, model, T)
     yield ""
     yield "## What was asked for"
     yield ""
     yield from verdicts(rows)
     yield ""
-    yield (
-        "Betty is not in the tables: its hypergradients are of one inner step by implicit or finite-difference "
-        "formulas, so it can't be asked for that of T steps. Bergson's trainer takes Hugging Face data sets and its "
-        "own losses, not a given inner loss; it was not run."
-    )
+    yield from NOTES.read_text(encoding="utf-8").splitlines()
+
+
+def table(rows: list[dict[str, Any]], model: str, T: int) -> Iterator[str]:
+    """One model at one T."""
+    here = {r["method"]: r for r in rows if (r["model"], r["steps"]) == (model, T)}
+    base = here.get(PLAIN, {}).get("seconds")
+    yield ""
+    yield f"## {model}, T = {T}"
+    yield ""
+    yield "| method | seconds | plain descents | extra MiB | relative error | not finite | rounds |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for method, row in here.items():
+        if "failure" in row:
+            yield f"| {method} | {row['failure']} | | | | | |"
+        if "seconds" not in row:
+            continue
+        against = here.get(PLAIN + KEPT, {}).get("seconds") if method.endswith(KEPT) else base
+        cells = [
+            f"{row['seconds']:.3f}",
+            f"{row['seconds'] / against:.2f}" if against else "",
+            f"{row['extra_bytes'] / 2**20:.1f}" if "extra_bytes" in row else "",
+            f"{row['relative_error']:.1e}" if "relative_error" in row else "",
+            str(row.get("not_finite", "")),
+            str(len(row["all_seconds"])),
+        ]
+        yield f"| {method} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no process after so long")
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--only-write", action="store_true", help="measure nothing")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        what, model, method, steps, repeats, truth = arguments.child
-        print(json.dumps(child(what, model, method, int(steps), int(repeats), truth)))
+        what, model, steps, methods, truth = arguments.child
+        for found in child(what, model, int(steps), json.loads(methods), truth):
+            print(json.dumps(found), flush=True)
         return
-    rows = measure()
-    versions = {"bilevel": bilevel.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    write_json(RESULTS / "peers.json", {"command": "python benchmarks/peers.py", "versions": versions, "rows": rows})
-    write_text(RESULTS / "peers.md", "\n".join(as_markdown(rows, versions)) + "\n")
+    measured = Measured(RESULTS / "peers.json")
+    done = arguments.only_write or measure(measured, arguments.models, arguments.minutes)
+    write_text(RESULTS / "peers.md", "\n".join(as_markdown(measured.rows)) + "\n")
     print((RESULTS / "peers.md").read_text())
+    sys.exit(0 if done else 3)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from bilevel.outer_loop import OuterStep, Phase
 from bilevel.outside_program import FailedAttempt, OutsideProgram
 from bilevel.planner import Plan, Planned, on_paper, plan
 from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
+from bilevel.recomputing import Recomputed
 from bilevel.training import FitResult, fit
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ __all__ = [
     "Plan",
     "Planned",
     "Problem",
+    "Recomputed",
     "Reverse",
     "RunningMean",
     "SolverError",

@@ -7,6 +7,11 @@ Keeping c states, the start among them, and computing what lies between again, a
 can be gone back through with every step computed at most r times besides its differentiation, and no schedule does it
 for a longer one (Griewank, 1992; "revolve", Griewank and Walther, 2000, Proposition 1). So one number says everything:
 all states are c = T with r = 1; about √(2T) of them need r = 2; about log₂T of them, r of the order of log T.
+
+The package `checkpoint_schedules` (Firedrake, LGPL) has these schedules and many more, as streams of actions for a
+solver that owns its time loop and its tape. What is needed here is one formula, `next_kept`; the rest (states as trees,
+where they lie, what is differentiated at once) would have to be written around its actions all the same. Its `Revolve`
+computes as many steps as this one, for every T up to 500 and every number of states that was tried.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
 
     Dropout and random initialisation inside an inner step then give the same numbers every time the step is computed.
     """
-    generators = [torch.default_generator]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generators += torch.cuda.default_generators
+    generators = _generators()
     before = [each.get_state() for each in generators]
     new_seed = derive(seed, *counters)
     try:
@@ -51,6 +49,31 @@ def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
     finally:
         for each, state in zip(generators, before, strict=True):
             each.set_state(state)
+
+
+def generator_states() -> list[torch.Tensor]:
+    """Where torch's global generators are."""
+    return [each.get_state() for each in _generators()]
+
+
+@contextmanager
+def replayed(states: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, torch's global generators go on from these states; afterwards they are as they were before."""
+    before = generator_states()
+    try:
+        for each, state in zip(_generators(), states, strict=False):
+            each.set_state(state)
+        yield
+    finally:
+        for each, state in zip(_generators(), before, strict=False):
+            each.set_state(state)
+
+
+def _generators() -> list[torch.Generator]:
+    found = [torch.default_generator]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found += torch.cuda.default_generators
+    return found
 
 
 def check_seed(seed: int) -> None:

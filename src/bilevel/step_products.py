@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from bilevel.trees import Tree
 
 Product: TypeAlias = Literal["reverse", "mixed"]
 _REPEATS = 3
+_FASTER: WeakKeyDictionary[GradientDescent, Product] = WeakKeyDictionary()
+"""What was found for a problem, so that it is measured once, and every later hypergradient of it is computed alike."""
 
 
 def pull_back_step(
@@ -38,9 +41,15 @@ def pull_back_step(
 
 def faster_product(run: InnerLoop, d: list[Tensor]) -> Product:
     """The product that takes less time on the first inner step, or the only one that this model's operations allow."""
-    seconds: dict[Product, float] = {}
     if not isinstance(run.problem, GradientDescent):
         return "reverse"
+    if run.problem not in _FASTER:
+        _FASTER[run.problem] = _measured(run, d)
+    return _FASTER[run.problem]
+
+
+def _measured(run: InnerLoop, d: list[Tensor]) -> Product:
+    seconds: dict[Product, float] = {}
     state = run.start()
     for product in ("reverse", "mixed"):
         try:

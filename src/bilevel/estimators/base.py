@@ -77,8 +77,7 @@ class Estimator(ABC):
         run = unroll(problem, meta, inner_batches, outer_batch, seed, carried)
         if not self.needs_derivatives or self.first_order:
             return _checked(run, self._estimate(run))
-        start = run.start()
-        with autodiff.differentiable_kernels(modules_in([run.meta, start])):
+        with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):  # which is not held any longer
             return _checked(run, self._estimate(run))
 
     @property

@@ -38,12 +38,14 @@ class Reverse(Estimator):
         product: how a cotangent goes back through one step of a `GradientDescent`. `"reverse"`: by a backward pass
             through the step and the gradient in it. `"mixed"`: by one forward-over-reverse product (MixFlow-MG), which
             keeps no graph of the gradient; for operations without a second derivative in reverse mode, and where a
-            step's graph is larger than its tangents. `"auto"` times both on the first step and takes the faster one;
-            timings vary, so two runs may then differ by rounding. Measured on an MLP, a convnet and a GPT-2:
-            `"reverse"` is 1.5 to 2 times faster on each (`benchmarks/products.py`).
+            step's graph is larger than its tangents. `"auto"` times both on the first inner step of a problem, once,
+            and takes the faster one. It is not the default because timings vary: a run that is resumed, or made
+            again, could then differ by rounding. And there was nothing to gain by it: on an MLP, a convnet and a GPT-2
+            `"reverse"` is 1.5 to 2 times faster (`benchmarks/results/products.md`).
 
     Cost: in units of one inner gradient, about 3T for `"graph"`, (3 + r)·T or a little more otherwise: 4T to 5T for
-    `"all"` (r = 1), 5T to 6T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held. Bias: none.
+    `"all"` (r = 1), 5T to 6T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held, of which layers
+    wrapped in `bilevel.Recomputed` keep their inputs alone. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
     schedule: Griewank and Walther, ACM TOMS 2000.
