@@ -702,6 +702,17 @@ def test_compare_with_settings(capsys: Capture) -> None:
         assert text in shown
 
 
+def test_compare_numbers_long_names_in_a_narrow_terminal(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    estimators = ["implicit(solver=neumann(iterations=3, step_size=0.02))", "reverse"]
+    cli.main([*COMPARE, "--estimators", *estimators])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    for number, text in enumerate(estimators, 1):
+        assert f"{number}  {text}" in lines
+        assert sum(line.split()[:1] == [str(number)] for line in lines) == 2  # in the table, and below
+
+
 def test_compare_writes_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(os, "replace", lambda *_: raise_(OSError("no space left on device")))
     fails(*COMPARE, "--estimators", "reverse", "--out", str(tmp_path / "table.json"), code=1)

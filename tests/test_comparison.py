@@ -198,6 +198,26 @@ def test_bias_and_variance_are_told_apart() -> None:
     assert (single.squared_bias, single.variance, single.half_widths) == (None, None, {})
 
 
+def test_statistics_are_those_of_the_draws() -> None:
+    # Of a mean the jackknife gives the textbook's standard error, s/√R.
+    count, exact = 5, torch.tensor([0.75, 1.0], dtype=torch.float64)
+    (row,) = compare(bilevel.ForwardGradient(1, "gaussian"), repeats=count)
+    meta = torch.tensor([0.3, -2.0], dtype=torch.float64)
+    grads = [
+        bilevel.ForwardGradient(1, "gaussian", draw=draw)(problem(), meta, bilevel.no_batches(2)).grad
+        for draw in range(count)
+    ]
+    errors = torch.stack([grad - exact for grad in grads]) / exact.norm()
+    squares = errors.square().sum(1)
+    cosines = torch.stack([grad @ exact / (grad.norm() * exact.norm()) for grad in grads])
+    variance = errors.var(0).sum().item()
+    assert row.relative_error == pytest.approx(squares.mean().sqrt().item())
+    assert row.variance == pytest.approx(variance)
+    assert row.squared_bias == pytest.approx(errors.mean(0).square().sum().item() - variance / count)
+    for name, values in (("squared_error", squares), ("cosine", cosines)):
+        assert row.half_widths[name] == pytest.approx(1.96 * values.std().item() / math.sqrt(count))
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     # The cosine is ¾ ± 1 over 5/4·√2, with equal probability: E = 1/√2 · E|w|/‖∇h‖ = (1.75 + 0.25)/2/(1.25√2).
     truth, hits = 1 / (1.25 * math.sqrt(2)), 0

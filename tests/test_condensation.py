@@ -383,6 +383,21 @@ def test_the_trainings_that_judge_are_plain_trainings(networks: list[tuple[nn.Mo
         assert flat(start) == pytest.approx(flat(end), abs=1e-5)  # of float32
 
 
+def test_trainings_on_the_whole_set_see_every_epoch_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = some_data(per_class=60)  # more than a batch of 128
+    orders: list[tuple[int, ...]] = []
+    shuffle = torch.randperm
+
+    def remember(*args: Any, **settings: Any) -> Tensor:
+        orders.append(tuple(shuffle(*args, **settings).tolist()))
+        return torch.tensor(orders[-1])
+
+    monkeypatch.setattr(torch, "randperm", remember)
+    judged(replace(TINY, whole_set_epochs=4), data, torch.rand(CLASSES * 2, *SHAPE))
+    assert len(orders) == len(set(orders)) == 4 * TINY.evaluation_runs
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(len(data.train_labels)))}
+
+
 def test_the_same_seed_gives_the_same_accuracies() -> None:
     data, images = some_data(tests=200), torch.rand(CLASSES * 2, *SHAPE, generator=torch.Generator().manual_seed(2))
     first = judged(TINY, data, images)

@@ -183,3 +183,12 @@ def test_blocks_come_in_whole_rounds() -> None:
 def test_an_unknown_distribution_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"distribution='rademaher'.*'rademacher', 'gaussian', 'coordinate'"):
         drawn("rademaher", 0, [0])
+
+
+def test_no_smooth_gradient_hides_from_most_orthogonal_directions() -> None:
+    # Without the random signs, a constant gradient would have a slope along one vector of the basis alone.
+    size = 64
+    (vectors,) = Directions("orthogonal", 0, size, [torch.zeros(size, dtype=torch.float64)]).draw(range(size))
+    slopes = vectors.sum(1).abs()
+    assert (slopes > 0.1).sum() > size / 2
+    assert slopes.square().sum().item() == pytest.approx(size * size)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -182,7 +183,11 @@ def _compare(rest: list[str]) -> None:
         write_json(options.out, {"task": task.name, "rows": comparison.as_dicts(rows), "versions": running.versions()})
     console = Console()
     point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
-    console.print(_comparison_table(rows, point if inner_batches is None else f"{point}, T = {len(inner_batches)}"))
+    numbered = console.width < _WIDE and any(len(row.estimator) > _SHORT_NAME for row in rows)
+    title = point if inner_batches is None else f"{point}, T = {len(inner_batches)}"
+    console.print(_comparison_table(rows, title, numbered))
+    for number, row in enumerate(rows if numbered else (), 1):
+        console.print(f"{number}  {row.estimator}", highlight=False)
     console.print(
         "relative error: ‖estimate − exact‖/‖exact‖; standard error: what the estimator expects of itself, likewise "
         "relative; ±: 95 % intervals, from --repeats 3 on; units: "
@@ -191,17 +196,24 @@ def _compare(rest: list[str]) -> None:
     )
 
 
-def _comparison_table(rows: Sequence[comparison.Compared], title: str) -> Table:
+_WIDE, _SHORT_NAME = 140, 20
+"""Columns of a terminal from which on long names fit into the table, and what counts as short in a narrower one."""
+
+
+def _comparison_table(rows: Sequence[comparison.Compared], title: str, numbered: bool) -> Table:
+    """Numbers of each method; in a narrow terminal with numbers for the long names as well."""
     numbers = ("relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB")
     table = Table(
-        Column("estimator", overflow="fold"),
+        Column("" if numbered else "estimator", overflow="fold"),
         *(Column(name, justify="right") for name in numbers),
         title=title,
         title_justify="left",
+        box=box.SIMPLE_HEAD if numbered else box.HEAVY_HEAD,
+        padding=(0, 0) if numbered else (0, 1),
     )
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         table.add_row(
-            row.estimator,
+            str(number) if numbered else row.estimator,
             _with_interval(row, "relative_error"),
             _with_interval(row, "squared_bias"),
             _with_interval(row, "variance"),
