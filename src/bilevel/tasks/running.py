@@ -112,7 +112,8 @@ def run(
         "accumulate": options.accumulate,
         "seed": options.seed,
     }
-    workers, resume = distributed.join_workers(options.timeout), options.resume or distributed.restarted()
+    workers = distributed.join_workers(options.timeout)
+    resume = workers.any("resuming", options.resume or distributed.restarted())
     with ExitStack() as claim:
         if_first = _claimed(folder, written, resume) if workers.first else nullcontext()
         workers.together("the run's folder", lambda: claim.enter_context(if_first))
