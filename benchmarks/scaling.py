@@ -167,6 +167,8 @@ def as_markdown(rows: list[dict[str, Any]], rounds: int) -> list[str]:
         lines.append(
             f"| {row['name']} | {row['alone']:.3f} | {' | '.join(texts)} | {row['exchange']} | {row['bytes']:.0f} |"
         )
+    if os.getloadavg()[1] > (os.cpu_count() or 1) + 1:
+        lines += ["", "Others were at work on these cores, so the wall times are not those of an idle machine."]
     return [*lines, ""]
 
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from bilevel import checks
 from bilevel.errors import NonFiniteError, WorkerError
@@ -218,8 +219,8 @@ def join_workers(timeout: float = TIMEOUT) -> Workers:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         wait = timedelta(seconds=timeout)
-        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
+        store, rank, size = next(rendezvous("env://", timeout=wait))
+        store = PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
         atexit.register(_leave)
     return Workers.of()
