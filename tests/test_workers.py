@@ -213,6 +213,15 @@ def test_only_the_first_worker_writes_and_shows(base: Path, happened: dict[str, 
     assert second == ""
 
 
+def test_the_command_says_how_to_go_on_after_sigterm(base: Path, happened: dict[str, Any]) -> None:
+    codes, (first, second) = (happened["command terminated"][key] for key in ("codes", "printed"))
+    assert (codes[0], second) == (143, "")
+    assert f"terminated; {base / 'for ever'} holds a checkpoint: go on with --resume" in first
+    assert checkpoints.load(base / "for ever" / CHECKPOINT)["counters"]["outer_step"] == len(
+        steps_of(base / "for ever")
+    )
+
+
 # -- who does what -----------------------------------------------------------------------------------------------------
 
 

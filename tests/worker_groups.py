@@ -324,6 +324,8 @@ def main(base: Path) -> None:
     flags = ("--estimator", "forward-gradient", "--directions", "4", "--outer-steps", "3")
     group("command", lambda: command(base / "command", *flags))
     group("command again", lambda: command(base / "command", *flags), alone=True)
+    for_ever = ("--outer-steps", "100000", "--checkpoint-every", "1000")
+    terminated("command terminated", lambda: command(base / "for ever", *for_ever), base / "for ever", 0)
     group("wrong flag", lambda: command(base / "command", "--directions", "many"), alone=True)
     (base / "happened.json").write_text(json.dumps(happened))
 
