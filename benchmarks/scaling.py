@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/scaling.py   # the speed-up: needs two idle cores
     python benchmarks/scaling.py --draws                 # seconds for one entry of a direction
+    python benchmarks/scaling.py --paper                 # the plan for many workers and large models, from counting
 
 The speed-up is that of whole outer steps of `fit`, with everything that belongs to them. One worker and two take turns:
 in a round, worker 0 runs the steps alone while the other one waits at a barrier, then both run the same steps together.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import exchange
+from bilevel import exchange, planner
 from bilevel.directions import DISTRIBUTIONS, Directions
 from bilevel.files import write_text
 from bilevel.progress import bar
@@ -88,11 +89,12 @@ CASES: dict[str, tuple[Callable[[], tuple[Any, Tensor, Any]], bilevel.Estimator,
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--draws", action="store_true")
+    parser.add_argument("--paper", action="store_true")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.draws:
-        print("\n".join(draws()))
+    if options.draws or options.paper:
+        print("\n".join(draws() if options.draws else paper()))
         return
     workers = bilevel.join_workers(timeout=1800)
     if workers.size != 2:
@@ -165,6 +167,8 @@ def as_markdown(rows: list[dict[str, Any]], rounds: int) -> list[str]:
         lines.append(
             f"| {row['name']} | {row['alone']:.3f} | {' | '.join(texts)} | {row['exchange']} | {row['bytes']:.0f} |"
         )
+    if os.getloadavg()[1] > (os.cpu_count() or 1) + 1:
+        lines += ["", "Others were at work on these cores, so the wall times are not those of an idle machine."]
     return [*lines, ""]
 
 
@@ -183,6 +187,37 @@ def draws() -> list[str]:
                     total += torch.einsum("k,k...->...", torch.ones(8), v)
             found.append((time.process_time() - began) / (16 * leaf.numel()) * 1e9)
         lines.append(f"| {name} | {statistics.median(found):.1f} |")
+    return lines
+
+
+FLOPS, TOKENS = 1.25e14, 1024
+"""Of one worker: 40 % of the 312 TFLOP/s of an A100 in bfloat16; and of one inner step: one document."""
+
+
+def paper() -> list[str]:
+    """Online adaptation of a language model: N = 8e7, T = 48, plain SGD, bfloat16, 1,024 directions.
+
+    A gradient takes 6 M FLOPs a token. Tangents by differences need no activations of their own: a worker holds the
+    parameters, one tangent of them for each direction, two gradients and a moved copy, and one pass's activations.
+    """
+    meta_size, steps, directions = 8 * 10**7, 48, 1024
+    lines = ["`python benchmarks/scaling.py --paper`:", ""]
+    lines += [
+        "| inner model | workers | directions each | memory | seconds, computing | sent by each | seconds, sending |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for size, activations in ((1.5e9, 4e9), (7e9, 16e9)):
+        unit = 6 * size * TOKENS / FLOPS
+        for workers in (1, 64, 1024):
+            share = directions // workers
+            carried = min(share, 4)  # at once, in chunks
+            seconds = (share // carried + 2 * share) * steps * unit
+            memory = 2 * size * (1 + carried + 3) + activations
+            sent = exchange.sent_bytes("gradient", directions, meta_size, workers) if workers > 1 else 0.0
+            lines.append(
+                f"| {size:.2g} | {workers} | {share} | {planner.size_text(memory)} | {seconds:,.0f} | "
+                f"{planner.size_text(sent)} | {sent / exchange.BYTES_PER_SECOND:.1f} |"
+            )
     return lines
 
 

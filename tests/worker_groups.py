@@ -14,7 +14,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ SIZES = (1, 2, 3)
 # -- estimates ---------------------------------------------------------------------------------------------------------
 
 
-def weights_problem() -> tuple[bilevel.GradientDescent, Tensor, Any]:
+def weights_problem() -> tuple[bilevel.GradientDescent, dict[str, Tensor], Any]:
     """Weights of examples in a small network trained by momentum; φ is a tree with two leaves."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(12, 4, generator=generator)
@@ -50,7 +50,7 @@ def weights_problem() -> tuple[bilevel.GradientDescent, Tensor, Any]:
         lambda meta: torch.nn.Linear(4, 2),
         bilevel.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
     )
-    meta: Any = {"weights": torch.linspace(-1, 1, 12), "bias": torch.tensor([0.3, -0.2])}
+    meta = {"weights": torch.linspace(-1, 1, 12), "bias": torch.tensor([0.3, -0.2])}
     return problem, meta, bilevel.no_batches(4)
 
 
@@ -238,7 +238,7 @@ def two_layers() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def layers_problem(params: dict[str, Tensor], optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
+def layers_problem(params: Mapping[str, Tensor], optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
     """Weights of examples; each layer is gathered where it is used, and only there."""
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
     y = (x[:, 0] > 0).long()
@@ -315,7 +315,7 @@ def main(base: Path) -> None:
     group("drift", lambda: drifts_apart(base / "drift"), alone=True)
     group("lost step", lost_step, alone=True)
     terminated("terminated", lambda: train(base / "terminated", 0.05), base / "terminated", 0)
-    group("terminated, restarted", lambda: train(base / "terminated"), restarts=1)
+    group("terminated, restarted", lambda: train(base / "terminated"), size=3, restarts=1)
     for name, estimator, optimizer in SHARDED:
         alone = estimator(layers_problem(two_layers(), optimizer), torch.linspace(-1, 1, 12), bilevel.no_batches(4))
         happened[f"whole, {name}"] = alone.grad.tolist()
@@ -324,6 +324,8 @@ def main(base: Path) -> None:
     flags = ("--estimator", "forward-gradient", "--directions", "4", "--outer-steps", "3")
     group("command", lambda: command(base / "command", *flags))
     group("command again", lambda: command(base / "command", *flags), alone=True)
+    for_ever = ("--outer-steps", "100000", "--checkpoint-every", "1000")
+    terminated("command terminated", lambda: command(base / "for ever", *for_ever), base / "for ever", 0)
     group("wrong flag", lambda: command(base / "command", "--directions", "many"), alone=True)
     (base / "happened.json").write_text(json.dumps(happened))
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from bilevel import checks
 from bilevel.errors import NonFiniteError, SolverError, WorkerError
@@ -104,6 +107,10 @@ class Workers:
                     "the same arguments, and on the same kind of machine, for numbers to agree to the last bit"
                 )
             )
+
+    def any(self, what: str, flag: bool) -> bool:
+        """Whether the flag is set on any worker."""
+        return flag if self.size == 1 else any(self._meet(what, None, int(flag)))
 
     def _meet(self, what: str, failure: Exception | None, number: int = 0) -> list[int]:
         """Every worker's number, once it is known that nobody failed and all are at the same place."""
@@ -212,9 +219,34 @@ def join_workers(timeout: float = TIMEOUT) -> Workers:
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        wait = timedelta(seconds=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=wait))
+        store = PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
         atexit.register(_leave)
     return Workers.of()
+
+
+def _name_of_this_start(store: Any, rank: int, size: int, timeout: float) -> str:
+    """A name that all processes of this start of the group agree on, and no earlier start had.
+
+    torchrun's agent keeps its store over restarts, and in it the addresses of workers that are dead: under a name of
+    their own, nobody finds them. The restart count is no such name, since each host counts only its own failures. So
+    each process announces a number of its own, the first one proposes those it sees, and all must find theirs there.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"bilevel/here/{rank}", mine)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            store.set("bilevel/proposed", ",".join(store.get(f"bilevel/here/{r}").decode() for r in range(size)))
+        proposed = store.get("bilevel/proposed").decode() if store.check(["bilevel/proposed"]) else ""
+        if mine in proposed.split(","):
+            name = uuid.uuid5(uuid.NAMESPACE_OID, proposed).hex
+            store.set(f"bilevel/agreed/{name}/{rank}", "yes")
+            if store.check([f"bilevel/agreed/{name}/{r}" for r in range(size)]):
+                return name
+        time.sleep(0.01)
+    raise WorkerError(f"worker {rank} of {size} waited {timeout:g} s for the others to start; their messages say why")
 
 
 def from_environment() -> bool:
@@ -228,7 +260,7 @@ def rank_in_environment() -> int:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process in the place of one that failed, so that it is to go on where that was."""
+    """Whether torchrun started this process again after a failure on this host; ask whether `any` worker was."""
     return from_environment() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 

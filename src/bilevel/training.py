@@ -130,7 +130,7 @@ def fit(
     loop.retreats = checks.whole_number(retreats, "retreats", at_least=0)
     _require_same_start(workers, loop, config or {})
     folder = Path(out) if out is not None and workers.first else None
-    goes_on = resume or (out is not None and distributed.restarted())
+    goes_on = out is not None and workers.any("resuming", resume or distributed.restarted())
     record = workers.together(
         "the start of the run", lambda: RunRecord(loop, folder, config or {}, goes_on, tensorboard and workers.first)
     )

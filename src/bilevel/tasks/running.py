@@ -112,7 +112,8 @@ def run(
         "accumulate": options.accumulate,
         "seed": options.seed,
     }
-    workers, resume = distributed.join_workers(options.timeout), options.resume or distributed.restarted()
+    workers = distributed.join_workers(options.timeout)
+    resume = workers.any("resuming", options.resume or distributed.restarted())
 
     def train(
         setup: Setup, out: Path, callbacks: Sequence[Callable[[OuterStep], None]], progress: bool, workers: Workers
