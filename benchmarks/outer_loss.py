@@ -75,13 +75,13 @@ def condensation(data_dir: Path | None) -> Case:
 
 def noisy_labels_mnist(data_dir: Path | None) -> Case:
     config = CleaningTask.presets["mnist"].config
-    return Case(cleaning_setup(config, image_data.load("mnist", data_dir), 0), 80, (0.05, 0.15, 0.5), 8)
+    return Case(cleaning_setup(config, image_data.load("mnist", data_dir), 0), 60, (0.05, 0.15, 0.5), 8)
 
 
 def rates_per_layer(data_dir: Path | None) -> Case:
     problem, meta, inner, _ = learning_rates()
     setup = Setup(problem, meta, inner, None, bilevel.optimizer(torch.optim.Adam))
-    return Case(setup, 100, (0.02, 0.06, 0.2), 5, implicit=False)
+    return Case(setup, 60, (0.02, 0.06, 0.2), 5, implicit=False)
 
 
 PROBLEMS = {
@@ -96,38 +96,47 @@ def estimators(case: Case, steps: int) -> list[bilevel.Estimator]:
     rows: list[bilevel.Estimator] = [
         Reverse(),
         ForwardGradient(b),
-        ForwardGradient(b, control_variate=RunningMean()),
         ForwardGradient(b, control_variate=TruncatedReverse(many)),
-        ForwardGradient(b, control_variate=CoarserProblem(steps=many)),
-        TruncatedReverse(few),
         TruncatedReverse(many),
     ]
     if case.implicit:
         rows += [HessianFree(), bilevel.Implicit(bilevel.Neumann(10, step_size=0.1))]
+    rows += [
+        TruncatedReverse(few),
+        ForwardGradient(b, control_variate=CoarserProblem(steps=many)),
+        ForwardGradient(b, control_variate=RunningMean()),
+    ]
     return rows
 
 
 def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(1)
+    for name in options.problems:
+        measure(PROBLEMS[name](options.data_dir), options, name)
+
+
+def keep(name: str, measured: dict[str, Any]) -> None:
+    """Write what is measured of one problem so far beside what is there of the others."""
     stored = ROOT / "results" / "outer_loss.json"
     found: dict[str, Any] = json.loads(stored.read_text())["problems"] if stored.exists() else {}
-    for name in options.problems:
-        case = PROBLEMS[name](options.data_dir)
-        found[name] = measure(case, options, name)
-        pictures = ROOT.parent / "docs" / "pictures"
-        write_bytes(pictures / f"outer_loss_{name}.png", picture(found[name]["rows"], name))
-        write_json(stored, {"torch": torch.__version__, "problems": found})
-        write_text(ROOT / "results" / "outer_loss.md", page(found))
+    found[name] = measured
+    write_json(stored, {"torch": torch.__version__, "problems": found})
+    write_text(ROOT / "results" / "outer_loss.md", page(found))
+    pictures = ROOT.parent / "docs" / "pictures"
+    write_bytes(pictures / f"outer_loss_{name}.png", picture(measured["rows"], name))
 
 
-def measure(case: Case, options: Options, name: str) -> dict[str, Any]:
-    """All estimators on one problem."""
+def measure(case: Case, options: Options, name: str) -> None:
+    """All estimators on one problem, each kept as soon as it is done."""
     setup = case.setup
     steps = len(setup.inner_batches_of(0))
     run = unroll(setup.problem, setup.meta, setup.inner_batches_of(0), setup.outer_batch_of(0), 0)
     plain = _seconds(lambda: run.descend(run.start()))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    seeds = f"{options.seeds} seed{'s' * (options.seeds > 1)}"
+    sizes = f"N = {setup.meta.numel()}, T = {steps}, budget {case.budget} inner loops, {seeds}"
+    start = _judged(setup, setup.meta, options.judged)
     wanted = estimators(case, steps)
     with bar(name, len(wanted) * len(case.rates) * options.seeds) as shown:
         for estimator in wanted:
@@ -150,9 +159,7 @@ def measure(case: Case, options: Options, name: str) -> dict[str, Any]:
                     "by_rate": {str(each["rate"]): each["final"] for each in tried},
                 }
             )
-    start = _judged(setup, setup.meta, options.judged)
-    sizes = f"N = {setup.meta.numel()}, T = {steps}, budget {case.budget} inner loops, {options.seeds} seeds"
-    return {"sizes": sizes, "start": start, "rows": rows}
+            keep(name, {"sizes": sizes, "start": start, "rows": rows})
 
 
 def _once(setup: Setup, estimator: bilevel.Estimator) -> bilevel.Estimate:
