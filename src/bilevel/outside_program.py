@@ -87,7 +87,9 @@ class OutsideProgram:
         pool = ThreadPoolExecutor(self._workers)
         try:
             return [future.result() for future in [pool.submit(self._evaluate, meta) for meta in metas]]
-        except BaseException:  # one evaluation has failed for good, or the user has had enough: the others are not needed
+        except (
+            BaseException
+        ):  # one evaluation has failed for good, or the user has had enough: the others are not needed
             with self._lock:
                 self._stopped = True
                 for process in self._running:

@@ -23,6 +23,7 @@ from bilevel.errors import CheckpointError, DataError
 from bilevel.estimators import names
 from bilevel.files import write_json
 from bilevel.outer_loop import OuterStep, Phase
+from bilevel.problem import BlackBox
 from bilevel.run_record import CHECKPOINT
 from bilevel.tasks.task import Preset, Setup, Task, Trained
 from bilevel.training import FitResult, fit
@@ -99,6 +100,7 @@ def run(
     phases = make_phases(task.adapted(preset, config), options, settings or {})
     outer_steps = sum(phase.steps for phase in phases)
     setup = task.setup(config, options.data_dir, outer_steps, options.seed)
+    _require_derivatives(setup.problem, phases)
     folder = folder_of(task, options)
     written = {
         "task": task.name,
@@ -156,6 +158,16 @@ def run(
     write_json(folder / RESULTS, results)
     write_report(task, folder)
     return results
+
+
+def _require_derivatives(problem: Any, phases: Sequence[Phase]) -> None:
+    """Raise before anything is written for an estimator that cannot take this problem."""
+    for phase in phases:
+        if isinstance(problem, BlackBox) and phase.estimator.needs_derivatives:
+            raise ValueError(
+                f"{names.describe(phase.estimator)} differentiates the inner loop, and here that is a black box without "
+                "derivatives: take zeroth-order, or settings of the task with which it can be differentiated"
+            )
 
 
 def folder_of(task: Task[Any], options: RunOptions) -> Path:

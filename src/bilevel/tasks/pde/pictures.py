@@ -69,7 +69,9 @@ def _paths(results: Mapping[str, Any], rows: Sequence[Sequence[Row]]) -> Section
         axis = axes[0, i]
         for k in range(len(names)) if len(names) > 3 else (i,):
             for start in rows:
-                axis.plot([r["outer_step"] for r in start], [r["found"][k] for r in start], color=f"C{k}", linewidth=0.8)
+                axis.plot(
+                    [r["outer_step"] for r in start], [r["found"][k] for r in start], color=f"C{k}", linewidth=0.8
+                )
             axis.axhline(truth[k], color="k" if len(names) <= 3 else f"C{k}", linestyle=":", linewidth=1)
         axis.set(xlabel="outer step", title=names[i] if len(names) <= 3 else "coefficients of the terms")
         if len(names) <= 3:

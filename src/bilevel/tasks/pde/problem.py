@@ -1,6 +1,6 @@
 """PDE discovery as a bilevel problem: the inner problem solves the equation, the outer loss compares with observations.
 
-    h(φ) = mean over observations of (u_φ(x_i, t_i) − u_i)² / variance of the u_i  +  penalty(φ)
+h(φ) = mean over observations of (u_φ(x_i, t_i) − u_i)² / variance of the u_i  +  penalty(φ)
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def observed(config: PDE, data_dir: Path | None, seed: int) -> Observations:
     """The observations of a run."""
     if config.observations:
         return observations.read_table(Path(config.observations))
-    return observations.on_grid(
-        reference(config, data_dir), config.observed_x, config.observed_t, config.noise, seed
-    )
+    return observations.on_grid(reference(config, data_dir), config.observed_x, config.observed_t, config.noise, seed)
 
 
 def setup(config: PDE, data_dir: Path | None, outer_steps: int, seed: int, start: int = 0) -> Setup:
@@ -94,12 +92,17 @@ def setup(config: PDE, data_dir: Path | None, outer_steps: int, seed: int, start
 
 
 def _optimizer(config: PDE, outer_steps: int) -> bilevel.Optimizer:
-    if config.unknown == "coefficient":
+    name = config.outer_optimizer
+    if name == "auto":
+        name = {"coefficient": "secant", "coefficients": "adam", "library": "adam"}.get(config.unknown, "lbfgs")
+    if name == "secant":
         return bilevel.optimizer(Secant, lr=config.outer_lr or 0.5)
-    decay = 0.001 ** (1 / max(outer_steps, 1))
-    return bilevel.optimizer(
-        torch.optim.Adam, lr=config.outer_lr or 0.3, schedule=functools.partial(ExponentialLR, gamma=decay)
-    )
+    if name == "lbfgs":
+        settings = {"max_iter": 1, "history_size": 20, "tolerance_grad": 0.0, "tolerance_change": 0.0}
+        return bilevel.optimizer(torch.optim.LBFGS, lr=config.outer_lr or 0.5, **settings)
+    decay = functools.partial(ExponentialLR, gamma=0.001 ** (1 / outer_steps))
+    rate = config.outer_lr or (0.03 if config.unknown == "library" else 0.3)
+    return bilevel.optimizer(torch.optim.Adam, lr=rate, schedule=decay)
 
 
 def _misfit(data: Observations, predicted: Tensor) -> Tensor:
@@ -131,12 +134,14 @@ def numerical_field(config: PDE, meta: Tensor, x: np.ndarray, t: np.ndarray) -> 
     return field[:, np.searchsorted(whole, t)]
 
 
-
 # -- the differentiable solver ---------------------------------------------------------------------------------------------
 
 
 def _stepping(
-    config: PDE, data: Observations, counter: Counter, situation_of: Callable[[Tensor], unknowns.Situation] | None = None
+    config: PDE,
+    data: Observations,
+    counter: Counter,
+    situation_of: Callable[[Tensor], unknowns.Situation] | None = None,
 ) -> tuple[bilevel.Problem, Any]:
     situation_of = situation_of or functools.partial(unknowns.situation, config)
     equation = EQUATIONS[config.equation]
@@ -190,5 +195,7 @@ def _with_source(config: PDE) -> Reference:
     source = torch.from_numpy(unknowns.true_source(basis.grid))
     coefficients = dict(EQUATIONS[config.equation].coefficients)
     u = stepped_field(finer, unknowns.Situation(coefficients, source=source), known.x, known.t)
-    words = f"this program's differentiable solver with {finer.points} points and {finer.inner_steps} steps, and a source"
+    words = (
+        f"this program's differentiable solver with {finer.points} points and {finer.inner_steps} steps, and a source"
+    )
     return dataclasses.replace(known, u=u, source=words)

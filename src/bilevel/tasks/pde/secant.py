@@ -27,7 +27,9 @@ class Secant(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.5, longest: float = 2.0, growth: float = 2.0) -> None:
         if not 0 < lr <= longest or growth < 1:
-            raise ValueError(f"lr={lr}, longest={longest}, growth={growth}: 0 < lr <= longest and growth >= 1 is needed")
+            raise ValueError(
+                f"lr={lr}, longest={longest}, growth={growth}: 0 < lr <= longest and growth >= 1 is needed"
+            )
         super().__init__(params, {"lr": lr, "longest": longest, "growth": growth})
 
     @torch.no_grad()

@@ -100,9 +100,7 @@ class PDETask(Task[PDE]):
         rows = [metrics.read(run.folder / _name(number) / metrics.FILE) for number in range(len(found))]
         return {**_judged(run, found, rows), "reasons": reasons}
 
-    def evaluate(
-        self, config: PDE, data_dir: Path | None, meta: Any, seed: int, progress: bool
-    ) -> dict[str, Any]:
+    def evaluate(self, config: PDE, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
         found = evaluation.errors_of(config, data_dir, meta, seed)
         return {name: evaluation.summary([found[name]]) for name in ("coefficient_error", "field_error")}
 
@@ -164,9 +162,7 @@ def _judged(run: Trained[PDE], found: list[Tensor | None], rows: list[list[metri
         "retreats": sum(row.get("retreats", 0) for start in rows for row in start),
         "seconds_of_starts": [start[-1]["seconds"] if start else None for start in rows],
         "found": [meta if meta is None else unknowns.found(config, meta).tolist() for meta in found] if few else [],
-        "standard_errors": [
-            None if meta is None else evaluation.standard_error(config, meta, data) for meta in found
-        ],
+        "standard_errors": [None if meta is None else evaluation.standard_error(config, meta, data) for meta in found],
         "path": _path(config, rows[0], data),
     }
 
