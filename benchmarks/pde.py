@@ -145,7 +145,14 @@ def as_markdown(parts: dict[str, Any]) -> str:
     lines = ["# PDE discovery", ""]
     for name in ("numerical", "differentiable", "pinn"):
         if name in parts:
-            lines += [f"## Solver: {name}", "", f"`{parts[name]['command']}`", "", *_beside_the_paper(parts[name]["rows"]), ""]
+            lines += [
+                f"## Solver: {name}",
+                "",
+                f"`{parts[name]['command']}`",
+                "",
+                *_beside_the_paper(parts[name]["rows"]),
+                "",
+            ]
     if "noise" in parts:
         lines += ["## Noise", "", f"`{parts['noise']['command']}`", "", *_noise(parts["noise"]["rows"]), ""]
     if "unknowns" in parts:

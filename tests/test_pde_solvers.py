@@ -81,9 +81,7 @@ def test_allen_cahn_against_chebyshev_collocation() -> None:
         return 0.01 * (second @ u) + 5 * (inner - inner**3)
 
     there = solve_ivp(rate, (0, 1), ALLEN_CAHN.initial(x[1:-1]), "BDF", t_eval=T, rtol=1e-9, atol=1e-11).y
-    here = numerical.solve(
-        ALLEN_CAHN, {"diffusion": 0.01, "reaction": 5.0}, x[1:-1], T, numerical.Accuracy(256, 1e-9)
-    )
+    here = numerical.solve(ALLEN_CAHN, {"diffusion": 0.01, "reaction": 5.0}, x[1:-1], T, numerical.Accuracy(256, 1e-9))
     assert relative(here[:, 1:], there[:, 1:]) < 1e-5
 
 
@@ -202,7 +200,9 @@ def test_ill_posed_coefficients_are_refused(equation: Equation, value: float) ->
 
 
 def test_a_shock_that_the_grid_cannot_hold_is_an_error() -> None:
-    with pytest.raises(SolverError, match=r"burgers: (the solution blew up|SciPy's BDF stopped|no more than) .*t = 0\."):
+    with pytest.raises(
+        SolverError, match=r"burgers: (the solution blew up|SciPy's BDF stopped|no more than) .*t = 0\."
+    ):
         numerical.solve(BURGERS, {"viscosity": 1e-6, "advection": 1.0}, X, T, numerical.Accuracy(64))
 
 

@@ -20,6 +20,7 @@ from bilevel import __version__, arguments, comparison, comparison_plot, distrib
 from bilevel.errors import BilevelError, Terminated
 from bilevel.estimators import names
 from bilevel.files import write_json
+from bilevel.problem import BlackBox
 from bilevel.run_record import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run 
 the run goes on from its checkpoint when one of them dies.
 `bilevel run TASK --help` shows a task's options, `bilevel --version` the version."""
 
-_OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "tensorboard"}
+_OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "scipy", "tensorboard"}
 _LANGUAGE_PACKAGES = {"transformers", "tokenizers", "peft"}
 
 
@@ -167,6 +168,11 @@ def _compare(rest: list[str]) -> None:
         raise ValueError(f"--estimators needs at least one; there are {', '.join(names.ESTIMATORS)}")
     estimators = [names.parse(text) for text in options.estimators]
     setup = task.setup(config, options.data_dir, 1, options.seed)
+    if isinstance(setup.problem, BlackBox):
+        raise ValueError(
+            f"with these settings the inner loop of {task.name} is a black box, without the exact hypergradient that "
+            "estimators are compared with; choose settings with which it can be differentiated"
+        )
     inner_batches = setup.inner_batches_of(draw=0)
     rows = comparison.compare(
         setup.problem,

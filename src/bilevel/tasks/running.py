@@ -24,6 +24,7 @@ from bilevel.errors import CheckpointError, DataError
 from bilevel.estimators import names
 from bilevel.files import remove_leftovers, write_json
 from bilevel.outer_loop import OuterStep, Phase
+from bilevel.problem import BlackBox
 from bilevel.run_record import CHECKPOINT
 from bilevel.tasks.task import Preset, Setup, Task, Trained
 from bilevel.training import FitResult, fit
@@ -143,6 +144,7 @@ def run(
         workers.together("the run's folder", lambda: claim.enter_context(if_first))
         task = _prepared(task, workers, config, options, folder, progress)
         setup = task.setup(config, options.data_dir, outer_steps, options.seed)
+        _require_derivatives(setup.problem, phases)
         fitted = train(setup, folder, task.callbacks(folder, outer_steps, setup.meta), progress, workers)
     if not workers.first:
         return {}
@@ -183,6 +185,16 @@ def _prepared(
 
     made = workers.together("the stages before the outer loop", lambda: prepare(progress) if workers.first else task)
     return made if workers.first else prepare(False)
+
+
+def _require_derivatives(problem: Any, phases: Sequence[Phase]) -> None:
+    """Raise before anything is written for an estimator that cannot take this problem."""
+    for phase in phases:
+        if isinstance(problem, BlackBox) and phase.estimator.needs_derivatives:
+            raise ValueError(
+                f"{names.describe(phase.estimator)} differentiates the inner loop, and here that is a black box without "
+                "derivatives: take zeroth-order, or settings of the task with which it can be differentiated"
+            )
 
 
 def folder_of(task: Task[Any], options: RunOptions) -> Path:

@@ -44,9 +44,11 @@ class PDE:
     """Seconds after which a solve of SciPy's counts as failed."""
     retreats: int = 8
     """How often an outer step may be taken back by half because the solver failed where it led."""
+    outer_optimizer: Literal["auto", "secant", "adam", "lbfgs"] = "auto"
+    """`secant` suits one unknown, `lbfgs` (one evaluation a step) many with exact hypergradients, `adam` (decaying to a
+    thousandth of its learning rate) noisy ones. `auto`: secant for a coefficient, lbfgs for fields, adam otherwise."""
     outer_lr: float = 0.0
-    """Outer learning rate; 0 for the optimiser's default. One coefficient is fitted by the secant method, where it is the
-    first step of its logarithm; everything else by Adam, with exponential decay to a thousandth."""
+    """Outer learning rate; of the secant method the first step. 0 for 0.5, of adam 0.3 (0.03 for a library)."""
     penalty: float = 1e-6
     """Weight of the penalty on unknown fields (squares) and on a library's coefficients (absolute values)."""
     inner_optimizer: Literal["adam", "sgd"] = "adam"

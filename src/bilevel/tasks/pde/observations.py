@@ -151,18 +151,21 @@ def on_grid(reference: Reference, places: int, times: int, noise: float, seed: i
 
 
 def read_table(path: Path) -> Observations:
-    """Observations from a text file with three columns, x, t and u, separated by commas; a first line of names is
-    skipped.
+    """Observations from a text file with three columns, x, t and u, separated by commas; the first line may
+    be their names.
     """
     if not path.is_file():
         raise DataError(f"there is no {path}; a file with a line x,t,u for each observation is needed")
     try:
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        names = 1 if any(c.isalpha() and c not in "eE" for c in first) else 0
-        table = np.loadtxt(path, delimiter=",", skiprows=names, ndmin=2)
+        lines = path.read_text(encoding="utf-8").strip().splitlines()
+        if lines and lines[0].replace(" ", "").lower() == "x,t,u":
+            del lines[0]
+        if not lines:
+            raise DataError(f"{path} holds no observations; a line x,t,u with three numbers for each is needed")
+        table = np.loadtxt(lines, delimiter=",", ndmin=2)
     except ValueError as error:
         raise DataError(f"{path}: {error}; a line x,t,u with three numbers for each observation is needed") from error
-    if table.shape[0] < 1 or table.shape[1] != 3 or not np.isfinite(table).all():
+    if table.shape[1] != 3 or not np.isfinite(table).all():
         raise DataError(
             f"{path} holds {table.shape[0]} rows of {table.shape[1]}; three finite numbers x,t,u are needed"
         )

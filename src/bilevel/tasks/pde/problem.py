@@ -92,12 +92,17 @@ def setup(config: PDE, data_dir: Path | None, outer_steps: int, seed: int, start
 
 
 def _optimizer(config: PDE, outer_steps: int) -> bilevel.Optimizer:
-    if config.unknown == "coefficient":
+    name = config.outer_optimizer
+    if name == "auto":
+        name = {"coefficient": "secant", "coefficients": "adam", "library": "adam"}.get(config.unknown, "lbfgs")
+    if name == "secant":
         return bilevel.optimizer(Secant, lr=config.outer_lr or 0.5)
-    decay = 0.001 ** (1 / max(outer_steps, 1))
-    return bilevel.optimizer(
-        torch.optim.Adam, lr=config.outer_lr or 0.3, schedule=functools.partial(ExponentialLR, gamma=decay)
-    )
+    if name == "lbfgs":
+        settings = {"max_iter": 1, "history_size": 20, "tolerance_grad": 0.0, "tolerance_change": 0.0}
+        return bilevel.optimizer(torch.optim.LBFGS, lr=config.outer_lr or 0.5, **settings)
+    decay = functools.partial(ExponentialLR, gamma=0.001 ** (1 / outer_steps))
+    rate = config.outer_lr or (0.03 if config.unknown == "library" else 0.3)
+    return bilevel.optimizer(torch.optim.Adam, lr=rate, schedule=decay)
 
 
 def _misfit(data: Observations, predicted: Tensor) -> Tensor:
