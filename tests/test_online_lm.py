@@ -429,6 +429,7 @@ def test_scores_as_squad_defines_them() -> None:
     assert scores.exact_match("thermal", ["the rmal"]) == 0
     assert scores.f1("in the year 1066", ["1066"]) == pytest.approx(2 * 1 / (3 + 1))
     assert scores.f1("red red", ["red"]) == pytest.approx(2 / 3)  # a word counts as often as it occurs in both
+    assert scores.f1("red red", ["red red green"]) == pytest.approx(2 * 2 / 5)
     assert scores.f1("", [""]) == 1
     assert scores.f1("the", ["a"]) == 1  # nothing is left of either
 
