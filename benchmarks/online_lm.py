@@ -251,8 +251,8 @@ def as_markdown(summary: Mapping[str, Any], seeds: Sequence[Mapping[str, Any]], 
         "| --- | --- | --- |",
     ]
     exact_short, exact_long, forward = ARMS
-    pairs = [(exact_long, other) for other in ("uniform weights", "no adaptation", "salient spans", "TF-IDF")]
-    pairs += [(exact_long, exact_short), (exact_long, forward), (forward, "first phase alone")]
+    pairs = [(arm, control) for arm in ARMS for control in ("uniform weights", "no adaptation")]
+    pairs += [(exact_long, exact_short), (exact_long, forward), *((arm, "first phase alone") for arm in ARMS)]
     for left, right in pairs:
         cells = [shown(difference(summary, left, right, measure), measure, True) for measure in ("f1", "qa_loss")]
         lines.append(f"| {left} − {right} | {' | '.join(cells)} |")

@@ -146,9 +146,9 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], options: Options, command: st
     lines = [
         "# Memory of one hypergradient of online-lm",
         "",
-        f"`{command}`: MiB that the resident memory rises during a call, one thread, float32, random "
-        f"weights; the model `{options.model}` with {first['inner_parameters']:,} parameters ({state:.1f} MiB a state), "
-        f"the weight model with {first['meta_parameters']:,}, one document of {options.tokens} tokens per step. In "
+        f"`{command}`: MiB that the resident memory rises in a call, one thread, float32, random weights; "
+        f"the model `{options.model}` has {first['inner_parameters']:,} parameters ({state:.1f} MiB a state), "
+        f"the weight model {first['meta_parameters']:,}; one document of {options.tokens} tokens per step. In "
         "brackets process seconds, with an allocator that hands back all memory at once, so slower than usual.",
         "",
         "| method | " + " | ".join(f"T = {steps}" for steps in options.steps) + " |",

@@ -137,17 +137,14 @@ def test_the_divergence_is_from_the_initial_model(corpus: Corpus, tokenizer: Any
     model = language_model(tokenizer)
     made = setup(SMALL, corpus, model, tokenizer, weight_model_for(model), seed=0)
     batch, ids = made.outer_batch_of(1), made.inner_batches_of(1)[0]
-
-    def around_a_document(weight: float) -> tuple[float, float]:
+    values = {}
+    for weight in (0.0, 10.0):
         task = problem(OnlineLM(kl_weight=weight, inner_lr=0.5), model)
         state = task.init(None)
         after = task.step(state, as_tree(weight_model_for(model)), ids)
-        before, behind = (task.outer_loss(each, None, batch).detach() for each in (state, after))
-        return float(before), float(behind)
-
-    without, with_divergence = around_a_document(0.0), around_a_document(10.0)
-    assert with_divergence[0] == pytest.approx(without[0], rel=1e-12)
-    assert with_divergence[1] > without[1] + 1e-4
+        values[weight] = [float(task.outer_loss(each, None, batch).detach()) for each in (state, after)]
+    assert values[10.0][0] == pytest.approx(values[0.0][0], rel=1e-12)
+    assert values[10.0][1] > values[0.0][1] + 1e-4
 
 
 # -- one objective for every estimator ---------------------------------------------------------------------------------
@@ -432,6 +429,7 @@ def test_scores_as_squad_defines_them() -> None:
     assert scores.exact_match("thermal", ["the rmal"]) == 0
     assert scores.f1("in the year 1066", ["1066"]) == pytest.approx(2 * 1 / (3 + 1))
     assert scores.f1("red red", ["red"]) == pytest.approx(2 / 3)  # a word counts as often as it occurs in both
+    assert scores.f1("red red", ["red red green"]) == pytest.approx(2 * 2 / 5)
     assert scores.f1("", [""]) == 1
     assert scores.f1("the", ["a"]) == 1  # nothing is left of either
 

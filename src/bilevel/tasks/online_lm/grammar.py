@@ -5,9 +5,8 @@
 
 Every person has a trade, a colour, an animal and a town, drawn independently, so that nothing but the document tells
 them. Filler is drawn at random as well: its words cannot be predicted, and learning them is learning noise. It mentions
-people, towns and trades too. A model of a few hundred thousand parameters, trained on the facts about some people,
-answers questions about them, and one SGD step on a document about a new person then changes its answers: measured in
-`benchmarks/results/online_lm.md`, since on real text nothing like that happens to so small a model.
+people, towns and trades too. A small model, trained on the facts about some people, answers questions about them, and
+one SGD step on a document about a new person can change its answers: there is something to gain by choosing tokens.
 """
 
 from __future__ import annotations
