@@ -115,6 +115,15 @@ def gpt2_adam(dtype: torch.dtype = torch.float32) -> Subject:
     return gpt2(torch.optim.Adam, {"lr": 1e-4}, dtype)
 
 
+def gpt2_recomputed(dtype: torch.dtype = torch.float32) -> Subject:
+    """SGD inside, and every transformer layer computed again when it is needed."""
+    subject = gpt2_sgd(dtype)
+    layers: Any = subject.network.transformer.h
+    for i, layer in enumerate(layers):
+        layers[i] = bilevel.Recomputed(layer)
+    return subject
+
+
 MODELS: dict[str, Callable[..., Subject]] = {
     "mlp-adam": mlp,
     "convnet-momentum": convnet,

@@ -1,6 +1,7 @@
 """Time and memory of the two ways back through one inner step, on an MLP, a convnet and a GPT-2.
 
-    python benchmarks/products.py
+    python benchmarks/products.py                    # every model; about two minutes
+    python benchmarks/products.py --models mlp-adam  # measured anew, the others kept
 
 One thread. Time: process time of one step's product over that of one plain step, medians of 9 by turns. Memory: peak of
 the bytes in live tensors above what lay there before. Writes `benchmarks/results/products.json` and `.md`.
@@ -8,6 +9,8 @@ the bytes in live tensors above what lay there before. Writes `benchmarks/result
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import statistics
 import time
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import MODELS
+from models import MODELS, gpt2_recomputed
 from torch import Tensor
 
 import bilevel
@@ -29,28 +32,33 @@ from bilevel.step_products import Product, faster_product, pull_back_step
 from bilevel.unroll import unroll
 
 RESULTS = Path(__file__).parent / "results"
+SUBJECTS = {**MODELS, "gpt2-sgd, layers recomputed": gpt2_recomputed}
 PRODUCTS: tuple[Product, ...] = ("reverse", "mixed")
 REPEATS = 9
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=list(SUBJECTS), default=list(SUBJECTS))
+    wanted = parser.parse_args().models
     torch.set_num_threads(1)
-    rows = []
-    with bar("models", len(MODELS)) as shown:
-        for name in MODELS:
+    path = RESULTS / "products.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in rows if row["model"] not in wanted]
+    with bar("models", len(wanted)) as shown:
+        for name in wanted:
             rows.append(measured(name))
             shown.advance(name)
+    rows.sort(key=lambda row: list(SUBJECTS).index(row["model"]))
     versions = {"bilevel": bilevel.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    write_json(
-        RESULTS / "products.json", {"command": "python benchmarks/products.py", "versions": versions, "rows": rows}
-    )
+    write_json(path, {"command": "python benchmarks/products.py", "versions": versions, "rows": rows})
     write_text(RESULTS / "products.md", as_markdown(rows, versions))
     print((RESULTS / "products.md").read_text())
 
 
 def measured(name: str) -> dict[str, Any]:
     """Both products on the third step of that model's inner loop."""
-    subject = MODELS[name]()
+    subject = SUBJECTS[name]()
     problem, meta = subject.problem(), subject.meta
     run = unroll(problem, meta, bilevel.no_batches(3), None, seed=0)
     state = run.descend(run.start(), 0, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -110,6 +111,21 @@ def test_a_store_gives_back_what_it_was_given(offload: state_store.Offload) -> N
         for number in (7, 1, 0):
             same(store.top(), number)
             store.pop()
+
+
+def test_little_is_remembered_of_a_state_on_disk() -> None:
+    """There may be thousands, whose bookkeeping must not take the memory that the disk was to save."""
+    states = [[torch.zeros(3), float(number), torch.zeros(2, 2)] * 10 for number in range(300)]
+    with state_store.state_store("disk") as store:
+        store.push(states[0])
+        tracemalloc.start()
+        try:
+            for state in states[1:]:
+                store.push(state)
+            remembered, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert remembered / len(states) < 600  # ten numbers of 8 bytes, and a few objects
 
 
 def problem() -> tuple[bilevel.GradientDescent, Tensor, Any]:

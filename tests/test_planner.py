@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import planner
+from bilevel import planner, step_products
 from bilevel.live_bytes import counting
 
 T = 30
@@ -80,6 +80,15 @@ def test_auto_measures_a_problem_once(monkeypatch: pytest.MonkeyPatch) -> None:
     auto(found, meta, bilevel.no_batches(3))
     monkeypatch.setattr(planner, "plan_of", None)
     auto(found, meta, bilevel.no_batches(3))
+
+
+def test_the_product_is_timed_once_for_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that every later hypergradient of it is computed alike."""
+    found, meta = problem()
+    reverse = bilevel.Reverse(product="auto")
+    first = reverse(found, meta, bilevel.no_batches(3)).grad
+    monkeypatch.setattr(step_products, "_measured", None)
+    assert torch.equal(reverse(found, meta, bilevel.no_batches(3)).grad, first)
 
 
 def test_a_black_box_is_differenced() -> None:
