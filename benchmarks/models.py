@@ -118,7 +118,7 @@ def gpt2_adam(dtype: torch.dtype = torch.float32) -> Subject:
 def gpt2_recomputed(dtype: torch.dtype = torch.float32) -> Subject:
     """SGD inside, and every transformer layer computed again when it is needed."""
     subject = gpt2_sgd(dtype)
-    layers: Any = subject.network.transformer.h
+    layers: Any = subject.network.get_submodule("transformer.h")
     for i, layer in enumerate(layers):
         layers[i] = bilevel.Recomputed(layer)
     return subject
