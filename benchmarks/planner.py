@@ -111,6 +111,11 @@ def as_markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> Iterato
         within = sum(abs(ratio - 1) <= target for ratio in ratios[key])
         worst = max(ratios[key], key=lambda ratio: abs(ratio - 1))
         yield f"- {what}: {within} of {len(rows)} within {target:.0%}; the furthest is {worst:.2f}"
+    yield ""
+    yield (
+        "`implicit` is planned with the twenty iterations it may take; conjugate gradients stop early on the negative "
+        "curvature of untrained networks, and their four vectors are not in the prediction."
+    )
 
 
 if __name__ == "__main__":
