@@ -228,7 +228,7 @@ def test_images_of_a_phase_that_ended_early(tmp_path: Path, monkeypatch: pytest.
     assert min(losses[-2:]) >= min(losses[:-2])
     assert shown[-1][0] == len(rows)
     subtitle = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).texts["p"][0]
-    assert subtitle.startswith(f"{len(rows)} outer steps")
+    assert f" {len(rows)} outer steps" in subtitle
 
 
 @pytest.mark.usefixtures("no_report")

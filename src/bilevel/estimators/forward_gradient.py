@@ -161,6 +161,10 @@ class ForwardGradient(Estimator):
         if self.tangents == "shared":
             return push_forward_sharing_steps(run, [directions.draw(numbers) for numbers in chunks])
         push = partial(push_forward_by_differences, run) if self.first_order else run.push_forward
-        found = [push(directions.draw(numbers)) for numbers in chunks]
-        slopes, moved = torch.cat([pushed.slopes for pushed in found]), any(pushed.moved for pushed in found)
-        return Slopes(found[-1].value, found[-1].state, slopes, moved)
+        pushed = push(directions.draw(chunks[0]))
+        slopes, moved = [pushed.slopes], pushed.moved
+        for numbers in chunks[1:]:  # no more than one chunk's state is held
+            pushed = push(directions.draw(numbers))
+            slopes.append(pushed.slopes)
+            moved = moved or pushed.moved
+        return pushed._replace(slopes=torch.cat(slopes), moved=moved)

@@ -118,7 +118,7 @@ class ZerothOrder(Estimator):
         solved = run.values(itertools.chain([run.meta], (_moved(run, directions, *place) for place in places)))
         value, state = next(solved)
         diagnosis.require_finite(run, value, state)
-        shifted = [self._finite(run, directions, place, *found) for place, found in zip(places, solved, strict=True)]
+        shifted = [self._finite(run, directions, place, *next(solved)) for place in places]  # holds no state but θ_T
         if self.scheme == "forward":
             return value, state, [(ahead - value) / self.step_size for ahead in shifted]
         pairs = zip(shifted[::2], shifted[1::2], strict=True)

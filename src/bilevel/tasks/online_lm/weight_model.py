@@ -33,8 +33,10 @@ class WeightModel(PreTrainedModel):
 
     Reference: Hu et al., Meta-Learning Online Adaptation of Language Models, 2023 (CaMeLS).
 
+    >>> import torch
     >>> from transformers import GPT2Config
-    >>> body = GPT2Config(vocab_size=50, n_positions=8, n_embd=4, n_layer=1, n_head=1).to_dict()
+    >>> sizes = {"vocab_size": 50, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 1}
+    >>> body = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0).to_dict()
     >>> model = WeightModel(WeightModelConfig(body=body))
     >>> model(torch.tensor([[3, 1, 4]]))
     tensor([[0.2310, 0.2310, 0.2310]], grad_fn=<SoftplusBackward0>)

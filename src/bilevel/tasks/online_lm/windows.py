@@ -16,7 +16,7 @@ def window(draw: int, steps: int, available: int, seed: int) -> list[int]:
     treats it as a constant).
 
     >>> window(0, 2, 5, seed=0), window(1, 2, 5, seed=0)
-    ([0, 2], [4, 1])
+    ([4, 0], [1, 3])
     """
     if steps > available:
         raise ValueError(f"inner_steps={steps}, but there are {available} documents to train the weight model on")

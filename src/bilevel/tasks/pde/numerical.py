@@ -53,8 +53,8 @@ def solve(
     >>> burgers = EQUATIONS["burgers"]
     >>> u = solve(burgers, burgers.coefficients, np.array([-0.5, 0.5]), np.array([0.0, 0.5]), Accuracy(points=128))
     >>> u.round(3)
-    array([[ 1.   ,  0.755],
-           [-1.   , -0.755]])
+    array([[ 1.   ,  0.592],
+           [-1.   , -0.592]])
     """
     accuracy = accuracy or Accuracy()
     require_well_posed(equation, coefficients)
