@@ -3,8 +3,8 @@
     python benchmarks/pde.py --data-dir FOLDER
 
 FOLDER holds the reference solutions `burgers_shock.mat`, `Allen_Cahn.mat` and `KdV.mat`; observations are then taken
-from these, made by others. Each part runs `bilevel run pde` in processes of its own on one thread, and replaces its rows
-in `benchmarks/results/pde.json` and `.md`: `--parts numerical noise` runs two of them.
+from these, made by others. Each part runs `bilevel run pde` in processes of its own on one thread, and replaces its
+rows in `benchmarks/results/pde.json` and `.md`: `--parts numerical noise` runs two of them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
         write_text(RESULTS / "pde.md", as_markdown(content["parts"]))
 
 
-# -- the parts: (label, flags) of each run -------------------------------------------------------------------------------
+# -- the parts: (label, flags) of each run -----------------------------------------------------------------------------
 
 
 def numerical(options: Options) -> Iterator[tuple[list[str], list[str]]]:
@@ -137,7 +137,7 @@ def one_run(flags: list[str], data_dir: Path | None) -> dict[str, Any]:
         return {**{k: v for k, v in results.items() if k not in dropped}, "outer_steps": len(rows)}
 
 
-# -- the page ------------------------------------------------------------------------------------------------------------
+# -- the page ----------------------------------------------------------------------------------------------------------
 
 
 def as_markdown(parts: dict[str, Any]) -> str:
@@ -220,7 +220,8 @@ def _noise(rows: list[dict[str, Any]]) -> list[str]:
 
 def _unknowns(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| equation | unknown | estimator | error of what was looked for | field error | outer steps | solves | seconds |",
+        "| equation | unknown | estimator | error of what was looked for | field error | outer steps | solves | "
+        "seconds |",
         "| --- " * 8 + "|",
     ]
     for row in rows:

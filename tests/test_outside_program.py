@@ -70,8 +70,8 @@ def test_an_estimate_asks_for_all_its_points_at_once() -> None:
     assert asked == [3]
     assert float(at_once.grad) == float(in_turn.grad) == pytest.approx(12.0, rel=1e-6)
     assert float(at_once.value) == float(at_once.state) == 8.0
+    short = bilevel.BlackBox(plain.solve, lambda state, meta, batch: state, lambda metas: [metas[0]])
     with pytest.raises(ValueError, match="solve_all returned 1 states for 3 points"):
-        short = bilevel.BlackBox(plain.solve, lambda state, meta, batch: state, lambda metas: [metas[0]])
         estimator(short, POINT)
 
 

@@ -44,7 +44,7 @@ def value(setup: Any, meta: Tensor) -> float:
     return float(InnerLoop(setup.problem, meta, steps, None, 0).value()[0])
 
 
-# -- hypergradients ------------------------------------------------------------------------------------------------------
+# -- hypergradients ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +95,7 @@ def test_forward_gradients_through_the_training_of_a_network(name: Any, optimize
     assert float(rough.grad) == pytest.approx(difference, rel=0.05)
 
 
-# -- the secant method ---------------------------------------------------------------------------------------------------
+# -- the secant method -------------------------------------------------------------------------------------------------
 
 
 def descend(gradient: Any, start: float, steps: int, **settings: float) -> list[float]:
@@ -128,7 +128,7 @@ def test_secant_refuses_settings_without_sense() -> None:
         Secant([torch.nn.Parameter(torch.zeros(1))], lr=3.0, longest=1.0)
 
 
-# -- observations --------------------------------------------------------------------------------------------------------
+# -- observations ------------------------------------------------------------------------------------------------------
 
 
 def write_solution(folder: Path, name: str = "kdv", **changes: Any) -> Path:
@@ -222,7 +222,7 @@ def test_a_grid_of_observations_with_noise() -> None:
         observations.on_grid(reference, 50, 8, 0.0, seed=0)
 
 
-# -- unknowns ------------------------------------------------------------------------------------------------------------
+# -- unknowns ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -260,7 +260,7 @@ def test_a_solver_that_fails_on_the_way_shortens_the_step() -> None:
     assert float(result.meta) == pytest.approx(math.log(0.01 / math.pi), abs=6)
 
 
-# -- what is found -------------------------------------------------------------------------------------------------------
+# -- what is found -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -310,7 +310,7 @@ def test_terms_that_are_not_there_are_found_to_be_small() -> None:
     assert dict(zip(TERMS, truth.tolist(), strict=True))["u u_x"] == -1.0
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def results_of(folder: Path) -> dict[str, Any]:

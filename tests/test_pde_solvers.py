@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def stepped(equation: Equation, values: Mapping[str, float], points: int, steps:
     return seen.numpy()
 
 
-# -- closed forms --------------------------------------------------------------------------------------------------------
+# -- closed forms ------------------------------------------------------------------------------------------------------
 
 
 def cole_hopf(viscosity: float) -> np.ndarray:
@@ -119,7 +120,7 @@ def test_a_steady_source() -> None:
         ("u³", lambda x: np.sin(np.pi * x) / np.sqrt(1 - 0.2 * np.sin(np.pi * x) ** 2)),
     ],
 )
-def test_each_term_of_the_library_alone(term: str, exact: Mapping) -> None:
+def test_each_term_of_the_library_alone(term: str, exact: Callable[[np.ndarray], np.ndarray]) -> None:
     basis = differentiable.FourierBasis(128)
     u = torch.from_numpy(np.sin(np.pi * basis.grid))
     for _ in range(20):
@@ -138,7 +139,7 @@ def test_steepening_terms_follow_their_characteristics(term: str, power: int) ->
     assert np.abs(found - np.sin(np.pi * (basis.grid + duration * found**power))).max() < 1e-7
 
 
-# -- order of convergence ------------------------------------------------------------------------------------------------
+# -- order of convergence ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_time_steps_converge_with_order_four(
 ) -> None:
     finest = stepped(equation, values, points, 16 * steps)
     errors = [relative(stepped(equation, values, points, count * steps), finest) for count in (1, 2, 4)]
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert min(orders) > 3.5, (errors, orders)
 
 
@@ -165,7 +166,7 @@ def test_the_numerical_solver_converges_spectrally_in_space() -> None:
     errors = [
         relative(numerical.solve(BURGERS, values, X, T, numerical.Accuracy(n, 1e-10)), finest) for n in (32, 64, 128)
     ]
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders[1] > 1.6 * orders[0] > 4, (errors, orders)
 
 
@@ -189,7 +190,7 @@ def test_both_solvers_agree(equation: Equation, points: int) -> None:
     assert relative(stepped(equation, values, points, 400), a) < 1e-5
 
 
-# -- what cannot be solved -----------------------------------------------------------------------------------------------
+# -- what cannot be solved ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("equation", [BURGERS, ALLEN_CAHN, KDV])
@@ -213,7 +214,7 @@ def test_a_solve_that_does_not_return_is_ended() -> None:
         numerical.solve(KDV, KDV.coefficients, X, T, numerical.Accuracy(512, 1e-12, time_limit=0.01))
 
 
-# -- the network ---------------------------------------------------------------------------------------------------------
+# -- the network -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("equation", [BURGERS, ALLEN_CAHN, KDV])

@@ -14,7 +14,7 @@ from bilevel import Phase, SolverError, ZerothOrder, metrics
 
 
 def box(lowest: float, fails: str = "raises") -> bilevel.BlackBox:
-    """h = φ², with a solver that fails below `lowest`."""
+    """The problem h = φ², with a solver that fails below `lowest`."""
 
     def solve(phi: Tensor) -> Tensor:
         if float(phi) >= lowest:

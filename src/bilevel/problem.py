@@ -70,7 +70,8 @@ class BlackBox:
     """A bilevel problem whose inner loop is a program without derivatives. Only `ZerothOrder` takes it.
 
     Args:
-        solve: `solve(meta) -> state`: a simulator, a subprocess, another library. It raises `SolverError` when it fails.
+        solve: `solve(meta) -> state`: a simulator, a subprocess, another library. It raises
+            `SolverError` where it fails.
         outer_loss: `outer_loss(state, meta, batch) -> scalar`.
         solve_all: `solve_all(metas) -> states`, the same for a list of points, in parallel for instance (see
             `OutsideProgram`). An estimate then asks for all its points at once, and holds all their states.

@@ -165,8 +165,8 @@ def _require_derivatives(problem: Any, phases: Sequence[Phase]) -> None:
     for phase in phases:
         if isinstance(problem, BlackBox) and phase.estimator.needs_derivatives:
             raise ValueError(
-                f"{names.describe(phase.estimator)} differentiates the inner loop, and here that is a black box without "
-                "derivatives: take zeroth-order, or settings of the task with which it can be differentiated"
+                f"{names.describe(phase.estimator)} differentiates the inner loop, and here that is a black box "
+                "without derivatives: take zeroth-order, or settings of the task with which it can be differentiated"
             )
 
 

@@ -86,7 +86,7 @@ class Task(ABC, Generic[Config]):
     def evaluate(self, config: Config, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
         """What `results.json` says about the trained φ."""
 
-    def adapted(self, preset: Preset[Config], config: Config) -> Preset[Config]:
+    def adapted(self, preset: Preset[Config], config: Config) -> Preset[Config]:  # noqa: ARG002
         """The preset, with the estimator and the outer steps that suit a changed configuration."""
         return preset
 

@@ -19,13 +19,14 @@ class PDE:
     equation: EquationName = "burgers"
     """The equation, with the paper's coefficients and initial values."""
     solver: SolverName = "numerical"
-    """Inner problem: `numerical` is SciPy's, a black box; `pinn` trains a physics-informed network; `differentiable` steps
-    the equation in torch."""
+    """Inner problem: `numerical` is SciPy's, a black box; `pinn` trains a physics-informed network; `differentiable`
+    steps the equation in torch."""
     unknown: UnknownName = "coefficient"
     """`coefficient` is the paper's; `coefficients` all of the equation; `initial-condition` and `source` whole fields;
     `library` which of eight candidate terms there are. The last three need the differentiable solver."""
     starts: int = 0
-    """Start values, drawn uniformly from the paper's range; each has an outer loop of its own. 0 for 10 (of a network: 2)."""
+    """Start values, drawn uniformly from the paper's range; each has an outer loop of its own. 0 for 10
+    (of a network: 2)."""
     observed_x: int = 8
     """Places of observation."""
     observed_t: int = 8

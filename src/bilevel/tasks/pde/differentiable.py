@@ -85,7 +85,7 @@ class FourierBasis:
     def _sum(self, c: Mapping[str, Any], u: Tensor, factors: Mapping[str, float]) -> Tensor | None:
         powers = {"u²": u**2, "u³": u**3, "u u_x": u**2, "u² u_x": u**3}
         parts = [factor * c[name] * powers[name] for name, factor in factors.items() if name in c]
-        return sum(parts[1:], parts[0]) if parts else None
+        return torch.stack(parts).sum(0) if parts else None
 
     def evaluation(self, x: np.ndarray) -> Tensor:
         """The matrix from grid values to values at places x `[X, n]`."""
@@ -129,7 +129,7 @@ class SineBasis:
         u = self.values(modes)
         powers = {"u": u, "u²": u**2, "u³": u**3}
         parts = [c[name] * power for name, power in powers.items() if name in c]
-        return self.modes(sum(parts[1:], parts[0]) + self.boundary) if parts else torch.zeros_like(modes)
+        return self.modes(torch.stack(parts).sum(0) + self.boundary) if parts else torch.zeros_like(modes)
 
     def evaluation(self, x: np.ndarray) -> Tensor:
         """As for Fourier, of values minus the boundary value."""

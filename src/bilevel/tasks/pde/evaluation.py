@@ -27,7 +27,7 @@ def relative_error(found: np.ndarray, true: np.ndarray) -> float:
 
 
 def field_of(config: PDE, meta: Tensor, seed: int, data: Observations, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """u `[places, times]` at φ, by the inner solver."""
+    """The field `[places, times]` at φ, by the inner solver."""
     if config.solver == "numerical":
         return problem.numerical_field(config, meta, x, t)
     if config.solver == "differentiable":
@@ -36,8 +36,8 @@ def field_of(config: PDE, meta: Tensor, seed: int, data: Observations, x: np.nda
 
 
 def errors_of(config: PDE, data_dir: Path | None, meta: Tensor, seed: int) -> dict[str, Any]:
-    """Relative errors of what was found and of the field, and the field itself; of a field that cannot be computed, what
-    the solver says.
+    """Relative errors of what was found and of the field, and the field itself; of a field that cannot be computed,
+    what the solver says.
     """
     known = problem.reference(config, data_dir)
     data = problem.observed(config, data_dir, seed)

@@ -44,7 +44,7 @@ class Accuracy:
 def solve(
     equation: Equation, coefficients: Mapping[str, float], x: Values, t: Values, accuracy: Accuracy | None = None
 ) -> Values:
-    """u at the places x `[X]` and the times t `[T]` (increasing, from 0 on), as `[X, T]`.
+    """The field u at the places x `[X]` and the times t `[T]` (increasing, from 0 on), as `[X, T]`.
 
     Raises:
         SolverError: a coefficient with which the equation is ill-posed, a solution that blows up, or too much work.

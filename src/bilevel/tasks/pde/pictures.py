@@ -27,9 +27,9 @@ def sections(results: Mapping[str, Any], rows: Sequence[Sequence[Row]], stored: 
 def _table(results: Mapping[str, Any]) -> Section:
     words = (
         f"{results['equation']}, from {results['observations']} observations of {results['reference']}. "
-        f"{results['starts']} start{'s' * (results['starts'] > 1)}, {results['failures']['raised']} ended by the solver, "
-        f"{results['failures']['far_off']} more than 10 % off; {results['retreats']} outer steps were taken back by half "
-        "because the solver failed where they led."
+        f"{results['starts']} start{'s' * (results['starts'] > 1)}, {results['failures']['raised']} ended by the "
+        f"solver, {results['failures']['far_off']} more than 10 % off; {results['retreats']} times an outer step was "
+        "taken back by half because the solver failed where they led."
     )
     if results["noise"]:
         words += f" Noise of standard deviation {results['noise']:.3g} was added to the observations."

@@ -9,6 +9,7 @@ tanh written out, so that what an estimator has to differentiate is plain arithm
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,7 +83,7 @@ def initial_network(config: PDE, seed: int) -> Network:
     generator = randomness.generator(seed, _NETWORK)
     sizes = [2, *[config.width] * (config.depth - 1), 1]
     layers: Network = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         bound = math.sqrt(6 / (fan_in + fan_out))
         weights = torch.from_numpy(generator.uniform(-bound, bound, (fan_in, fan_out)))
         layers.append({"weights": weights.to(_dtype(config)), "biases": torch.zeros(fan_out, dtype=_dtype(config))})

@@ -58,8 +58,8 @@ def observed(config: PDE, data_dir: Path | None, seed: int) -> Observations:
 
 
 def setup(config: PDE, data_dir: Path | None, outer_steps: int, seed: int, start: int = 0) -> Setup:
-    """The bilevel problem with start value number `start`. Rows of the metrics say how many solves a step took, and what
-    was found.
+    """The bilevel problem with start value number `start`. Rows of the metrics say how many solves a step took, and
+    what was found.
     """
     data = observed(config, data_dir, seed)
     if float(np.std(data.u)) == 0:
@@ -111,7 +111,7 @@ def _misfit(data: Observations, predicted: Tensor) -> Tensor:
     return (predicted - values).square().mean() / values.var(unbiased=False)
 
 
-# -- the numerical solver: a black box -----------------------------------------------------------------------------------
+# -- the numerical solver: a black box ---------------------------------------------------------------------------------
 
 
 def _black_box(config: PDE, data: Observations, counter: Counter) -> bilevel.BlackBox:
@@ -125,7 +125,7 @@ def _black_box(config: PDE, data: Observations, counter: Counter) -> bilevel.Bla
 
 
 def numerical_field(config: PDE, meta: Tensor, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """u `[places, times]` by SciPy."""
+    """The field `[places, times]` by SciPy."""
     here = unknowns.situation(config, meta)
     accuracy = numerical.Accuracy(config.resolution, config.solver_tolerance, time_limit=config.time_limit)
     coefficients = {name: float(value) for name, value in here.coefficients.items()}
@@ -134,7 +134,7 @@ def numerical_field(config: PDE, meta: Tensor, x: np.ndarray, t: np.ndarray) -> 
     return field[:, np.searchsorted(whole, t)]
 
 
-# -- the differentiable solver ---------------------------------------------------------------------------------------------
+# -- the differentiable solver -----------------------------------------------------------------------------------------
 
 
 def _stepping(
@@ -172,7 +172,7 @@ def _stepping(
 
 
 def stepped_field(config: PDE, here: unknowns.Situation, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """u `[places, times]` by the differentiable solver."""
+    """The field `[places, times]` by the differentiable solver."""
     xs, ts = (part.ravel() for part in np.meshgrid(x, t, indexing="ij"))
     points = Observations(xs, ts, np.arange(len(xs), dtype=float))
     problem, batches = _stepping(config, points, Counter(), lambda meta: here)

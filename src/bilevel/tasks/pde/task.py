@@ -80,7 +80,7 @@ class PDETask(Task[PDE]):
     def setup(self, config: PDE, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:
         return problem.setup(config, data_dir, outer_steps, seed)
 
-    def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:
+    def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:  # noqa: ARG002
         return []
 
     def judge(self, run: Trained[PDE]) -> dict[str, Any]:
@@ -100,7 +100,14 @@ class PDETask(Task[PDE]):
         rows = [metrics.read(run.folder / _name(number) / metrics.FILE) for number in range(len(found))]
         return {**_judged(run, found, rows), "reasons": reasons}
 
-    def evaluate(self, config: PDE, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
+    def evaluate(
+        self,
+        config: PDE,
+        data_dir: Path | None,
+        meta: Any,
+        seed: int,
+        progress: bool,  # noqa: ARG002
+    ) -> dict[str, Any]:
         found = evaluation.errors_of(config, data_dir, meta, seed)
         return {name: evaluation.summary([found[name]]) for name in ("coefficient_error", "field_error")}
 

@@ -70,7 +70,7 @@ def truth(config: PDE) -> np.ndarray:
 
 
 def start(config: PDE, seed: int, number: int) -> Tensor:
-    """φ of start `number`: coefficients uniform over their ranges; a field or a library starts from (almost) nothing."""
+    """φ of start `number`: coefficients uniform over their ranges, a field or a library from (almost) nothing."""
     equation, generator = EQUATIONS[config.equation], randomness.generator(seed, _START, number)
     if config.unknown in ("coefficient", "coefficients"):
         drawn = [equation.largest_start[name] * (1 - generator.random()) for name in names(config)]
