@@ -49,6 +49,8 @@ class Options:
     """Which parts to run."""
     starts: int = 10
     """Starts of the numerical and the differentiable solver."""
+    network_starts: int = 1
+    """Starts of the network."""
     seeds: int = 5
     """Draws of the noise, each with a start of its own."""
 
@@ -56,7 +58,6 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options)
     path = RESULTS / "pde.json"
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     command = "python benchmarks/pde.py " + " ".join(sys.argv[1:])
     for part in options.parts:
         jobs = list(PARTS[part](options))
@@ -65,6 +66,7 @@ def main() -> None:
             for label, flags in jobs:
                 rows.append({"label": label, "flags": flags, **one_run(flags, options.data_dir)})
                 shown.advance(" ".join(label))
+        content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"parts": {}}
         content["parts"][part] = {"command": command.replace(str(options.data_dir), "FOLDER").strip(), "rows": rows}
         write_json(path, content)
         write_text(RESULTS / "pde.md", as_markdown(content["parts"]))
@@ -96,6 +98,7 @@ def pinn(options: Options) -> Iterator[tuple[list[str], list[str]]]:
     for name in EQUATIONS:
         for inner, dtype in (("adam", "float64"), ("sgd", "float32")):
             flags = ["--equation", name, "--solver", "pinn", "--inner-optimizer", inner, "--dtype", dtype]
+            flags += ["--starts", str(options.network_starts)]
             yield [name, "pinn", inner, dtype], flags
 
 

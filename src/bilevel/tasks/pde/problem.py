@@ -96,7 +96,9 @@ def _optimizer(config: PDE, outer_steps: int) -> bilevel.Optimizer:
     if name == "auto":
         name = {"coefficient": "secant", "coefficients": "adam", "library": "adam"}.get(config.unknown, "lbfgs")
     if name == "secant":
-        return bilevel.optimizer(Secant, lr=config.outer_lr or 0.5)
+        # KdV's loss has minima of its own at each small coefficient, where waves are many: no long strides there.
+        first = config.outer_lr or (0.1 if config.equation == "kdv" else 0.5)
+        return bilevel.optimizer(Secant, lr=first, longest=4 * first)
     if name == "lbfgs":
         settings = {"max_iter": 1, "history_size": 20, "tolerance_grad": 0.0, "tolerance_change": 0.0}
         return bilevel.optimizer(torch.optim.LBFGS, lr=config.outer_lr or 0.5, **settings)
