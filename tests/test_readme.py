@@ -45,7 +45,8 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _, command, *rest in commands:
         if command == "run":
             rest = [re.sub(r":50$", ":1", word) for word in rest]
-            rest += small if "--phases" in rest else [*small, "--outer-steps", "2"]
+            rest += shlex.split("--points 64 --starts 2") if "pde" in rest else small
+            rest += [] if "--phases" in rest else ["--outer-steps", "2"]
         cli.main([command, *rest, *(["--inner-steps", "3", "--width", "8"] if command == "compare" else [])])
     assert (tmp_path / "runs/exact/report.html").stat().st_size > 10_000
 
