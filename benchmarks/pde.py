@@ -49,6 +49,8 @@ class Options:
     """Which parts to run."""
     starts: int = 10
     """Starts of the numerical and the differentiable solver."""
+    network_starts: int = 1
+    """Starts of the network."""
     seeds: int = 5
     """Draws of the noise, each with a start of its own."""
 
@@ -56,7 +58,6 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options)
     path = RESULTS / "pde.json"
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     command = "python benchmarks/pde.py " + " ".join(sys.argv[1:])
     for part in options.parts:
         jobs = list(PARTS[part](options))
@@ -65,6 +66,7 @@ def main() -> None:
             for label, flags in jobs:
                 rows.append({"label": label, "flags": flags, **one_run(flags, options.data_dir)})
                 shown.advance(" ".join(label))
+        content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"parts": {}}
         content["parts"][part] = {"command": command.replace(str(options.data_dir), "FOLDER").strip(), "rows": rows}
         write_json(path, content)
         write_text(RESULTS / "pde.md", as_markdown(content["parts"]))
@@ -96,6 +98,7 @@ def pinn(options: Options) -> Iterator[tuple[list[str], list[str]]]:
     for name in EQUATIONS:
         for inner, dtype in (("adam", "float64"), ("sgd", "float32")):
             flags = ["--equation", name, "--solver", "pinn", "--inner-optimizer", inner, "--dtype", dtype]
+            flags += ["--starts", str(options.network_starts)]
             yield [name, "pinn", inner, dtype], flags
 
 
@@ -107,7 +110,8 @@ def unknown_fields(options: Options) -> Iterator[tuple[list[str], list[str]]]:
         ("library", "kdv"),
         ("library", "burgers"),
     ):
-        yield [name, preset], ["--preset", preset, "--equation", name, "--starts", "1"]
+        starts = options.starts if preset == "coefficients" else 1
+        yield [name, preset], ["--preset", preset, "--equation", name, "--starts", str(starts)]
 
 
 PARTS = {
@@ -220,29 +224,31 @@ def _noise(rows: list[dict[str, Any]]) -> list[str]:
 
 def _unknowns(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| equation | unknown | estimator | error of what was looked for | field error | outer steps | solves | "
-        "seconds |",
-        "| --- " * 8 + "|",
+        "| equation | unknown | estimator | starts (failed) | error of what was looked for: mean ± std | median | "
+        "field error, median | solves of a start | seconds of a start |",
+        "| --- " * 9 + "|",
     ]
     for row in rows:
         equation, preset = row["label"]
         if "error" in row:
-            lines.append(f"| {equation} | {preset} | {row['error']} |" + " |" * 5)
+            lines.append(f"| {equation} | {preset} | {row['error']} |" + " |" * 6)
             continue
         cells = [
             equation,
             preset,
             row["phases"][0].split(":")[0],
-            short(row["coefficient_error"]["mean"]),
-            short(row["field_error"]["mean"]),
-            str(row["outer_steps"]),
+            f"{row['starts']} ({row['failures']['raised'] + row['failures']['far_off']})",
+            spread(row["coefficient_error"]),
+            short(row["coefficient_error"]["median"]),
+            short(row["field_error"]["median"]),
             f"{row['solves']['mean']:.0f}",
-            f"{row['seconds']:.0f}",
+            f"{row['seconds'] / row['starts']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-        if row["names"] and row["found"][0] is not None:
-            pairs = ", ".join(f"{n}: {v:.4g}" for n, v in zip(row["names"], row["found"][0], strict=True))
-            lines.append(f"| | | {pairs} |" + " |" * 5)
+        best = row["best_start"]
+        if row["names"] and best is not None:
+            pairs = ", ".join(f"{n}: {v:.4g}" for n, v in zip(row["names"], row["found"][best], strict=True))
+            lines.append(f"| | | lowest outer loss: {pairs} |" + " |" * 6)
     return lines
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,6 +182,25 @@ def test_the_numerical_solver_follows_its_tolerance(equation: Equation) -> None:
     ]
     assert errors[0] > 5 * errors[1] > 25 * errors[2], errors
     assert errors[2] < 1e-6
+
+
+@pytest.mark.parametrize("equation", [BURGERS, ALLEN_CAHN])
+def test_the_jacobians_given_to_bdf_are_those_of_the_rates(equation: Equation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong one would cost steps, and change nothing else."""
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def check(rate: Any, span: Any, start: np.ndarray, *_: Any, jac: Any, **__: Any) -> None:
+        direction = np.sin(np.arange(len(start)))
+        u = start + 0.1 * np.cos(np.arange(len(start)))
+        difference = (rate(0.0, u + 1e-6 * direction) - rate(0.0, u - 1e-6 * direction)) / 2e-6
+        assert relative(jac(0.0, u) @ direction, difference) < 1e-6
+        raise Stop
+
+    monkeypatch.setattr(numerical, "solve_ivp", check)
+    with pytest.raises(Stop):
+        numerical.solve(equation, equation.coefficients, X, T, numerical.Accuracy(64))
 
 
 @pytest.mark.parametrize(("equation", "points"), [(BURGERS, 512), (ALLEN_CAHN, 192), (KDV, 192)])

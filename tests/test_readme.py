@@ -40,6 +40,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {
         "condensation": "--width 8 --inner-steps 3 --evaluation-runs 1 --whole-set-epochs 1 --outer-batch 64",
         "cleaning": "--width 8 --inner-steps 3 --evaluation-runs 1 --examples 50 --trusted 10",
+        "pde": "--points 64 --starts 2",
     }
     commands = [
         shlex.split(line) for block in blocks("sh") for line in block.splitlines() if line.startswith("bilevel")
@@ -48,8 +49,8 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _, command, *rest in commands:
         if command == "run":
             small = shlex.split(sizes[rest[0]])
-            rest = [re.sub(r":50$", ":1", word) for word in rest]
-            rest += small if "--phases" in rest else [*small, "--outer-steps", "2"]
+            rest = [re.sub(r":50$", ":1", word) for word in rest] + small
+            rest += [] if "--phases" in rest else ["--outer-steps", "2"]
         cli.main([command, *rest, *(["--inner-steps", "3", "--width", "8"] if command == "compare" else [])])
     assert (tmp_path / "runs/exact/report.html").stat().st_size > 10_000
 

@@ -47,9 +47,11 @@ class PDE:
     """How often an outer step may be taken back by half because the solver failed where it led."""
     outer_optimizer: Literal["auto", "secant", "adam", "lbfgs"] = "auto"
     """`secant` suits one unknown, `lbfgs` (one evaluation a step) many with exact hypergradients, `adam` (decaying to a
-    thousandth of its learning rate) noisy ones. `auto`: secant for a coefficient, lbfgs for fields, adam otherwise."""
+    thousandth of its learning rate) noisy ones. `auto`: secant for one coefficient and for those of burgers, adam for
+    kdv's library, else lbfgs."""
     outer_lr: float = 0.0
-    """Outer learning rate; of the secant method the first step. 0 for 0.5, of adam 0.3 (0.03 for a library)."""
+    """Outer learning rate; of the secant method the first step, and a quarter of the longest. 0 for 0.5 (secant: kdv
+    0.1, several coefficients 0.2; adam: 0.3, a library 0.03)."""
     penalty: float = 1e-6
     """Weight of the penalty on unknown fields (squares) and on a library's coefficients (absolute values)."""
     inner_optimizer: Literal["adam", "sgd"] = "adam"

@@ -94,9 +94,16 @@ def setup(config: PDE, data_dir: Path | None, outer_steps: int, seed: int, start
 def _optimizer(config: PDE, outer_steps: int) -> bilevel.Optimizer:
     name = config.outer_optimizer
     if name == "auto":
-        name = {"coefficient": "secant", "coefficients": "adam", "library": "adam"}.get(config.unknown, "lbfgs")
+        # Off a plateau, such as that of Burgers' large viscosities, the secant method finds its way, L-BFGS does not.
+        name = "secant" if config.equation == "burgers" or config.unknown == "coefficient" else "lbfgs"
+        if config.unknown not in ("coefficient", "coefficients"):
+            name = "adam" if (config.unknown, config.equation) == ("library", "kdv") else "lbfgs"
     if name == "secant":
-        return bilevel.optimizer(Secant, lr=config.outer_lr or 0.5)
+        # KdV's loss has minima of its own at each small coefficient, where waves are many: no long strides there.
+        first = config.outer_lr or (
+            0.1 if config.equation == "kdv" else 0.5 if config.unknown == "coefficient" else 0.2
+        )
+        return bilevel.optimizer(Secant, lr=first, longest=4 * first)
     if name == "lbfgs":
         settings = {"max_iter": 1, "history_size": 20, "tolerance_grad": 0.0, "tolerance_change": 0.0}
         return bilevel.optimizer(torch.optim.LBFGS, lr=config.outer_lr or 0.5, **settings)

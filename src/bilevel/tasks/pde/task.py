@@ -43,8 +43,9 @@ class PDETask(Task[PDE]):
         "coefficients": Preset(
             PDE(solver="differentiable", unknown="coefficients"),
             "forward",
-            80,
+            60,
             "all coefficients of the equation, exact derivatives",
+            patience=8,
         ),
         "initial-condition": Preset(
             PDE(solver="differentiable", unknown="initial-condition", starts=1, observed_x=32, observed_t=16),
@@ -59,9 +60,9 @@ class PDETask(Task[PDE]):
             "a source in the equation, hundreds of unknowns",
         ),
         "library": Preset(
-            PDE(solver="differentiable", unknown="library", starts=1, observed_x=32, observed_t=16, penalty=1e-4),
+            PDE(solver="differentiable", unknown="library", starts=1, observed_x=32, observed_t=16, penalty=1e-5),
             "reverse",
-            200,
+            150,
             "which of eight candidate terms there are, and their coefficients",
         ),
     }
