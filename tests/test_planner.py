@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import planner, step_products
+from bilevel import planner, planning, step_products
 from bilevel.live_bytes import counting
 
 T = 30
@@ -146,3 +146,20 @@ def test_memory_that_is_no_size(memory: Any) -> None:
         planner.parse_bytes(memory)
     with pytest.raises(ValueError, match="write a size such as 8GB"):
         bilevel.Auto(memory)
+
+
+def test_differences_are_never_called_exact() -> None:
+    """With one meta parameter they have no variance, and are cheap, but leave O(step²)."""
+    found, _ = problem()
+    one = bilevel.GradientDescent(
+        lambda model, meta, batch: meta.exp() * found.inner_loss(model, torch.zeros(20), batch),
+        lambda model, meta, batch: found.inner_loss(model, torch.zeros(20), batch),
+        nn.Linear(12, 3),
+        bilevel.optimizer(torch.optim.SGD, lr=0.1),
+    )
+    plan = bilevel.plan(one, torch.tensor(0.0), bilevel.no_batches(T), memory="1GB")
+    differences = next(row for row in plan.rows if isinstance(row.estimator, bilevel.ZerothOrder))
+    assert differences.relative_variance == 0
+    assert not differences.exact
+    assert "O(step²)" in planning.error_text(differences)
+    assert not isinstance(plan.recommended, bilevel.ZerothOrder)

@@ -1265,3 +1265,40 @@ def default_precision() -> Iterator[None]:
     assert torch.get_default_dtype() == torch.float32
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, bilevel.Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_being_stopped_inside_of_torchs_own_code_is_reported_as_such(
+    number: int, expected: type[BaseException], tmp_path: Path
+) -> None:
+    """What a signal raises in a function that PyTorch calls from C++ comes out of it as a RuntimeError."""
+    calls: list[int] = []
+
+    def outer_loss(theta: Tensor, phi: Tensor, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            try:
+                os.kill(os.getpid(), number)
+            except BaseException as error:
+                raise RuntimeError(f"an operation failed: {error!r}") from None
+        return (theta - 3.0) ** 2
+
+    problem = bilevel.GradientDescent(
+        lambda theta, phi, batch: 0.5 * (theta - phi) ** 2,
+        outer_loss,
+        torch.tensor(0.0),
+        bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    )
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    phases = [bilevel.Phase(bilevel.Reverse(), steps=10)]
+    with pytest.raises(expected):
+        bilevel.fit(problem, torch.tensor(0.0), bilevel.no_batches(2), phases=phases, out=tmp_path, progress=False)
+    assert {each: signal.getsignal(each) for each in handlers} == handlers
+    kept = len(metrics.read(tmp_path / metrics.FILE))
+    assert 0 < kept < 10
+    result = bilevel.fit(
+        problem, torch.tensor(0.0), bilevel.no_batches(2), phases=phases, out=tmp_path, resume=True, progress=False
+    )
+    assert [row["outer_step"] for row in result.history] == list(range(10))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_sigterm_saves_and_leaves_with_code_143(base: Path, happened: dict[str, 
     """The other worker gets it too, or hears of it; a group of three then ends with the numbers of one process."""
     codes = happened["terminated"]["codes"]
     assert codes[0] == 143
-    assert codes[1] in (143, 1)
+    assert codes[1] in (143, 1, -signal.SIGTERM)  # the last if it had left `fit` when it got the signal
     printed(happened, "terminated, restarted", [0, 0, 0])
     one, other = (checkpoints.load(base / name / CHECKPOINT) for name in ("terminated", "trained"))
     assert torch.equal(one["meta"][0], other["meta"][0])

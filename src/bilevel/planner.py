@@ -45,6 +45,11 @@ class Planned:
     sent_bytes: float | None = None
     """What each of them sends for one estimate."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing but rounding is between this method and ∇h; differences of solves leave O(μ²)."""
+        return self.relative_variance == 0 and not isinstance(self.estimator, ZerothOrder)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -253,7 +258,7 @@ def _pushed(p: StepCosts, T: int, count: int) -> Price:
 
 def _recommendation(rows: list[Planned], prices: StepCosts, memory: float) -> tuple[Estimator | None, str]:
     fitting = [row for row in rows if row.fits]
-    exact = [row for row in fitting if row.relative_variance == 0]
+    exact = [row for row in fitting if row.exact]
     exact.sort(key=lambda row: (getattr(row.estimator, "offload", None) is not None, row.units, row.bytes))
     if exact:
         return exact[0].estimator, (

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from bilevel import planner
 from bilevel.checks import whole_number
-from bilevel.estimators import names
+from bilevel.estimators import ZerothOrder, names
 
 if TYPE_CHECKING:
     from bilevel.tasks.task import Setup
@@ -130,4 +130,7 @@ def error_text(row: planner.Planned) -> str:
     """What is known of a method's error."""
     if row.relative_variance is None:
         return "biased"
-    return "exact" if row.relative_variance == 0 else f"relative variance {row.relative_variance:.3g}"
+    if row.exact:
+        return "exact"
+    noise = f"relative variance {row.relative_variance:.3g}"
+    return f"{noise}, O(step²)" if isinstance(row.estimator, ZerothOrder) else noise

@@ -21,7 +21,7 @@ from bilevel.outer_loop import OuterLoop, OuterStep, Phase
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.progress import bar
 from bilevel.run_record import RunRecord
-from bilevel.signals import sigterm_raises
+from bilevel.signals import Stop, stopping_raises
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,14 @@ def fit(
         record.share(workers)
         total, done = loop.total_steps, loop.outer_step
         with (
-            sigterm_raises(),
+            stopping_raises() as stop,
             workers.sharing(),
             bar("outer steps", total, done, progress and workers.first) as shown,
         ):
             while not loop.finished:
                 step = workers.together(
                     f"outer step {loop.outer_step}",
-                    lambda: _outer_step(loop, record, callbacks if workers.first else (), checkpoint_every),
+                    lambda: _outer_step(loop, record, callbacks if workers.first else (), checkpoint_every, stop),
                 )
                 numbers = struct.pack("dd", step.row["outer_loss"], step.row["grad_norm"])
                 workers.require_same(f"the numbers of outer step {loop.outer_step - 1}", numbers)
@@ -167,9 +167,14 @@ def fit(
 
 
 def _outer_step(
-    loop: OuterLoop, record: RunRecord, callbacks: Sequence[Callable[[OuterStep], None]], checkpoint_every: int
+    loop: OuterLoop,
+    record: RunRecord,
+    callbacks: Sequence[Callable[[OuterStep], None]],
+    checkpoint_every: int,
+    stop: Stop,
 ) -> OuterStep:
-    step = loop.advance()
+    with stop.as_such():
+        step = loop.advance()
     for callback in callbacks:
         callback(step)
     record.add(step.row)
