@@ -40,7 +40,7 @@ class Auto(Estimator):
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
     ... )
     >>> bilevel.Auto("1GB")(problem, torch.tensor(2.0), bilevel.no_batches(4)).grad  # 2 (1 − 0.5⁴)² φ
-    tensor(3.5155)
+    tensor(3.5156)
     """
 
     memory: str | float = "4GB"
