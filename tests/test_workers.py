@@ -70,7 +70,7 @@ def test_both_exchanges_give_the_same(base: Path) -> None:
             assert estimates[one] == pytest.approx(estimates[other], rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("name", ["directions", "exact", "fewer than workers"])
+@pytest.mark.parametrize("name", ["directions", "exact", "fewer than workers", "retreats"])
 def test_training_curves_do_not_depend_on_the_number_of_workers(name: str, base: Path) -> None:
     rows, meta = found(base, "curves", 1)[name]
     for size in SIZES[1:]:
@@ -80,6 +80,14 @@ def test_training_curves_do_not_depend_on_the_number_of_workers(name: str, base:
             for row, also in zip(rows, others, strict=True):
                 assert also[:2] == pytest.approx(row[:2], rel=1e-11)
                 assert also[2] == (None if row[2] is None else pytest.approx(row[2], rel=1e-11))
+
+
+def test_one_workers_failing_solver_takes_a_step_back_on_all(base: Path) -> None:
+    for size in SIZES:
+        for rank in range(size):
+            rows, _ = found(base, "curves", size, rank)["retreats"]
+            # φ₂ goes nine tenths of the way to 3 and comes back by halves: from 2.72 to 0.83, from 2.78 to 0.95.
+            assert [row[2] for row in rows] == [0, 2, 4]
 
 
 def test_sharded_parameters_give_what_whole_ones_give(base: Path, happened: dict[str, Any]) -> None:

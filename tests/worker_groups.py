@@ -120,7 +120,30 @@ def curves(folder: Path) -> None:
         rows = [[row["outer_loss"], row["grad_norm"], row["standard_error"]] for row in fitted.history]
         found[name] = [rows, fitted.meta["weights"].tolist()]
     workers = distributed.join_workers()
+    found["retreats"] = retreating(workers.rank)
     (folder / f"curves-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
+
+
+def retreating(rank: int) -> list[Any]:
+    """Training that steps to where the first worker's solver fails, and the first worker's alone."""
+
+    def solve(meta: Any) -> Tensor:
+        if rank == 0 and bool((meta["weights"] > 1).any()):
+            raise bilevel.SolverError("beyond the cliff")
+        return meta["weights"]
+
+    fitted = bilevel.fit(
+        bilevel.BlackBox(solve, lambda state, meta, batch: (state - 3).square().sum()),
+        {"weights": torch.tensor([0.0, 0.1, 0.2])},
+        phases=[bilevel.Phase(bilevel.ZerothOrder(3, distribution="coordinate"), 3)],
+        optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.45),
+        retreats=5,
+        progress=False,
+    )
+    return [
+        [[row["outer_loss"], row["grad_norm"], row["retreats"]] for row in fitted.history],
+        fitted.meta["weights"].tolist(),
+    ]
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def _compare(rest: list[str]) -> None:
         write_json(options.out, {"task": task.name, "rows": comparison.as_dicts(rows), "versions": running.versions()})
     console = Console()
     point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
-    numbered = console.width < _WIDE and any(len(row.estimator) > _SHORT_NAME for row in rows)
+    numbered = console.width < _WIDE
     title = point if inner_batches is None else f"{point}, T = {len(inner_batches)}"
     console.print(_comparison_table(rows, title, numbered))
     for number, row in enumerate(rows if numbered else (), 1):
@@ -202,8 +202,8 @@ def _compare(rest: list[str]) -> None:
     )
 
 
-_WIDE, _SHORT_NAME = 140, 20
-"""Columns of a terminal from which on long names fit into the table, and what counts as short in a narrower one."""
+_WIDE = 140
+"""Columns of a terminal from which on names fit into the table; in a narrower one they are numbered."""
 
 
 def _comparison_table(rows: Sequence[comparison.Compared], title: str, numbered: bool) -> Table:
