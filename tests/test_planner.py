@@ -54,7 +54,7 @@ def test_predicted_bytes_are_those_counted(algorithm: Any) -> None:
     [
         ("1GB", bilevel.Reverse("graph")),
         ("800kB", bilevel.Reverse("all")),
-        ("250kB", bilevel.Reverse("sqrt")),
+        ("260kB", bilevel.Reverse("sqrt")),
         ("220kB", bilevel.Reverse("log")),
         ("150kB", bilevel.Reverse("all", offload="disk")),
         ("1kB", None),

@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import trees
+from bilevel.buckets import LIMIT, Buckets
 from bilevel.modules import ModuleView
 from bilevel.schedules import Timetable
 from bilevel.trees import Tree
 
 OptimizerState: TypeAlias = "list[dict[str, Tensor | float]]"
-"""For every parameter, what the optimiser remembers about it."""
+"""What the optimiser remembers about every bucket of parameters."""
 
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg", "sum"})
 _AVERAGE = "ax"
@@ -66,7 +67,10 @@ class Optimizer:
             if name not in signature or name == "params":
                 known = ", ".join(n for n in signature if n != "params")
                 raise ValueError(f"torch.optim.{self.algorithm.__name__} has no setting {name!r}; it has: {known}")
-        object.__setattr__(self, "_timetable", Timetable(self.algorithm, self._constants(), self.schedule))
+        constants = self._constants()
+        if self._may_count_with_numbers(constants):
+            constants = {"differentiable": False, **constants}
+        object.__setattr__(self, "_timetable", Timetable(self.algorithm, constants, self.schedule))
         object.__setattr__(self, "_counters", frozenset())
         if _is_differentiable(self.algorithm):
             probe = self._initial_states([torch.zeros(2)])[0]
@@ -89,6 +93,18 @@ class Optimizer:
             **self.settings,
             **{name: _STAND_INS.get(name, defaults[name].default) for name in self.meta_settings},
         }
+
+    def _may_count_with_numbers(self, constants: Mapping[str, Any]) -> bool:
+        """Whether Adam may correct its bias with numbers, as it does when nobody asks for a derivative.
+
+        `differentiable=True` makes it do so with tensors, for settings that are tensors. Where none is, the other code
+        has the same derivative in fewer operations, and in forward mode without tensors that only seem to be zeros,
+        which PyTorch handles slowly. (Not with `amsgrad=True`, for which it writes into an `out=` without derivative.)
+        """
+        usual = constants.keys() <= {"lr", "betas", "eps", "weight_decay", "maximize"}
+        numbers = all(isinstance(value, float | int) for value in trees.leaves(constants))
+        outside = self.meta_settings.keys() <= {"lr", "weight_decay"}  # applied around the update
+        return self.algorithm in (torch.optim.Adam, torch.optim.AdamW) and usual and numbers and outside
 
     # -- bound to parameters, updating in place: the outer loop --------------------------------------------------
 
@@ -128,9 +144,8 @@ class Optimizer:
     def init(self, parameters: Sequence[Tensor]) -> OptimizerState:
         """The state before the first step."""
         states = self._initial_states(parameters)
-        if any(
-            p.dtype == torch.float16 and _SECOND_MOMENTS & s.keys() for p, s in zip(parameters, states, strict=True)
-        ):
+        halves = any(p.dtype == torch.float16 for p in parameters)
+        if halves and any(_SECOND_MOMENTS & state.keys() for state in states):
             raise ValueError(
                 f"torch.optim.{self.algorithm.__name__} keeps squares of gradients, which float16 rounds to zero; take "
                 "parameters in bfloat16, float32 or float64"
@@ -192,7 +207,7 @@ class Optimizer:
 
     def _initial_states(self, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
         """What the optimiser would remember before its first step, made by its own lazy initialisation."""
-        clones = [p.detach().clone() for p in parameters]
+        clones = [p.detach() for p in self._buckets(parameters).joined(parameters, fresh=True)]
         for clone in clones:
             clone.grad = torch.zeros_like(clone)
         instance = self._timetable.blank()
@@ -214,7 +229,8 @@ class Optimizer:
         if step == 0 and issubclass(self.algorithm, torch.optim.SGD):
             settings["dampening"] = 0.0
         self._require_memory_of_momentum(state, step, settings)
-        clones = [p.clone() for p in parameters]
+        buckets = self._buckets(parameters)
+        clones, gradients = buckets.joined(parameters, fresh=True), buckets.joined(gradients)
         instance = self._timetable.blank()
         instance.param_groups = [{**settings, "params": clones}]
         for clone, gradient, memory in zip(clones, gradients, state, strict=True):
@@ -222,7 +238,11 @@ class Optimizer:
             instance.state[clone] = {name: _thaw(name, value) for name, value in memory.items()}
         inspect.unwrap(self.algorithm.step)(instance)  # bare of the hooks and of the no_grad around it
         new_state = [self._frozen(instance.state[clone]) for clone in clones]
-        return clones, new_state
+        return buckets.parted(clones), new_state
+
+    def _buckets(self, parameters: Sequence[Tensor]) -> Buckets:
+        """Which parameters are updated together: PyTorch's own optimisers go element by element, others may not."""
+        return Buckets.of(parameters, LIMIT if self.algorithm.__module__.startswith("torch.optim.") else 0)
 
     def _require_memory_of_momentum(self, state: OptimizerState, step: int, settings: Mapping[str, Any]) -> None:
         momentum = settings.get("momentum", 0.0)

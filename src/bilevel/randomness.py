@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ def _sequence(seed: int, *counters: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=counters)
 
 
+@functools.lru_cache(maxsize=4096)  # the seed of a step is wanted again whenever the step is computed again
 def derive(seed: int, *counters: int) -> int:
     """A new seed in [0, 2⁶³) from a seed and counters.
 
