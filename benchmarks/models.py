@@ -5,9 +5,10 @@ Losses are written for a model that is called as usual, so that other libraries 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,13 +116,18 @@ def gpt2_adam(dtype: torch.dtype = torch.float32) -> Subject:
     return gpt2(torch.optim.Adam, {"lr": 1e-4}, dtype)
 
 
-def gpt2_recomputed(dtype: torch.dtype = torch.float32) -> Subject:
-    """SGD inside, and every transformer layer computed again when it is needed."""
-    subject = gpt2_sgd(dtype)
-    layers: Any = subject.network.get_submodule("transformer.h")
+def with_recomputed_layers(subject: Subject) -> Subject:
+    """The same transformer, every layer of which is computed again when it is needed."""
+    network = copy.deepcopy(subject.network)
+    layers: Any = network.get_submodule("transformer.h")
     for i, layer in enumerate(layers):
         layers[i] = bilevel.Recomputed(layer)
-    return subject
+    return replace(subject, network=network)
+
+
+def gpt2_recomputed(dtype: torch.dtype = torch.float32) -> Subject:
+    """SGD inside, and recomputed layers."""
+    return with_recomputed_layers(gpt2_sgd(dtype))
 
 
 MODELS: dict[str, Callable[..., Subject]] = {

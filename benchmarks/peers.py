@@ -35,7 +35,7 @@ from typing import Any
 import peer_methods
 import torch
 from memory import RETURNING_ALLOCATOR, measure_memory
-from models import MODELS, Subject
+from models import MODELS, Subject, with_recomputed_layers
 from torch import Tensor
 
 import bilevel
@@ -70,6 +70,12 @@ def ours(estimator: bilevel.Estimator) -> Method:
     return lambda subject, steps: estimator(subject.problem(), subject.meta, bilevel.no_batches(steps)).grad
 
 
+def recomputed(method: Method) -> Method:
+    """The same with every transformer layer computed again when it is needed, which no peer can be given."""
+    return lambda subject, steps: method(with_recomputed_layers(subject), steps)
+
+
+RECOMPUTED = ", Recomputed layers"
 METHODS: dict[str, Method] = {
     PLAIN: plain,
     "higher": peer_methods.through_higher,
@@ -83,6 +89,9 @@ METHODS: dict[str, Method] = {
     'Reverse("all", offload="disk")': ours(bilevel.Reverse("all", offload="disk")),
     "ForwardGradient(2)": ours(bilevel.ForwardGradient(2)),
     "ForwardGradient(8)": ours(bilevel.ForwardGradient(8)),
+    'Reverse("all")' + RECOMPUTED: recomputed(ours(bilevel.Reverse("all"))),
+    'Reverse("sqrt")' + RECOMPUTED: recomputed(ours(bilevel.Reverse("sqrt"))),
+    "ForwardGradient(2)" + RECOMPUTED: recomputed(ours(bilevel.ForwardGradient(2))),
     "vmap(jvp) of everything, 2": functools.partial(peer_methods.recipe, 2),
     "vmap(jvp) of everything, 8": functools.partial(peer_methods.recipe, 8),
 }
@@ -91,18 +100,20 @@ ESTIMATES = [name for name in METHODS if name.startswith(("vmap", "Forward"))]
 FLAT_AT_LENGTH = (PLAIN, 'Reverse("log")', 'Reverse("all", offload="disk")')
 GROWING = ("higher", "TorchOpt", "Betty", 'Reverse("graph")', 'Reverse("all")')
 """Whose memory is proportional to T."""
-EXACT = [name for name in METHODS if name not in ESTIMATES]
+FOR_ALL = [name for name in METHODS if not name.endswith(RECOMPUTED)]
+EXACT = [name for name in FOR_ALL if name not in ESTIMATES]
 LEFT_OUT = ('Reverse("log")', 'Reverse("all", offload="disk")', "vmap(jvp) of everything, 2")
+OF_GPT2 = [name for name in METHODS if name not in LEFT_OUT]
 POINTS: dict[tuple[str, int], list[str]] = {
     ("mlp-adam", 200): EXACT,
-    ("gpt2-adam", 10): [name for name in METHODS if name not in LEFT_OUT],
+    ("gpt2-adam", 10): OF_GPT2,
     ("convnet-momentum", 200): EXACT,
-    ("mlp-adam", 50): list(METHODS),
-    ("convnet-momentum", 50): list(METHODS),
+    ("mlp-adam", 50): FOR_ALL,
+    ("convnet-momentum", 50): FOR_ALL,
     ("mlp-adam", LONG): list(FLAT_AT_LENGTH),
-    ("mlp-adam", 10): list(METHODS),
-    ("convnet-momentum", 10): list(METHODS),
-    ("gpt2-sgd", 10): [name for name in METHODS if name not in LEFT_OUT],
+    ("mlp-adam", 10): FOR_ALL,
+    ("convnet-momentum", 10): FOR_ALL,
+    ("gpt2-sgd", 10): OF_GPT2,
 }
 """What is measured, in this order; directions at T = 10 and 50, since they cost the same at every step. GPT-2 at
 T = 200 would take its graphs 28 GiB, and at T = 50 a round some ten minutes.
@@ -358,18 +369,18 @@ def of_directions(rows: list[dict[str, Any]], model: str, T: int) -> Iterator[st
 
 def of_transformer(rows: list[dict[str, Any]], model: str) -> Iterator[str]:
     """The exact gradient beside two directions, and both beside stored graphs."""
-    names = {"exact": 'Reverse("all")', "two": "ForwardGradient(2)", "graph": 'Reverse("graph")'}
-    found = {key: at(rows, model, 10, name) for key, name in names.items()}
-    exact, two, graph = (found[key] for key in names)
-    if not (exact and two and graph):
-        return
-    for what, key, asked in (("time", "seconds", 1.0), ("memory", "extra_bytes", 0.2)):
-        over = f'{model}, T = 10: {what} of `Reverse("all")` over that of `ForwardGradient(2)`'
-        yield verdict(over, exact[key] / two[key], 1.0)
-        for name, row in ((names["exact"], exact), (names["two"], two)):
-            yield verdict(
-                f"{model}, T = 10: {what} of `{name}` over that of stored graphs", row[key] / graph[key], asked
-            )
+    graph = at(rows, model, 10, 'Reverse("graph")')
+    for suffix in ("", RECOMPUTED):
+        names = [f'Reverse("all"){suffix}', f"ForwardGradient(2){suffix}"]
+        exact, two = (at(rows, model, 10, name) for name in names)
+        if not (exact and two and graph):
+            continue
+        for what, key, asked in (("time", "seconds", 1.0), ("memory", "extra_bytes", 0.2)):
+            over = f"{model}, T = 10: {what} of `{names[0]}` over that of `{names[1]}`"
+            yield verdict(over, exact[key] / two[key], 1.0)
+            for name, row in zip(names, (exact, two), strict=True):
+                over = f"{model}, T = 10: {what} of `{name}` over that of stored graphs"
+                yield verdict(over, row[key] / graph[key], asked)
 
 
 def verdict(what: str, value: float, at_most: float | None = None, at_least: float | None = None) -> str:
