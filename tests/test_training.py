@@ -42,11 +42,15 @@ from bilevel import (
     TruncatedReverse,
     ZerothOrder,
     checkpoints,
+    draws,
     files,
     fit,
     metrics,
     no_batches,
     outer_loop,
+    outer_state,
+    past_estimates,
+    phases,
     randomness,
     run_record,
     training,
@@ -741,7 +745,19 @@ def test_every_optimizer_and_schedule_goes_on_to_the_same_numbers(name: str, tmp
 
 
 SOURCES = {
-    str(Path(module.__file__ or "")) for module in (training, outer_loop, run_record, checkpoints, metrics, files)
+    str(Path(module.__file__ or ""))
+    for module in (
+        training,
+        outer_loop,
+        outer_state,
+        draws,
+        phases,
+        past_estimates,
+        run_record,
+        checkpoints,
+        metrics,
+        files,
+    )
 }
 
 

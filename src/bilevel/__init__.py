@@ -36,8 +36,9 @@ from bilevel.inner_loop import Carried
 from bilevel.linear_solvers import ConjugateGradient, Neumann, Nystrom
 from bilevel.modules import ModuleView
 from bilevel.optim import Optimizer, optimizer
-from bilevel.outer_loop import OuterStep, Phase
+from bilevel.outer_loop import OuterStep
 from bilevel.outside_program import FailedAttempt, OutsideProgram
+from bilevel.phases import Phase
 from bilevel.planner import Plan, Planned, on_paper, plan
 from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
 from bilevel.recomputing import Recomputed

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilevel import checkpoints, metrics
+from bilevel import checkpoints, metrics, outer_state
 from bilevel.distributed import Workers
 from bilevel.errors import CheckpointError
 from bilevel.files import remove_leftovers
@@ -38,28 +38,28 @@ class RunRecord:
         if folder is None:
             return
         self._path, self._previous = folder / CHECKPOINT, folder / PREVIOUS
-        self._identity = loop.identity(config)
+        self._identity = outer_state.identity(loop, config)
         self._saved_step: int | None = None
         self._newest_is_whole = True
-        checkpoints.require_storable(self._content(loop.state()))
+        checkpoints.require_storable(self._content(outer_state.state(loop)))
         there = self._path.exists() or self._previous.exists()
         if resume and there:
             self._restored = self._load()
-            loop.restore(self._restored)
-            self._saved_step = loop.outer_step
+            outer_state.restore(loop, self._restored)
+            self._saved_step = loop.progress.outer_step
         elif not resume and (there or metrics.exist(folder)):
             raise FileExistsError(f"{folder} already holds a run; resume it (resume=True) or take another folder")
-        self._log = MetricsLog(folder, loop.outer_step, tensorboard)
+        self._log = MetricsLog(folder, loop.progress.outer_step, tensorboard)
         remove_leftovers(self._path)
         self.rows = self._log.rows
-        self._complete = loop.state()
+        self._complete = outer_state.state(loop)
 
     def share(self, workers: Workers) -> None:
         """Put the other workers where the first one's checkpoint put it."""
         content, rows = workers.broadcast("the checkpoint", (self._restored, self.rows))
         self._restored = None
         if content is not None and not workers.first:
-            self._loop.restore(content)
+            outer_state.restore(self._loop, content)
             self.rows = rows
 
     def add(self, row: Row) -> None:
@@ -69,7 +69,7 @@ class RunRecord:
             return
         with self._saying_where_to_go_on():
             self._log.append(row)
-        self._complete = self._loop.state()
+        self._complete = outer_state.state(self._loop)
 
     def save(self) -> None:
         """Write the checkpoint, if it is not there already."""
@@ -124,7 +124,7 @@ class RunRecord:
         return self._checked(self._path, content)
 
     def _checked(self, path: Path, content: dict[str, Any]) -> dict[str, Any]:
-        if content.keys() != self._content(self._loop.state()).keys():
+        if content.keys() != self._content(outer_state.state(self._loop)).keys():
             raise CheckpointError(f"{path} is a checkpoint, but not one of bilevel.fit; take another folder")
         _require_same_identity(path, content["identity"], self._identity)
         return content

@@ -13,11 +13,14 @@ import torch
 
 from bilevel import checks, distributed, randomness
 from bilevel.distributed import Workers
+from bilevel.draws import Draws
 from bilevel.errors import NonFiniteError, SolverError, Terminated
 from bilevel.metrics import Row
 from bilevel.optim import Optimizer
 from bilevel.optim import optimizer as make_optimizer
-from bilevel.outer_loop import OuterLoop, OuterStep, Phase
+from bilevel.outer_loop import OuterLoop, OuterStep
+from bilevel.outer_state import identity
+from bilevel.phases import Phase
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.progress import bar
 from bilevel.run_record import RunRecord
@@ -126,8 +129,9 @@ def fit(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
     workers = distributed.join_workers() if workers is None else workers
-    loop = OuterLoop(problem, meta, inner_batches, outer_batch, seed, list(phases), optimizer, project, stream)
-    loop.retreats = checks.whole_number(retreats, "retreats", at_least=0)
+    retreats = checks.whole_number(retreats, "retreats", at_least=0)
+    draws = Draws(problem, inner_batches, outer_batch, seed, stream)
+    loop = OuterLoop(draws, meta, list(phases), optimizer, project, retreats)
     _require_same_start(workers, loop, config or {})
     folder = Path(out) if out is not None and workers.first else None
     goes_on = out is not None and workers.any("resuming", resume or distributed.restarted())
@@ -136,23 +140,23 @@ def fit(
     )
     try:
         record.share(workers)
-        total, done = loop.total_steps, loop.outer_step
+        total, done = loop.progress.total_steps, loop.progress.outer_step
         with (
             stopping_raises() as stop,
             workers.sharing(),
             bar("outer steps", total, done, progress and workers.first) as shown,
         ):
-            while not loop.finished:
+            while not loop.progress.finished:
                 step = workers.together(
-                    f"outer step {loop.outer_step}",
+                    f"outer step {loop.progress.outer_step}",
                     lambda: _outer_step(loop, record, callbacks if workers.first else (), checkpoint_every, stop),
                 )
                 numbers = struct.pack("dd", step.row["outer_loss"], step.row["grad_norm"])
-                workers.require_same(f"the numbers of outer step {loop.outer_step - 1}", numbers)
+                workers.require_same(f"the numbers of outer step {loop.progress.outer_step - 1}", numbers)
                 shown.advance(
                     f"outer loss {step.row['outer_loss']:.4g}",
                     f"phase {step.row['phase'] + 1} of {len(phases)}" if len(phases) > 1 else None,
-                    loop.total_steps,
+                    loop.progress.total_steps,
                 )
     except BaseException as error:
         # A first step that fails, on its arguments for instance, leaves nothing behind.
@@ -178,13 +182,13 @@ def _outer_step(
     for callback in callbacks:
         callback(step)
     record.add(step.row)
-    if loop.outer_step % checkpoint_every == 0 or loop.finished:
+    if loop.progress.outer_step % checkpoint_every == 0 or loop.progress.finished:
         record.save()
     return step
 
 
 def _require_same_start(workers: Workers, loop: OuterLoop, config: Mapping[str, Any]) -> None:
     """All workers run the same, from the same meta parameters."""
-    workers.require_same("the settings of the run", repr(loop.identity(config)).encode())
+    workers.require_same("the settings of the run", repr(identity(loop, config)).encode())
     numbers = [t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for t in loop.parameters]
     workers.require_same("the meta parameters at the start", b"".join(numbers))

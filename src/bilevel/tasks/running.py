@@ -23,7 +23,8 @@ from bilevel.distributed import Workers
 from bilevel.errors import CheckpointError, DataError
 from bilevel.estimators import names
 from bilevel.files import remove_leftovers, write_json
-from bilevel.outer_loop import OuterStep, Phase
+from bilevel.outer_loop import OuterStep
+from bilevel.phases import Phase
 from bilevel.problem import BlackBox
 from bilevel.run_record import CHECKPOINT
 from bilevel.tasks.task import Preset, Setup, Task, Trained

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from bilevel.draws import batch_of, batches_of
 from bilevel.optim import Optimizer
-from bilevel.outer_loop import OuterStep, batch_of, batches_of
+from bilevel.outer_loop import OuterStep
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.report import Section
 
