@@ -134,6 +134,8 @@ class OuterLoop:
     """How often one outer step may be taken back by half because the inner loop fails where it led."""
     before: list[Tensor] | None = None
     """φ before the last outer step, if steps may be taken back."""
+    clip_norm: float | None = None
+    """The longest hypergradient that the outer optimiser is handed; longer ones are shortened to it."""
     parameters: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -170,9 +172,10 @@ class OuterLoop:
         outer_loss = sum(found.losses) / phase.accumulate
         self._remember(gradients)
         self.before = [p.clone() for p in self._detached()] if self.retreats else None
-        self._update(gradients, outer_loss)
         error, squared_norm = _pooled(found.errors), trees.squared_norm(gradients)
         squared = float(squared_norm)
+        kept = _part_kept(gradients, self.clip_norm)
+        self._update(gradients if kept == 1.0 else [kept * g for g in gradients], outer_loss)
         row: Row = {
             "outer_step": self.outer_step,
             "phase": self.phase,
@@ -183,6 +186,8 @@ class OuterLoop:
         }
         if self.retreats:
             row["retreats"] = taken_back
+        if self.clip_norm is not None:
+            row["clipped_to"] = kept
         self._watch_noise(squared, error)
         self.draws += phase.accumulate
         self.outer_step += 1
@@ -354,6 +359,7 @@ class OuterLoop:
             "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
             "config": dict(config),
             **({"stream": True} if self.stream else {}),
+            **({} if self.clip_norm is None else {"clip_norm": self.clip_norm}),
         }
 
     def state(self) -> dict[str, Any]:
@@ -419,6 +425,18 @@ def _pooled(errors: Sequence[float | None]) -> float | None:
     """The standard error of a mean of independent estimates, from theirs."""
     known = [error for error in errors if error is not None]
     return sum(error**2 for error in known) ** 0.5 / len(known) if len(known) == len(errors) else None
+
+
+def _part_kept(gradients: Sequence[Tensor], clip_norm: float | None) -> float:
+    """What gradients are multiplied with so that their norm together is at most `clip_norm`.
+
+    The norm is taken in float64: the square of an exploding float32 gradient is infinite, and the factor would be zero.
+    """
+    if clip_norm is None:
+        return 1.0
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    return 1.0 if norm <= clip_norm else clip_norm / norm
 
 
 def _as_dict(carried: Carried) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def fit(
     project: Callable[[Any], Any] | None = None,
     stream: bool = False,
     retreats: int = 0,
+    clip_norm: float | None = None,
     callbacks: Sequence[Callable[[OuterStep], None]] = (),
     out: str | Path | None = None,
     resume: bool = False,
@@ -76,6 +77,10 @@ def fit(
         retreats: where the inner loop fails (`NonFiniteError`, `SolverError`), go back half of the outer step that led
             there and try again, so many times at most; counted in `history` as `retreats`. 0: such an error ends the
             run. The outer optimiser's own memory stays as it is.
+        clip_norm: shorten a hypergradient that is longer than this to this length, before the outer optimiser sees it.
+            Where the inner loop is chaotic for some draws, one exploding estimate would otherwise stay in Adam's second
+            moment for hundreds of steps. `history` keeps the full `grad_norm`, and as `clipped_to` the factor, 1 where
+            nothing was cut. Clipped estimates are biased. None: nothing is cut.
         callbacks: called after each outer step.
         out: a folder for `metrics.jsonl`, `checkpoint.safetensors` (and the one before) and TensorBoard events.
         resume: go on from the checkpoint in `out` (or start, if there is none); the numbers that follow are those of a
@@ -128,6 +133,7 @@ def fit(
     workers = distributed.join_workers() if workers is None else workers
     loop = OuterLoop(problem, meta, inner_batches, outer_batch, seed, list(phases), optimizer, project, stream)
     loop.retreats = checks.whole_number(retreats, "retreats", at_least=0)
+    loop.clip_norm = None if clip_norm is None else checks.positive(clip_norm, "clip_norm")
     _require_same_start(workers, loop, config or {})
     folder = Path(out) if out is not None and workers.first else None
     goes_on = out is not None and workers.any("resuming", resume or distributed.restarted())
