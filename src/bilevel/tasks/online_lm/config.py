@@ -48,11 +48,11 @@ class OnlineLM:
     """Documents in each of these steps; 0 for questions alone."""
     tune_lr: float = 3e-3
     """Highest learning rate of these steps (AdamW, one cycle)."""
-    inner_steps: int = 24
+    inner_steps: int = 6
     """T: documents, one SGD step each, of which the outer loss judges the last state."""
     inner_lr: float = 0.16
     """Learning rate of a step on a document."""
-    short_draws: int = 60
+    short_draws: int = 0
     """Estimates at the beginning with short_steps documents in place of inner_steps: the paper's first phase."""
     short_steps: int = 6
     """Documents of those."""
@@ -68,13 +68,13 @@ class OnlineLM:
     """Pieces of other text in an outer loss."""
     stream: int = 200
     """Documents of an evaluation stream, at most."""
-    evaluation_runs: int = 8
+    evaluation_runs: int = 4
     """Evaluation streams, of other documents as long as there are any."""
     validation_runs: int = 2
     """Streams on which each learning rate is judged."""
     evaluation_optimizer: Literal["sgd", "adam"] = "sgd"
     """What takes the steps when a stream is learnt for evaluation."""
-    learning_rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+    learning_rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16)
     """Learning rates that every method chooses from by its QA loss on a validation stream."""
     beams: int = 1
     """Beams that generate an answer."""
