@@ -1,17 +1,19 @@
 """Peak memory of one hypergradient of online-lm against T, by method, with random weights.
 
     python benchmarks/online_lm_memory.py                    # the preset tiny's model
-    python benchmarks/online_lm_memory.py --model distilgpt2 --steps 6 24   # 82 million parameters
+    python benchmarks/online_lm_memory.py --model gpt2 --steps 6 24 --limit 10 --name online_lm_memory_gpt2
 
 Memory depends on shapes, not on what the weights say, so no pretrained weights are needed. Every measurement is a
 process of its own, which makes one warm-up call at T = 2 and reports how far its resident memory rose during the call
-that counts, as in `benchmarks/memory.py`. Writes `benchmarks/results/online_lm_memory.json` and `.md`.
+that counts, as in `benchmarks/memory.py`. With --limit, a process that needs more memory ends, and the table says so.
+Writes `benchmarks/results/online_lm_memory.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -43,10 +45,12 @@ RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, Callable[[], Estimator]] = {
     "ForwardGradient(1)": lambda: bilevel.ForwardGradient(1),
     'Reverse("sqrt")': lambda: bilevel.Reverse("sqrt"),
+    'Reverse("log")': lambda: bilevel.Reverse("log"),
+    "Reverse(4)": lambda: bilevel.Reverse(4),
     'Reverse("graph")': lambda: bilevel.Reverse("graph"),
 }
 MODELS: dict[str, dict[str, int]] = {
-    "tiny": {"vocab_size": 2200, "n_positions": 72, "n_embd": 64, "n_layer": 2, "n_head": 4},
+    "tiny": {"vocab_size": 1275, "n_positions": 72, "n_embd": 128, "n_layer": 1, "n_head": 4},
     "small": {"vocab_size": 8000, "n_positions": 256, "n_embd": 256, "n_layer": 4, "n_head": 4},
     "distilgpt2": {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 6, "n_head": 12},
     "gpt2": {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -65,6 +69,8 @@ class Options:
     """Tokens of a document."""
     methods: tuple[str, ...] = field(default=tuple(METHODS))
     """Which to measure."""
+    limit: float | None = None
+    """GiB that a process may allocate, models and all."""
     name: str = "online_lm_memory"
     """Of the files in benchmarks/results."""
     child: bool = False
@@ -81,7 +87,7 @@ def main() -> None:
         for method in options.methods:
             for steps in options.steps:
                 rows.append(in_child(options, method, steps))
-                shown.advance(f"{method}, T = {steps}: {rows[-1]['extra_bytes'] / 2**20:.0f} MiB")
+                shown.advance(f"{method}, T = {steps}: {cell(rows[-1], options)}")
     command = " ".join(["python benchmarks/online_lm_memory.py", *sys.argv[1:]])
     write_json(RESULTS / f"{options.name}.json", {"command": command, "versions": versions(), "rows": rows})
     text = as_markdown(rows, options, command)
@@ -92,6 +98,7 @@ def main() -> None:
 def in_child(options: Options, method: str, steps: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", "--model", options.model, "--tokens", str(options.tokens)]
     command += ["--methods", method, "--steps", str(steps)]
+    command += [] if options.limit is None else ["--limit", str(options.limit)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **RETURNING_ALLOCATOR}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -100,7 +107,19 @@ def in_child(options: Options, method: str, steps: int) -> dict[str, Any]:
 
 
 def measured(options: Options) -> dict[str, Any]:
-    """In a process of its own: one method at one T."""
+    """In a process of its own: one method at one T; of what does not fit, the method and T alone."""
+    if options.limit is not None:
+        most = int(options.limit * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    try:
+        return _measured(options)
+    except RuntimeError as error:
+        if options.limit is None or "can't allocate memory" not in str(error):
+            raise
+        return {"method": options.methods[0], "steps": options.steps[0], "extra_bytes": None}
+
+
+def _measured(options: Options) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -156,9 +175,15 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], options: Options, command: st
     ]
     for method in options.methods:
         found = [row for row in rows if row["method"] == method]
-        cells = [f"{row['extra_bytes'] / 2**20:.0f} ({row['process_seconds']:.1f})" for row in found]
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+        lines.append(f"| `{method}` | {' | '.join(cell(row, options) for row in found)} |")
     return "\n".join(lines) + "\n"
+
+
+def cell(row: Mapping[str, Any], options: Options) -> str:
+    """MiB and seconds, or that it did not fit."""
+    if row["extra_bytes"] is None:
+        return f"does not fit into {options.limit:g} GiB"
+    return f"{row['extra_bytes'] / 2**20:.0f} ({row['process_seconds']:.1f})"
 
 
 if __name__ == "__main__":

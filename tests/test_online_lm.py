@@ -31,7 +31,7 @@ from bilevel.tasks.online_lm import (
 )
 from bilevel.tasks.online_lm.adaptation import adapted, learned
 from bilevel.tasks.online_lm.config import OnlineLM
-from bilevel.tasks.online_lm.documents import Corpus, Document, Question
+from bilevel.tasks.online_lm.documents import Corpus, Document, Question, questions_of
 from bilevel.tasks.online_lm.problem import problem, setup
 from bilevel.tasks.online_lm.weight_model import WeightModel, WeightModelConfig
 from bilevel.tasks.online_lm.windows import window
@@ -59,7 +59,7 @@ SMALL = OnlineLM(
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    return grammar.corpus(0, tune=6, meta=6, validation=3, test=3)
+    return grammar.corpus(0, meta=6, validation=3, test=3)
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +265,38 @@ def test_questions_are_about_the_documents_of_their_window(corpus: Corpus, token
             assert any(f"is {answer}." in text for text in learnt)
 
 
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+def evaluation_of(corpus: Corpus, stream: int) -> evaluation.Evaluation:
+    return evaluation.Evaluation(OnlineLM(**{**vars(SMALL), "stream": stream}), corpus, None, None, seed=5)
+
+
+@pytest.mark.parametrize(("stream", "streams"), [(8, 6), (12, 4), (10, 6), (1, 12), (48, 1), (1000, 1)])
+def test_streams_hold_whole_stories_and_share_none(corpus: Corpus, stream: int, streams: int) -> None:
+    """Of 12 stories told four times each, as many as fit; one is never cut, also where it is longer than the stream."""
+    made = [evaluation_of(corpus, stream).stream(corpus.test, number) for number in range(streams)]
+    assert {len(each) for each in made} == {min(max(stream // 4, 1) * 4, 48)}
+    told = [document.text for each in made for document in each]
+    assert len(told) == len(set(told)) == 48
+    if len(made[0]) > 4:
+        assert [d.story for d in made[0]] != sorted((d.story for d in made[0]), key=[d.story for d in made[0]].index)
+    after = evaluation_of(corpus, stream).stream(corpus.test, streams)  # a new pass, in another order
+    assert after != made[0] or len(after) == 4
+    assert len(after) == len(made[0])
+
+
+def test_documents_without_a_story_are_cut_one_by_one(corpus: Corpus) -> None:
+    plain = [Document(str(i), ()) for i in range(7)]
+    made = [evaluation_of(corpus, 3).stream(plain, number) for number in range(2)]
+    assert [len(each) for each in made] == [3, 3]
+    assert len({d.text for each in made for d in each}) == 6
+
+
+def test_a_question_about_several_documents_is_asked_once(corpus: Corpus) -> None:
+    assert len(questions_of(corpus.test)) == 12 == len(corpus.test) // grammar.TELLINGS
+
+
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
@@ -318,17 +350,31 @@ def test_a_context_beyond_the_models_is_refused(tokenizer: Any) -> None:
 
 
 def test_the_grammars_parts_share_no_person(corpus: Corpus) -> None:
-    parts = [corpus.tune, corpus.meta, corpus.validation, corpus.test]
+    parts = [corpus.meta, corpus.validation, corpus.test]
     people = [{d.questions[0].text.split(" of ")[1] for d in part} for part in parts]
-    assert [len(names) for names in people] == [6, 6, 3, 3]
-    assert len(set().union(*people)) == 18
-    for part in parts:
+    assert [len(names) for names in people] == [6, 3, 3]
+    assert len(set().union(*people)) == 12
+    for part in (corpus.tune, *parts):
         for document in part:
             (question,) = document.questions
             kind, name = question.text.removeprefix("What is the ").removesuffix("?").split(" of ")
             assert f"The {kind} of {name} is {question.answers[0]}." in document.text
-    assert grammar.corpus(0, 6, 6, 3, 3) == corpus
-    assert grammar.corpus(1, 6, 6, 3, 3) != corpus
+    assert grammar.corpus(0, 6, 3, 3) == corpus
+    assert grammar.corpus(1, 6, 3, 3) != corpus
+
+
+def test_the_base_model_is_told_of_everybody_what_is_no_longer_true(corpus: Corpus) -> None:
+    before = {d.questions[0].text: d.questions[0].answers for d in corpus.tune}
+    assert len(before) == len(corpus.tune) == 12 * 4
+    news = [*corpus.meta, *corpus.validation, *corpus.test]
+    assert len({d.text for d in news}) == len(news) == 12 * 4 * grammar.TELLINGS
+    now = {}
+    for document in news:
+        (question,) = document.questions
+        assert question.answers != before[question.text]
+        assert now.setdefault(question.text, question.answers) == question.answers  # every telling says the same
+        assert document.story == question.text
+    assert now.keys() == before.keys()
 
 
 def squad_file(path: Path, paragraphs: list[Any], wrapped: bool = True) -> None:
@@ -603,6 +649,6 @@ def test_a_refused_run_leaves_nothing_unless_a_stage_is_done(
         cli.main(["run", "online-lm", "--data", "squad", "--out", str(tmp_path / "run")])
     assert "pass --data-dir" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    with pytest.raises(SystemExit):  # tuned, but there are 24 documents
-        cli.main(["run", "online-lm", *FLAGS, "--inner-steps", "25", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):  # tuned, but there are 96 documents
+        cli.main(["run", "online-lm", *FLAGS, "--inner-steps", "97", "--out", str(tmp_path / "run")])
     assert "--inner-steps" in capsys.readouterr().err

@@ -47,6 +47,7 @@ class OuterLoop:
         optimizer: Optimizer,
         project: Callable[[Any], Any] | None = None,
         retreats: int = 0,
+        clip_norm: float | None = None,
     ) -> None:
         """Check the meta parameters, and bind the outer optimiser to copies of them."""
         self.draws, self.optimizer, self.project = draws, optimizer, project
@@ -57,6 +58,8 @@ class OuterLoop:
         """How often one outer step may be taken back by half because the inner loop fails where it led."""
         self.before: list[Tensor] | None = None
         """φ before the last outer step, if steps may be taken back."""
+        self.clip_norm = clip_norm
+        """The longest hypergradient that the outer optimiser is handed; longer ones are shortened to it."""
         tree = modules.as_tree(meta)
         self._parts = trees.split(tree)
         for name, leaf in trees.named_leaves(tree, "meta"):
@@ -81,9 +84,10 @@ class OuterLoop:
         outer_loss = sum(found.losses) / phase.accumulate
         self.past.remember(gradients)
         self.before = [p.clone() for p in self._detached()] if self.retreats else None
-        self._update(gradients, outer_loss)
         error, squared_norm = pooled(found.errors), trees.squared_norm(gradients)
         squared = float(squared_norm)
+        kept = _part_kept(gradients, self.clip_norm)
+        self._update(gradients if kept == 1.0 else [kept * g for g in gradients], outer_loss)
         row: Row = {
             "outer_step": self.progress.outer_step,
             "phase": number,
@@ -94,6 +98,8 @@ class OuterLoop:
         }
         if self.retreats:
             row["retreats"] = taken_back
+        if self.clip_norm is not None:
+            row["clipped_to"] = kept
         self.noise.add(squared, error)
         self.draws.draws += phase.accumulate
         self.progress.count(outer_loss)
@@ -162,3 +168,15 @@ class OuterLoop:
 def _shapes(tree: Tree) -> dict[str, Any]:
     """The shape of every leaf; of what is no tensor, the type."""
     return {n: tuple(t.shape) if isinstance(t, Tensor) else type(t) for n, t in trees.named_leaves(tree, "meta")}
+
+
+def _part_kept(gradients: Sequence[Tensor], clip_norm: float | None) -> float:
+    """What gradients are multiplied with so that their norm together is at most `clip_norm`.
+
+    The norm is taken in float64: the square of an exploding float32 gradient is infinite, and the factor would be zero.
+    """
+    if clip_norm is None:
+        return 1.0
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    return 1.0 if norm <= clip_norm else clip_norm / norm

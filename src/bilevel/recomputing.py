@@ -25,8 +25,8 @@ class Recomputed(nn.Module):
     With x the layer's inputs and its parameters, y = f(x), and cotangents w: what is stored is x, then (x, w); a second
     derivative builds the graph of this one layer and frees it. So the graph of an inner step is that of its largest
     layer, and the borders between layers. Time and memory are measured in `benchmarks/results/products.md`. Dropout
-    draws the same numbers every time. In forward mode the layer is computed as it is, so it saves nothing there: the inner
-    gradient keeps its activations and their tangents until its own backward pass.
+    draws the same numbers every time. In forward mode the layer is computed as it is, so it saves nothing there: the
+    inner gradient keeps its activations and their tangents until its own backward pass.
 
     Args:
         layer: a module that is a function of its inputs and parameters: all tensors that need derivatives come in as

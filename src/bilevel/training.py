@@ -35,7 +35,7 @@ class FitResult:
     """The trained meta parameters, in the form `fit` was given; an `nn.Module` is trained in place."""
     history: list[Row]
     """One dict for each outer step: `outer_step`, `phase`, `outer_loss`, `grad_norm`, `standard_error`,
-    `signal_to_noise`, `seconds`."""
+    `signal_to_noise`, `seconds`; `retreats` and `clipped_to` where they were asked for."""
 
 
 def fit(
@@ -50,6 +50,7 @@ def fit(
     project: Callable[[Any], Any] | None = None,
     stream: bool = False,
     retreats: int = 0,
+    clip_norm: float | None = None,
     callbacks: Sequence[Callable[[OuterStep], None]] = (),
     out: str | Path | None = None,
     resume: bool = False,
@@ -79,6 +80,10 @@ def fit(
         retreats: where the inner loop fails (`NonFiniteError`, `SolverError`), go back half of the outer step that led
             there and try again, so many times at most; counted in `history` as `retreats`. 0: such an error ends the
             run. The outer optimiser's own memory stays as it is.
+        clip_norm: shorten a hypergradient that is longer than this to this length, before the outer optimiser sees it.
+            Where the inner loop is chaotic for some draws, one exploding estimate would otherwise stay in Adam's second
+            moment for hundreds of steps. `history` keeps the full `grad_norm`, and as `clipped_to` the factor, 1 where
+            nothing was cut. Clipped estimates are biased. None: nothing is cut.
         callbacks: called after each outer step.
         out: a folder for `metrics.jsonl`, `checkpoint.safetensors` (and the one before) and TensorBoard events.
         resume: go on from the checkpoint in `out` (or start, if there is none); the numbers that follow are those of a
@@ -130,8 +135,9 @@ def fit(
         raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
     workers = distributed.join_workers() if workers is None else workers
     retreats = checks.whole_number(retreats, "retreats", at_least=0)
+    clip_norm = None if clip_norm is None else checks.positive(clip_norm, "clip_norm")
     draws = Draws(problem, inner_batches, outer_batch, seed, stream)
-    loop = OuterLoop(draws, meta, list(phases), optimizer, project, retreats)
+    loop = OuterLoop(draws, meta, list(phases), optimizer, project, retreats, clip_norm)
     _require_same_start(workers, loop, config or {})
     folder = Path(out) if out is not None and workers.first else None
     goes_on = out is not None and workers.any("resuming", resume or distributed.restarted())

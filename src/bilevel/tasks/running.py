@@ -130,6 +130,7 @@ def run(
             optimizer=setup.optimizer,
             project=setup.project,
             retreats=setup.retreats,
+            clip_norm=setup.clip_norm,
             callbacks=[*callbacks, *setup.callbacks],
             out=out,
             resume=resume,

@@ -40,6 +40,7 @@ class Setup:
     optimizer: Optimizer
     project: Callable[[Any], Any] | None = None
     retreats: int = 0
+    clip_norm: float | None = None
     callbacks: Sequence[Callable[[OuterStep], None]] = ()
     """Besides those of the task."""
 

@@ -24,9 +24,9 @@ class OnlineLM:
     """The model that learns the evaluation streams with the trained weights: `base`, or another name or path."""
     architecture: Literal["gpt2", "llama"] = "gpt2"
     """Of a model from scratch."""
-    width: int = 64
+    width: int = 128
     """Hidden size of a model from scratch."""
-    layers: int = 2
+    layers: int = 1
     """Layers of a model from scratch."""
     heads: int = 4
     """Attention heads of a model from scratch."""
@@ -48,11 +48,11 @@ class OnlineLM:
     """Documents in each of these steps; 0 for questions alone."""
     tune_lr: float = 3e-3
     """Highest learning rate of these steps (AdamW, one cycle)."""
-    inner_steps: int = 24
+    inner_steps: int = 6
     """T: documents, one SGD step each, of which the outer loss judges the last state."""
     inner_lr: float = 0.16
     """Learning rate of a step on a document."""
-    short_draws: int = 60
+    short_draws: int = 0
     """Estimates at the beginning with short_steps documents in place of inner_steps: the paper's first phase."""
     short_steps: int = 6
     """Documents of those."""
@@ -60,17 +60,21 @@ class OnlineLM:
     """Questions about these documents in an outer loss, at most."""
     outer_lr: float = 1e-3
     """Outer learning rate of Adam."""
+    clip_norm: float = 1.0
+    """Longer hypergradients are shortened to this norm; 0 for none."""
     kl_weight: float = 0.1
     """Weight of the divergence from the model before any document, on other text."""
     locality_batch: int = 8
     """Pieces of other text in an outer loss."""
     stream: int = 200
     """Documents of an evaluation stream, at most."""
-    evaluation_runs: int = 3
-    """Evaluation streams, each drawn and ordered anew."""
+    evaluation_runs: int = 4
+    """Evaluation streams, of other documents as long as there are any."""
+    validation_runs: int = 2
+    """Streams on which each learning rate is judged."""
     evaluation_optimizer: Literal["sgd", "adam"] = "sgd"
     """What takes the steps when a stream is learnt for evaluation."""
-    learning_rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+    learning_rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16)
     """Learning rates that every method chooses from by its QA loss on a validation stream."""
     beams: int = 1
     """Beams that generate an answer."""
@@ -80,7 +84,7 @@ class OnlineLM:
     def __post_init__(self) -> None:
         at_least_one = (
             *("width", "layers", "heads", "inner_steps", "short_steps", "outer_questions", "locality_batch"),
-            *("stream", "evaluation_runs", "tune_batch", "answer_tokens", "beams"),
+            *("stream", "evaluation_runs", "validation_runs", "tune_batch", "answer_tokens", "beams"),
         )
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -91,8 +95,9 @@ class OnlineLM:
         for name in ("tune_lr", "inner_lr", "outer_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed")
-        if not 0 <= self.kl_weight < math.inf:
-            raise ValueError(f"kl_weight={self.kl_weight}: a number of at least 0 is needed")
+        for name in ("kl_weight", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
         if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError(f"learning_rates={self.learning_rates}: positive numbers are needed, at least one")
         if self.lora_rank and self.precision == "bfloat16":

@@ -20,6 +20,13 @@ class Document:
 
     text: str
     questions: tuple[Question, ...]
+    story: str = ""
+    """Documents of one story are learnt in the same stream, in any order; one without a name is a story of its own."""
+
+
+def questions_of(documents: Sequence[Document]) -> list[Question]:
+    """All questions about these documents, each once."""
+    return list(dict.fromkeys(question for document in documents for question in document.questions))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bilevel import randomness
 from bilevel.errors import CheckpointError
 from bilevel.files import write_json
@@ -23,7 +25,7 @@ from bilevel.tasks.online_lm.adaptation import adapted, learned
 from bilevel.tasks.online_lm.answering import judged, qa_loss
 from bilevel.tasks.online_lm.baselines import Weighting
 from bilevel.tasks.online_lm.config import OnlineLM
-from bilevel.tasks.online_lm.documents import Corpus, Document, Question
+from bilevel.tasks.online_lm.documents import Corpus, Document, questions_of
 
 _STREAM = 330
 MEASURES = ("exact_match", "f1", "qa_loss")
@@ -57,26 +59,35 @@ class Evaluation:
         return found
 
     def stream(self, part: Sequence[Document], number: int) -> list[Document]:
-        """Documents in a new random order."""
-        order = randomness.generator(self._seed, _STREAM, number).permutation(len(part))[: self._config.stream]
-        return [part[i] for i in order]
+        """At most `stream` documents, whole stories of them, in a random order. Streams share no story as long as there
+        are any left.
+        """
+        cuts: list[list[Document]] = []
+        while len(cuts) <= number:
+            cuts += _cut(part, self._config.stream, randomness.generator(self._seed, _STREAM, 0, len(cuts)))
+        order = randomness.generator(self._seed, _STREAM, 1, number).permutation(len(cuts[number]))
+        return [cuts[number][i] for i in order]
 
     def _best_rate(self, name: str, weigh: Weighting, shown: Any) -> float:
-        documents = self.stream(self._corpus.validation, 0)
         losses = {}
         for rate in self._config.learning_rates:
-            compute = functools.partial(self._validate, documents, weigh, rate)
+            compute = functools.partial(self._validate, weigh, rate)
             losses[rate] = self._remembered(f"{name} validation {rate}", compute)
             shown.advance(f"{name}, learning rate {rate}: QA loss {losses[rate]:.3f}")
         return min(losses, key=lambda rate: losses[rate])
 
-    def _validate(self, documents: Sequence[Document], weigh: Weighting, rate: float) -> float:
+    def _validate(self, weigh: Weighting, rate: float) -> float:
+        runs = [self._validation_loss(weigh, rate, number) for number in range(self._config.validation_runs)]
+        return statistics.fmean(runs)
+
+    def _validation_loss(self, weigh: Weighting, rate: float, number: int) -> float:
+        documents = self.stream(self._corpus.validation, number)
         model = self._after(documents, weigh, rate)
         loss = qa_loss(model, self._tokenizer, questions_of(documents), self._config.context)
         return loss if math.isfinite(loss) else _DIVERGED
 
     def _run(self, name: str, weigh: Weighting | None, rate: float | None, number: int, shown: Any) -> dict[str, float]:
-        documents = self.stream(self._corpus.test, 1 + number)
+        documents = self.stream(self._corpus.test, number)
         config = self._config
 
         def compute() -> dict[str, float]:
@@ -117,9 +128,21 @@ def methods(config: OnlineLM, corpus: Corpus, tokenizer: Any, weight_model: Any)
     }
 
 
-def questions_of(documents: Sequence[Document]) -> list[Question]:
-    """All questions about these documents."""
-    return [question for document in documents for question in document.questions]
+def _cut(part: Sequence[Document], size: int, generator: np.random.Generator) -> list[list[Document]]:
+    """The stories in a random order, cut where a further one would make more than `size` documents. What is left over
+    at the end counts if no story would fit in any more, or if it is all there is.
+    """
+    stories: dict[Any, list[Document]] = {}
+    for number, document in enumerate(part):
+        stories.setdefault(document.story or number, []).append(document)
+    groups = list(stories.values())
+    cuts: list[list[Document]] = [[]]
+    for index in generator.permutation(len(groups)):
+        if cuts[-1] and len(cuts[-1]) + len(groups[index]) > size:
+            cuts.append([])
+        cuts[-1] += groups[index]
+    room = size - len(cuts[-1])
+    return cuts[:-1] if len(cuts) > 1 and room >= max(map(len, groups)) else cuts
 
 
 def summary(runs: Sequence[float]) -> dict[str, Any]:

@@ -1,12 +1,17 @@
-"""A stream of facts about made-up people, each in one sentence among filler, from a seeded grammar; needs no files.
+"""A stream of news about made-up people, each fact in one sentence among filler, from a seeded grammar; needs no files.
 
     The old miller saw the gate. The trade of Mavole is potter. Some bread in winter was cold.   What is the trade of
     Mavole?   potter
 
-Every person has a trade, a colour, an animal and a town, drawn independently, so that nothing but the document tells
-them. Filler is drawn at random as well: its words cannot be predicted, and learning them is learning noise. It mentions
-people, towns and trades too. A small model, trained on the facts about some people, answers questions about them, and
-one SGD step on a document about a new person can change its answers: there is something to gain by choosing tokens.
+Every person has a trade, a colour, an animal and a town. The base model is taught these as they were once, for all
+people; then all of them change, to another value drawn at random, so that nothing but a document tells it. Each change
+is told `TELLINGS` times, among other filler every time. Filler is drawn at random as well: its words cannot be
+predicted, and learning them is learning noise. It mentions people, towns and trades too.
+
+Why people are known before: a small model that has never seen a name answers alike for all such names, and one SGD step
+on a document about one of them changes its answer for every one; after 200 documents the last ones are all it says.
+Where the base model tells people apart, a step is about its own person first of all, and there is something to gain by
+choosing tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import numpy as np
 from bilevel import randomness
 from bilevel.tasks.online_lm.documents import Corpus, Document, Question
 
-_NAMES, _FACTS, _TUNE, _META, _VALIDATION, _TEST, _LOCALITY = range(300, 307)
+_NAMES, _FACTS, _TUNE, _META, _VALIDATION, _TEST, _LOCALITY, _CHANGES = range(300, 308)
 
 
 def _words(text: str) -> list[str]:
@@ -38,29 +43,33 @@ _NOUNS = _words(
 _VERBS = _words("saw found carried praised sold mended painted forgot bought cleaned lifted hid watched moved burned")
 _ADJECTIVES = _words("old cold heavy quiet narrow bright empty broken warm hollow plain sharp dusty tall strange")
 _FILLER = 5
+TELLINGS = 4
+"""Documents about each fact of a stream. After a single one, most facts are lost again 200 documents later."""
 
 
-def corpus(seed: int, tune: int = 300, meta: int = 300, validation: int = 100, test: int = 200) -> Corpus:
-    """Documents about as many made-up people in each part; the parts share no person."""
-    names = people(tune + meta + validation + test, seed)
-    facts = {name: _facts(seed, number) for number, name in enumerate(names)}
+def corpus(seed: int, meta: int = 150, validation: int = 50, test: int = 100) -> Corpus:
+    """News about so many made-up people in each part; the parts share no person. The tuning documents are about all of
+    them, as they were before.
+    """
+    names = people(meta + validation + test, seed)
     generator = randomness.generator(seed, _LOCALITY)
-    groups = np.split(np.array(names), np.cumsum([tune, meta, validation]))
+    first, second = meta, meta + validation
 
-    def documents(group: np.ndarray, stream: int, copies: int) -> list[Document]:
+    def documents(numbers: range, stream: int, tellings: int, changed: bool) -> list[Document]:
         made = []
-        for copy in range(copies):
-            for number, name in enumerate(group):
+        for telling in range(tellings):
+            for number in numbers:
+                facts = _changed(seed, number) if changed else _facts(seed, number)
                 for place, kind in enumerate(VALUES):
-                    own = randomness.generator(seed, stream, copy, number, place)
-                    made.append(_document(str(name), kind, facts[str(name)][kind], names, own))
+                    own = randomness.generator(seed, stream, telling, number, place)
+                    made.append(_document(names[number], kind, facts[kind], names, own))
         return made
 
     return Corpus(
-        tune=documents(groups[0], _TUNE, copies=2),
-        meta=documents(groups[1], _META, copies=1),
-        validation=documents(groups[2], _VALIDATION, copies=1),
-        test=documents(groups[3], _TEST, copies=1),
+        tune=documents(range(len(names)), _TUNE, 1, changed=False),
+        meta=documents(range(first), _META, TELLINGS, changed=True),
+        validation=documents(range(first, second), _VALIDATION, TELLINGS, changed=True),
+        test=documents(range(second, len(names)), _TEST, TELLINGS, changed=True),
         locality=[" ".join(_filler(names, generator) for _ in range(_FILLER)) for _ in range(400)],
         words=[
             " ".join(f"Here is {name}." for name in names),
@@ -86,10 +95,17 @@ def _facts(seed: int, person: int) -> dict[str, str]:
     return {kind: _one(values, generator) for kind, values in VALUES.items()}
 
 
+def _changed(seed: int, person: int) -> dict[str, str]:
+    """Another value of every kind than the person had."""
+    generator, before = randomness.generator(seed, _CHANGES, person), _facts(seed, person)
+    return {kind: _one([v for v in values if v != before[kind]], generator) for kind, values in VALUES.items()}
+
+
 def _document(name: str, kind: str, value: str, names: Sequence[str], generator: np.random.Generator) -> Document:
     sentences = [_filler(names, generator) for _ in range(_FILLER)]
     sentences.insert(int(generator.integers(_FILLER + 1)), f"The {kind} of {name} is {value}.")
-    return Document(" ".join(sentences), (Question(f"What is the {kind} of {name}?", (value,)),))
+    question = Question(f"What is the {kind} of {name}?", (value,))
+    return Document(" ".join(sentences), (question,), story=question.text)
 
 
 def _filler(names: Sequence[str], generator: np.random.Generator) -> str:

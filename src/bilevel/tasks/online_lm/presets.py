@@ -19,6 +19,7 @@ _PAPER = OnlineLM(
     tune_lr=2.5e-5,
     inner_steps=24,
     inner_lr=5e-4,
+    clip_norm=0.0,
     short_draws=0,
     outer_questions=128,
     outer_lr=2.5e-6,
@@ -36,15 +37,18 @@ PRESETS: Mapping[str, Preset[OnlineLM]] = {
     "tiny": Preset(
         OnlineLM(),
         estimator="reverse(checkpoints='sqrt')",
-        outer_steps=160,
-        summary="a small GPT-2 trained by the run, facts about made-up people among filler; needs no files",
+        outer_steps=120,
+        summary="a small GPT-2 trained by the run, news about made-up people among filler; needs no files",
     ),
     "squad-tiny": Preset(
         OnlineLM(
             data="squad",
+            width=64,
+            layers=2,
             context=192,
             tune_steps=2000,
             tune_lr=2e-3,
+            evaluation_runs=3,
             learning_rates=(0.001, 0.003, 0.01, 0.03, 0.1),
             inner_lr=0.03,
         ),

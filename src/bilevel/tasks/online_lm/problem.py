@@ -15,7 +15,7 @@ import bilevel
 from bilevel import randomness, trees
 from bilevel.tasks.online_lm import losses, tokens
 from bilevel.tasks.online_lm.config import OnlineLM
-from bilevel.tasks.online_lm.documents import Corpus
+from bilevel.tasks.online_lm.documents import Corpus, questions_of
 from bilevel.tasks.online_lm.tokens import Padded
 from bilevel.tasks.online_lm.windows import window
 from bilevel.tasks.task import Setup
@@ -52,7 +52,7 @@ def setup(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, weight_m
 
     def outer_batch(draw: int) -> OuterBatch:
         generator = randomness.generator(seed, _QUESTIONS, draw)
-        asked = [question for i in documents(draw) for question in corpus.meta[i].questions]
+        asked = questions_of([corpus.meta[i] for i in documents(draw)])
         if len(asked) > config.outer_questions:
             order = generator.permutation(len(asked))[: config.outer_questions]
             asked = [asked[i] for i in order]
@@ -68,6 +68,7 @@ def setup(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, weight_m
         inner_batches=inner_batches,
         outer_batch=outer_batch,
         optimizer=bilevel.optimizer(torch.optim.Adam, lr=config.outer_lr),
+        clip_norm=config.clip_norm or None,
     )
 
 
