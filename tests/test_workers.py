@@ -100,6 +100,44 @@ def test_sharded_parameters_give_what_whole_ones_give(base: Path, happened: dict
             assert shapes == [[3], [3, 4], [1, 6]]
 
 
+@pytest.mark.parametrize("name", [name for name, _, _ in SHARDED[:2]])
+def test_a_fully_sharded_module_gives_what_a_whole_one_gives(name: str, base: Path, happened: dict[str, Any]) -> None:
+    """Estimates and an interrupted training run; each process holds its shards, of the optimiser's memory too."""
+    shards = [
+        [[4, 4], [4], [3, 7], [3], [1, 5], [1]],
+        [[3, 4], [3], [2, 7], [2], [1, 5], [1]],
+    ]
+    printed(happened, "fully sharded", [0, 0])
+    for rank in range(2):
+        found = json.loads((base / f"fully-sharded-{rank}.json").read_text())
+        gradient, shapes, untouched = found[name]
+        assert gradient == pytest.approx(happened[f"one process, {name}"], rel=1e-9, abs=1e-14)
+        memories = {"momentum": 1, "adam": 2}[name]
+        kept = [shape for shape in shards[rank] for _ in range(memories)]
+        assert shapes == shards[rank] + kept
+        assert untouched  # the module's own parameters and their .grad
+        losses, meta = found[f"fit, {name}"]
+        expected_losses, expected_meta = happened[f"one process, fit, {name}"]
+        assert losses == pytest.approx(expected_losses, rel=1e-9)
+        assert meta == pytest.approx(expected_meta, rel=1e-9)
+    assert steps_of(base / f"fully sharded, {name}") == [0, 1, 2]
+
+
+def test_what_a_fully_sharded_module_cannot_do_is_refused(base: Path, happened: dict[str, Any]) -> None:
+    printed(happened, "fully sharded", [0, 0])
+    for rank in range(2):
+        refused = json.loads((base / f"fully-sharded-{rank}.json").read_text())["refused"]
+        for name in ("Reverse", "ForwardGradient", "Implicit"):
+            assert refused[name].startswith("MissingDerivativeError: FSDPSequential, sharded by fully_shard, has first")
+            assert 'ForwardGradient(..., tangents="difference") or ZerothOrder(...)' in refused[name]
+        assert "ValueError: state.params['0.weight'] is spread over processes [0, 1]" in refused["sharing"]
+        assert "workers=bilevel.Workers.of(sharers=bilevel.Workers())" in refused["sharing"]
+        assert refused["layers alone"].startswith("ValueError: fully_shard was applied to layers of Sequential and not")
+        assert refused["method"].startswith(
+            "ValueError: a method or property of FSDPByLayer calls its layer FSDPLinear"
+        )
+
+
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 

@@ -8,13 +8,14 @@ FOLDER/happened.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,111 @@ def layers_problem(params: Mapping[str, Tensor], optimizer: bilevel.Optimizer) -
     )
 
 
+def fully_sharded(folder: Path) -> None:
+    """A module to which `fully_shard` was applied, in halves in two processes; and what is refused then."""
+    torch.set_default_dtype(torch.float64)
+    workers = distributed.join_workers(timeout=60)
+    found: dict[str, Any] = {"refused": refusals(workers)}
+    for name, _, optimizer in SHARDED[:2]:
+        model = in_shards(small_network(), [0, 2])
+        own = [trees.local(p.detach()).clone() for p in model.parameters()]
+        problem, meta = network_problem(model, optimizer), torch.linspace(-1, 1, 12)
+        estimate = bilevel.ForwardGradient(3, tangents="difference")(problem, meta, bilevel.no_batches(4))
+        local = [tuple(trees.local(leaf).shape) for leaf in trees.leaves(estimate.state)[:-1] if torch.is_tensor(leaf)]
+        after = [trees.local(p.detach()) for p in model.parameters()]
+        untouched = all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
+        found[name] = [estimate.grad.tolist(), local, untouched and all(p.grad is None for p in model.parameters())]
+        together = bilevel.Workers.of(sharers=bilevel.Workers())
+        out = folder / f"fully sharded, {name}"
+        with contextlib.suppress(InterruptedError, bilevel.WorkerError):
+            fit_network(problem, out, together, [stop_at_second])
+        found[f"fit, {name}"] = fit_network(problem, out, together)
+    (folder / f"fully-sharded-{workers.rank}.json").write_text(json.dumps(found))
+
+
+def refusals(workers: bilevel.Workers) -> dict[str, str]:
+    """What is said of each thing that cannot be done."""
+    meta, batches, solves = torch.linspace(-1, 1, 12), bilevel.no_batches(2), bilevel.ZerothOrder(1, step_size=1e-4)
+    problem = network_problem(in_shards(small_network(), [0, 2]), _SGD)
+    by_layer = bilevel.GradientDescent(
+        lambda model, meta, batch: model.by_layer(torch.ones(4)).sum() * meta.sum(),
+        lambda model, meta, batch: model(torch.ones(4)).sum(),
+        in_shards(ByLayer(torch.nn.Linear(4, 3), torch.nn.Tanh()), [0]),
+        _SGD,
+    )
+    layers_alone = network_problem(in_shards(small_network(), [0], root=False), _SGD)
+    return {
+        "Reverse": message_of(lambda: bilevel.Reverse()(problem, meta, batches)),
+        "ForwardGradient": message_of(lambda: bilevel.ForwardGradient(2)(problem, meta, batches)),
+        "Implicit": message_of(lambda: bilevel.Implicit()(problem, meta, batches)),
+        "sharing": message_of(lambda: fit_network(problem, None, workers)),
+        "layers alone": message_of(lambda: solves(layers_alone, meta, batches)),
+        "method": message_of(lambda: solves(by_layer, meta, batches)),
+    }
+
+
+def in_shards(model: torch.nn.Sequential, layers: Sequence[int], root: bool = True) -> torch.nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for number in layers:
+        fully_shard(model[number])
+    if root:
+        fully_shard(model)
+    return model
+
+
+class ByLayer(torch.nn.Sequential):
+    """Has a way through its layers that is not `forward`."""
+
+    def by_layer(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x))
+
+
+def message_of(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def stop_at_second(step: bilevel.OuterStep) -> None:
+    if step.number == 2:
+        raise InterruptedError
+
+
+def small_network() -> torch.nn.Sequential:
+    """Its shapes do not divide by two."""
+    torch.manual_seed(3)
+    second = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh())
+    return torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), second, torch.nn.Linear(5, 2))
+
+
+def network_problem(model: torch.nn.Module, optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
+    """Weights of examples and what is added to them; the inner loss calls the network twice."""
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > 0).long()
+
+    def inner_loss(model: Any, meta: Tensor, batch: Any) -> Tensor:
+        losses = cross_entropy(model(x + 0.1 * meta[:, None]), y, reduction="none")
+        return (meta.sigmoid() * losses).mean() + 0.01 * model(x).square().mean()
+
+    return bilevel.GradientDescent(
+        inner_loss, lambda model, meta, batch: cross_entropy(model(x), 1 - y), model, optimizer
+    )
+
+
+def fit_network(
+    problem: bilevel.GradientDescent, out: Path | None, workers: bilevel.Workers, callbacks: Sequence[Any] = ()
+) -> list[Any]:
+    phases = [bilevel.Phase(bilevel.ForwardGradient(2, tangents="difference"), 3, accumulate=2)]
+    fitted = bilevel.fit(
+        problem, torch.linspace(-1, 1, 12), bilevel.no_batches(3), phases=phases, out=out, resume=out is not None,
+        workers=workers, callbacks=callbacks, progress=False,
+    )  # fmt: skip
+    return [[row["outer_loss"] for row in fitted.history], fitted.meta.tolist()]
+
+
 def command(folder: Path, *flags: str) -> None:
     """`bilevel run` as torchrun's workers run it."""
     small = ["--model", "mlp", "--width", "8", "--inner-steps", "2", "--outer-batch", "32", "--evaluation-runs", "1"]
@@ -343,6 +449,15 @@ def main(base: Path) -> None:
         alone = estimator(layers_problem(two_layers(), optimizer), torch.linspace(-1, 1, 12), bilevel.no_batches(4))
         happened[f"whole, {name}"] = alone.grad.tolist()
     group("sharded", lambda: sharded(base))
+    torch.set_default_dtype(torch.float64)
+    for name, _, optimizer in SHARDED[:2]:
+        problem = network_problem(small_network(), optimizer)
+        estimate = bilevel.ForwardGradient(3, tangents="difference")(
+            problem, torch.linspace(-1, 1, 12), bilevel.no_batches(4)
+        )
+        happened[f"one process, {name}"] = estimate.grad.tolist()
+        happened[f"one process, fit, {name}"] = fit_network(problem, None, bilevel.Workers())
+    group("fully sharded", lambda: fully_sharded(base))
     torch.set_default_dtype(torch.float32)
     flags = ("--estimator", "forward-gradient", "--directions", "4", "--outer-steps", "3")
     group("command", lambda: command(base / "command", *flags))

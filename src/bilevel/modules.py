@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.stateless import _reparametrize_module
 
+from bilevel import sharded_modules
 from bilevel.trees import NAMESPACE, Tree
 
 
@@ -46,6 +47,8 @@ class ModuleView:
         self._hold(module, named_tensors)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if sharded_modules.is_sharded(self.module):
+            return sharded_modules.call(self.module, self._tensor_of_each_parameter(), args, kwargs)
         return functional_call(self.module, self._tensor_of_each_slot(), args, kwargs, tie_weights=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +92,8 @@ class ModuleView:
     def _evaluate(self, access: Callable[[nn.Module], Any]) -> Any:
         """`access(module)`, computed while the view's tensors stand in the places of the parameters."""
         inside = {f"module.{slot}": tensor for slot, tensor in self._tensor_of_each_slot().items()}
-        return self._viewed(functional_call(_Access(self.module, access), inside, (), tie_weights=False))
+        with sharded_modules.uncalled(self.module):
+            return self._viewed(functional_call(_Access(self.module, access), inside, (), tie_weights=False))
 
     def _tensor_of_each_parameter(self) -> dict[nn.Parameter, Tensor]:
         """A parameter that goes by several names (tied weights) is meant by any of them."""
@@ -234,6 +238,8 @@ def standing_in(*places: Tree) -> Iterator[None]:
         optree.tree_leaves(place, is_leaf=note, namespace=NAMESPACE)
     with ExitStack() as stack:
         for view in views:
+            if sharded_modules.is_sharded(view.module):  # its calls see to that by themselves
+                continue
             stack.enter_context(_reparametrize_module(view.module, view._tensor_of_each_slot()))
         yield
 
