@@ -189,8 +189,6 @@ def test_tangents_begin_with_the_phase_that_carries_them() -> None:
 
 
 def test_settings_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="leave chunk_size=None"):
-        ForwardGradient(4, chunk_size=2, carry="tangents")
     with pytest.raises(ValueError, match="leave support='all'"):
         ForwardGradient(4, support="touched", carry="fresh")
     with pytest.raises(ValueError, match="takes no control_variate"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_groups import ESTIMATORS, SHARDED, SIZES
+from worker_groups import CARRIED, ESTIMATORS, SHARDED, SIZES
 
 import bilevel
 from bilevel import checkpoints, exchange, metrics, planner
@@ -23,6 +23,8 @@ from bilevel.run_record import CHECKPOINT, PREVIOUS
 
 ROOT = Path(__file__).parent.parent
 BIT_EQUAL = {"one at a time", "chunks", "variates", "solves", "forward solves", "black box", "exact", "auto"}
+BIT_EQUAL |= {"same directions, chunks", "same directions, differences", "fresh directions, chunks"}
+BIT_EQUAL |= {"fresh directions, fewer than workers"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def found(base: Path, what: str, size: int, rank: int = 0) -> dict[str, Any]:
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", [*ESTIMATORS, *CARRIED])
 def test_estimates_do_not_depend_on_the_number_of_workers(name: str, base: Path) -> None:
     alone = found(base, "estimates", 1)[name]
     assert all(map(math.isfinite, alone))
@@ -70,7 +72,9 @@ def test_both_exchanges_give_the_same(base: Path) -> None:
             assert estimates[one] == pytest.approx(estimates[other], rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("name", ["directions", "exact", "fewer than workers", "retreats"])
+@pytest.mark.parametrize(
+    "name", ["directions", "exact", "fewer than workers", "retreats", "same directions", "fresh directions, chunks"]
+)
 def test_training_curves_do_not_depend_on_the_number_of_workers(name: str, base: Path) -> None:
     rows, meta = found(base, "curves", 1)[name]
     for size in SIZES[1:]:

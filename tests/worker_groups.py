@@ -92,6 +92,35 @@ ESTIMATORS: dict[str, bilevel.Estimator] = {
 }
 
 
+CARRIED: dict[str, bilevel.ForwardGradient] = {
+    "same directions": bilevel.ForwardGradient(5, carry="tangents", exchange="gradient"),
+    "same directions, chunks": bilevel.ForwardGradient(7, carry="tangents", exchange="slopes", chunk_size=2),
+    "same directions, variate": bilevel.ForwardGradient(
+        4, carry="tangents", control_variate=bilevel.TruncatedReverse(2), exchange="gradient"
+    ),
+    "same directions, differences": bilevel.ForwardGradient(3, carry="tangents", tangents="difference", chunk_size=1),
+    "fresh directions": bilevel.ForwardGradient(5, carry="fresh"),
+    "fresh directions, chunks": bilevel.ForwardGradient(7, carry="fresh", chunk_size=2),
+    "fresh directions, fewer than workers": bilevel.ForwardGradient(2, carry="fresh", chunk_size=1),
+}
+"""Estimators whose tangents go on from one window to the next."""
+
+
+def windows(estimator: bilevel.ForwardGradient) -> list[float]:
+    """What three windows give, and the tangents at the end of the last."""
+    problem, meta, batches = weights_problem()
+    numbers: list[float] = []
+    estimate = None
+    for _ in range(3):
+        estimate = estimator(problem, meta, batches, seed=3, carried=None if estimate is None else estimate.carried)
+        meta = trees.map_leaves(lambda leaf: 0.9 * leaf, meta)
+        numbers += [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
+        numbers.append(estimate.standard_error or 0.0)
+    assert estimate is not None
+    tangents = estimate.carried.tangents  # type: ignore[union-attr]
+    return [*numbers, *torch.cat([t.reshape(-1) for t in tangents or []]).tolist()]
+
+
 def estimates(folder: Path) -> None:
     """Every estimator; the first worker leaves numbers, all leave a checksum of them."""
     torch.set_default_dtype(torch.float64)
@@ -104,6 +133,7 @@ def estimates(folder: Path) -> None:
             estimate = estimator(black_box() if box else problem, meta, None if box else batches, seed=3)
             numbers = [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
             found[name] = [*numbers, estimate.standard_error or 0.0]
+        found.update({name: windows(estimator) for name, estimator in CARRIED.items()})
     (folder / f"estimates-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
 
 
@@ -121,8 +151,29 @@ def curves(folder: Path) -> None:
         rows = [[row["outer_loss"], row["grad_norm"], row["standard_error"]] for row in fitted.history]
         found[name] = [rows, fitted.meta["weights"].tolist()]
     workers = distributed.join_workers()
+    for name in ("same directions", "fresh directions, chunks"):
+        found[name] = streaming(CARRIED[name], folder / f"{name}-{workers.size}")
     found["retreats"] = retreating(workers.rank)
     (folder / f"curves-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
+
+
+def streaming(estimator: bilevel.ForwardGradient, out: Path) -> list[Any]:
+    """Training on a stream; interrupted after the second outer step, and gone on from its checkpoint."""
+    problem, meta, batches = weights_problem()
+
+    def train(out: Path | None, callbacks: Sequence[Callable[[bilevel.OuterStep], None]] = ()) -> list[Any]:
+        fitted = bilevel.fit(
+            problem, meta, batches, seed=1, phases=[bilevel.Phase(estimator, 4)], stream=True, out=out,
+            resume=out is not None, callbacks=callbacks, progress=False,
+        )  # fmt: skip
+        rows = [[row["outer_loss"], row["grad_norm"], row["standard_error"]] for row in fitted.history]
+        return [rows, fitted.meta["weights"].tolist()]
+
+    with contextlib.suppress(InterruptedError, bilevel.WorkerError):
+        train(out, [stop_at_second])
+    undisturbed = train(None)
+    assert train(out) == undisturbed
+    return undisturbed
 
 
 def retreating(rank: int) -> list[Any]:
@@ -288,6 +339,7 @@ def fully_sharded(folder: Path) -> None:
         model = in_shards(small_network(), [0, 2])
         own = [trees.local(p.detach()).clone() for p in model.parameters()]
         problem, meta = network_problem(model, optimizer), torch.linspace(-1, 1, 12)
+        model(torch.ones(4))  # by its owner: the root stays whole then
         estimate = bilevel.ForwardGradient(3, tangents="difference")(problem, meta, bilevel.no_batches(4))
         local = [tuple(trees.local(leaf).shape) for leaf in trees.leaves(estimate.state)[:-1] if torch.is_tensor(leaf)]
         after = [trees.local(p.detach()) for p in model.parameters()]
@@ -359,17 +411,19 @@ def small_network() -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), second, torch.nn.Linear(5, 2))
 
 
-def network_problem(model: torch.nn.Module, optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
+def network_problem(module: torch.nn.Module, optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
     """Weights of examples and what is added to them; the inner loss calls the network twice."""
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
     y = (x[:, 0] > 0).long()
 
     def inner_loss(model: Any, meta: Tensor, batch: Any) -> Tensor:
+        with torch.no_grad():
+            module(x[:1])  # past what it was given: a constant
         losses = cross_entropy(model(x + 0.1 * meta[:, None]), y, reduction="none")
         return (meta.sigmoid() * losses).mean() + 0.01 * model(x).square().mean()
 
     return bilevel.GradientDescent(
-        inner_loss, lambda model, meta, batch: cross_entropy(model(x), 1 - y), model, optimizer
+        inner_loss, lambda model, meta, batch: cross_entropy(model(x), 1 - y), module, optimizer
     )
 
 

@@ -159,6 +159,26 @@ class Workers:
             dist.all_gather(everybodys, mine, group=self.group)
         return torch.stack(everybodys)
 
+    def gather_rows(self, what: str, rows: Tensor) -> Tensor:
+        """Everybody's tensors `[size, *shape]`, of one shape and dtype, on the device where this worker's is."""
+        mine = rows.detach().contiguous()
+        if self.size == 1:
+            return mine.unsqueeze(0)
+        everybodys = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._at(what):
+            dist.all_gather(everybodys, mine, group=self.group)
+        return torch.stack(everybodys)
+
+    def broadcast_tensors(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The first worker's tensors; everybody's have the same shapes and dtypes."""
+        if self.size == 1:
+            return list(tensors)
+        found = [t.detach().contiguous().clone() for t in tensors]
+        with self._at(what):
+            for tensor in found:
+                dist.broadcast(tensor, group=self.group, group_src=0)
+        return found
+
     def sum(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums over all workers, bit for bit the same on each of them: one all-reduce for each dtype."""
         found = [t.detach() for t in tensors]

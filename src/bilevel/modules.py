@@ -38,6 +38,7 @@ class ModuleView:
     named_tensors: dict[str, Tensor]
 
     def __init__(self, module: nn.Module, named_tensors: Mapping[str, Tensor] | None = None) -> None:
+        sharded_modules.reshard(module)
         if named_tensors is None:
             named_tensors = {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
         known = [name for name, _ in module.named_parameters(remove_duplicate=False)]
@@ -48,6 +49,7 @@ class ModuleView:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if sharded_modules.is_sharded(self.module):
+            sharded_modules.reshard(self.module)  # a loss may have called it too, past this view
             return sharded_modules.call(self.module, self._tensor_of_each_parameter(), args, kwargs)
         return functional_call(self.module, self._tensor_of_each_slot(), args, kwargs, tie_weights=False)
 

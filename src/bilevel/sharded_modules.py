@@ -35,6 +35,13 @@ def _has_hooks(layer: nn.Module) -> bool:
     return fsdp is not None and isinstance(layer, fsdp.FSDPModule)
 
 
+def reshard(module: nn.Module) -> None:
+    """Free layers that are whole: after a forward pass the root stays so, at the point where that was made."""
+    for layer in module.modules():
+        if _has_hooks(layer):
+            layer.reshard()  # type: ignore[operator]  # pyright: ignore[reportCallIssue]
+
+
 def call(module: nn.Module, tensors: Mapping[nn.Parameter, Tensor], args: Any, kwargs: Any) -> Any:
     """`module(*args, **kwargs)` with these tensors in the places of its parameters.
 
@@ -128,20 +135,15 @@ class _Call:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Inside, the module's shards are those of this call."""
-        self._free_whole_layers()  # the root's stay after a forward pass, and are those of another point
+        reshard(self.module)
         shards = [trees.local(parameter.detach()) for parameter in self.tensors]
         own = [shard.clone() for shard in shards]
         _copy([trees.local(tensor) for tensor in self.tensors.values()], shards)
         try:
             yield
         finally:
-            self._free_whole_layers()
+            reshard(self.module)
             _copy(own, shards)
-
-    def _free_whole_layers(self) -> None:
-        for layer in self.module.modules():
-            if _has_hooks(layer):
-                layer.reshard()  # type: ignore[operator]  # pyright: ignore[reportCallIssue]
 
 
 class _AsOneOperation(torch.autograd.Function):
