@@ -127,6 +127,23 @@ def test_a_fully_sharded_module_gives_what_a_whole_one_gives(name: str, base: Pa
     assert steps_of(base / f"fully sharded, {name}") == [0, 1, 2]
 
 
+def test_pairs_that_hold_a_model_together_share_the_directions(base: Path, happened: dict[str, Any]) -> None:
+    printed(happened, "mesh", [0, 0, 0, 0])
+    expected_losses, expected_meta = happened["one process, fit, momentum"]
+    for rank in range(4):
+        losses, meta = json.loads((base / f"mesh-{rank}.json").read_text())
+        assert losses == pytest.approx(expected_losses, rel=1e-9)
+        assert meta == pytest.approx(expected_meta, rel=1e-9)
+    assert steps_of(base / "mesh") == [0, 1, 2]
+
+
+def test_the_example_of_a_sharded_network_learns_which_sources_are_good(happened: dict[str, Any]) -> None:
+    first, second = printed(happened, "example", [0, 0])
+    good, others = (float(number) for number in re.findall(r"[+-]\d\.\d+", first))
+    assert others < 0 < good
+    assert second == ""
+
+
 def test_what_a_fully_sharded_module_cannot_do_is_refused(base: Path, happened: dict[str, Any]) -> None:
     printed(happened, "fully sharded", [0, 0])
     for rank in range(2):
@@ -137,6 +154,12 @@ def test_what_a_fully_sharded_module_cannot_do_is_refused(base: Path, happened: 
         assert "ValueError: state.params['0.weight'] is spread over processes [0, 1]" in refused["sharing"]
         assert "workers=bilevel.Workers.of(sharers=bilevel.Workers())" in refused["sharing"]
         assert refused["layers alone"].startswith("ValueError: fully_shard was applied to layers of Sequential and not")
+        for name in ("meta", "meta in fit"):
+            assert refused[name].startswith(
+                "TypeError: meta is a DTensor; meta parameters must be whole in every process"
+            )
+        assert "state.params['0.weight'] of the stream is spread over processes" in refused["stream"]
+        assert "call fit without out=" in refused["stream"]
         assert refused["method"].startswith(
             "ValueError: a method or property of FSDPByLayer calls its layer FSDPLinear"
         )

@@ -12,10 +12,12 @@ import contextlib
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +336,7 @@ def fully_sharded(folder: Path) -> None:
     """A module to which `fully_shard` was applied, in halves in two processes; and what is refused then."""
     torch.set_default_dtype(torch.float64)
     workers = distributed.join_workers(timeout=60)
-    found: dict[str, Any] = {"refused": refusals(workers)}
+    found: dict[str, Any] = {"refused": refusals(folder, workers)}
     for name, _, optimizer in SHARDED[:2]:
         model = in_shards(small_network(), [0, 2])
         own = [trees.local(p.detach()).clone() for p in model.parameters()]
@@ -353,8 +355,11 @@ def fully_sharded(folder: Path) -> None:
     (folder / f"fully-sharded-{workers.rank}.json").write_text(json.dumps(found))
 
 
-def refusals(workers: bilevel.Workers) -> dict[str, str]:
+def refusals(folder: Path, workers: bilevel.Workers) -> dict[str, str]:
     """What is said of each thing that cannot be done."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     meta, batches, solves = torch.linspace(-1, 1, 12), bilevel.no_batches(2), bilevel.ZerothOrder(1, step_size=1e-4)
     problem = network_problem(in_shards(small_network(), [0, 2]), _SGD)
     by_layer = bilevel.GradientDescent(
@@ -363,6 +368,11 @@ def refusals(workers: bilevel.Workers) -> dict[str, str]:
         in_shards(ByLayer(torch.nn.Linear(4, 3), torch.nn.Tanh()), [0]),
         _SGD,
     )
+    stream = partial(
+        bilevel.fit, problem, meta, batches, phases=[bilevel.Phase(solves, 1)], stream=True, out=folder / "stream",
+        workers=bilevel.Workers.of(sharers=bilevel.Workers()), progress=False,
+    )  # fmt: skip
+    spread = distribute_tensor(meta, init_device_mesh("cpu", (2,)), [Shard(0)])
     layers_alone = network_problem(in_shards(small_network(), [0], root=False), _SGD)
     return {
         "Reverse": message_of(lambda: bilevel.Reverse()(problem, meta, batches)),
@@ -370,18 +380,36 @@ def refusals(workers: bilevel.Workers) -> dict[str, str]:
         "Implicit": message_of(lambda: bilevel.Implicit()(problem, meta, batches)),
         "sharing": message_of(lambda: fit_network(problem, None, workers)),
         "layers alone": message_of(lambda: solves(layers_alone, meta, batches)),
+        "stream": message_of(stream),
+        "meta": message_of(lambda: solves(problem, spread, batches)),
+        "meta in fit": message_of(lambda: bilevel.fit(problem, spread, batches, phases=[bilevel.Phase(solves, 1)])),
         "method": message_of(lambda: solves(by_layer, meta, batches)),
     }
 
 
-def in_shards(model: torch.nn.Sequential, layers: Sequence[int], root: bool = True) -> torch.nn.Module:
+def in_shards(
+    model: torch.nn.Sequential, layers: Sequence[int], root: bool = True, mesh: Any = None
+) -> torch.nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     for number in layers:
-        fully_shard(model[number])
+        fully_shard(model[number], mesh=mesh)
     if root:
-        fully_shard(model)
+        fully_shard(model, mesh=mesh)
     return model
+
+
+def mesh_of_two_dimensions(folder: Path) -> None:
+    """Two pairs of processes; each pair holds a model together, and the two share the directions."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_default_dtype(torch.float64)
+    rank = distributed.join_workers(timeout=60).rank
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("directions", "shards"))
+    problem = network_problem(in_shards(small_network(), [0, 2], mesh=mesh["shards"]), _SGD)
+    workers = bilevel.Workers.of(sharers=bilevel.Workers.of(mesh.get_group("directions")))
+    found = fit_network(problem, folder / "mesh", workers)
+    (folder / f"mesh-{rank}.json").write_text(json.dumps(found))
 
 
 class ByLayer(torch.nn.Sequential):
@@ -512,6 +540,10 @@ def main(base: Path) -> None:
         happened[f"one process, {name}"] = estimate.grad.tolist()
         happened[f"one process, fit, {name}"] = fit_network(problem, None, bilevel.Workers())
     group("fully sharded", lambda: fully_sharded(base))
+    group("mesh", lambda: mesh_of_two_dimensions(base), size=4)
+    torch.set_default_dtype(torch.float32)
+    example = Path(__file__).parent.parent / "examples" / "sharded.py"
+    group("example", lambda: runpy.run_path(str(example), run_name="__main__"))
     torch.set_default_dtype(torch.float32)
     flags = ("--estimator", "forward-gradient", "--directions", "4", "--outer-steps", "3")
     group("command", lambda: command(base / "command", *flags))

@@ -240,8 +240,6 @@ def standing_in(*places: Tree) -> Iterator[None]:
         optree.tree_leaves(place, is_leaf=note, namespace=NAMESPACE)
     with ExitStack() as stack:
         for view in views:
-            if sharded_modules.is_sharded(view.module):  # its calls see to that by themselves
-                continue
             stack.enter_context(_reparametrize_module(view.module, view._tensor_of_each_slot()))
         yield
 
