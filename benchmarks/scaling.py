@@ -5,8 +5,9 @@
     python benchmarks/scaling.py --paper                 # the plan for many workers and large models, from counting
 
 The speed-up is that of whole outer steps of `fit`, with everything that belongs to them. One worker and two take turns:
-in a round, worker 0 runs the steps alone while the other one waits at a barrier, then both run the same steps together.
-Medians over the rounds. The waiting worker takes no processor time, so on a busy machine processor time tells what idle
+in a round, worker 0 runs the steps alone while the other one waits at a barrier, then both run the same steps together,
+and then each runs them for itself, both at once: two programs that have nothing to do with each other, whose throughput
+over that of one is what the machine itself allows. Medians over the rounds. The waiting worker takes no processor time, so on a busy machine processor time tells what idle
 cores would give: the steps alone over the larger of the two shares. Writes `benchmarks/results/scaling.md`.
 """
 
@@ -119,7 +120,7 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
         bilevel.fit(problem, meta, batches, phases=phases, progress=False, workers=among)
         return (time.perf_counter() - wall) / 2, (time.process_time() - cpu) / 2
 
-    alone, together, waiting = [], [], []
+    alone, together, unrelated, waiting = [], [], [], []
     for number in range(rounds + 1):  # the first one pays for what torch sets up once
         dist.barrier()
         found, wait = (0.0, 0.0), time.process_time()
@@ -128,21 +129,25 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
         dist.barrier()
         waited = time.process_time() - wait
         both = workers.gather("shares", torch.tensor([*steps(workers), waited]))
+        dist.barrier()
+        apart = workers.gather("two programs", torch.tensor([steps(bilevel.Workers())[0]]))
         if number:
             alone.append(found)
+            unrelated.append(float(apart.max()))
             together.append((float(both[:, 0].max()), float(both[:, 1].max())))
             waiting.append(float(both[1, 2]))
             advance()
     ratios = (
         [[a[i] / t[i] for a, t in zip(alone, together, strict=True)] for i in range(2)] if workers.first else [[], []]
     )
+    limit = [2 * a[0] / u for a, u in zip(alone, unrelated, strict=True)] if workers.first else []
     how = exchange.chosen("auto", getattr(estimator, "directions", 1), meta.numel(), 2)
     directions = getattr(estimator, "directions", 0)
     gradient = exchange.reduced_bytes(meta.numel(), 2, 4)
     return {
         "name": name,
         "alone": statistics.median(a[0] for a in alone) if workers.first else 0.0,
-        "speedups": [sorted(r) for r in ratios],
+        "speedups": [sorted(r) for r in [*ratios, limit]],
         "exchange": how if directions else "gradient",
         "bytes": exchange.sent_bytes(how, directions, meta.numel(), 2) if directions else gradient,
         "waiting": statistics.median(waiting),
@@ -159,8 +164,9 @@ def as_markdown(rows: list[dict[str, Any]], rounds: int) -> list[str]:
         f"{os.cpu_count()} cores, load averages (1, 5, 15 minutes) {load} at the end, torch {torch.__version__}, "
         f"Python {platform.python_version()}. Median [least, most] of {rounds} rounds; target {TARGET}.",
         "",
-        "| outer step | seconds alone | speed-up, wall | speed-up, processor time | exchange | bytes sent by each |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| outer step | seconds alone | speed-up, wall | speed-up, processor time | two unrelated programs, wall | exchange | "
+        "bytes sent by each |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         texts = [f"{statistics.median(s):.2f} [{s[0]:.2f}, {s[-1]:.2f}]" for s in row["speedups"]]

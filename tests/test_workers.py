@@ -148,7 +148,7 @@ def test_what_a_fully_sharded_module_cannot_do_is_refused(base: Path, happened: 
     printed(happened, "fully sharded", [0, 0])
     for rank in range(2):
         refused = json.loads((base / f"fully-sharded-{rank}.json").read_text())["refused"]
-        for name in ("Reverse", "ForwardGradient", "Implicit"):
+        for name in ("Reverse", "Reverse, a rate", "ForwardGradient", "Implicit"):
             assert refused[name].startswith("MissingDerivativeError: FSDPSequential, sharded by fully_shard, has first")
             assert 'ForwardGradient(..., tangents="difference") or ZerothOrder(...)' in refused[name]
         assert "ValueError: state.params['0.weight'] is spread over processes [0, 1]" in refused["sharing"]

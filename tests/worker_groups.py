@@ -341,12 +341,18 @@ def fully_sharded(folder: Path) -> None:
         model = in_shards(small_network(), [0, 2])
         own = [trees.local(p.detach()).clone() for p in model.parameters()]
         problem, meta = network_problem(model, optimizer), torch.linspace(-1, 1, 12)
-        model(torch.ones(4))  # by its owner: the root stays whole then
+        with torch.no_grad():
+            model(torch.ones(4))  # by its owner: the root stays whole then
+        kept = [torch.ones_like(p) for p in model.parameters()]  # and gradients of his own
+        for parameter, gradient in zip(model.parameters(), kept, strict=True):
+            parameter.grad = gradient
         estimate = bilevel.ForwardGradient(3, tangents="difference")(problem, meta, bilevel.no_batches(4))
         local = [tuple(trees.local(leaf).shape) for leaf in trees.leaves(estimate.state)[:-1] if torch.is_tensor(leaf)]
         after = [trees.local(p.detach()) for p in model.parameters()]
         untouched = all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
-        found[name] = [estimate.grad.tolist(), local, untouched and all(p.grad is None for p in model.parameters())]
+        untouched &= all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True))
+        untouched &= all(bool(trees.whole((g == 1).all())) for g in kept)
+        found[name] = [estimate.grad.tolist(), local, untouched]
         together = bilevel.Workers.of(sharers=bilevel.Workers())
         out = folder / f"fully sharded, {name}"
         with contextlib.suppress(InterruptedError, bilevel.WorkerError):
@@ -362,6 +368,8 @@ def refusals(folder: Path, workers: bilevel.Workers) -> dict[str, str]:
 
     meta, batches, solves = torch.linspace(-1, 1, 12), bilevel.no_batches(2), bilevel.ZerothOrder(1, step_size=1e-4)
     problem = network_problem(in_shards(small_network(), [0, 2]), _SGD)
+    rates = bilevel.optimizer(torch.optim.SGD, lr=lambda meta: meta.mean().exp())
+    learnt_rate = network_problem(in_shards(small_network(), [0, 2]), rates)
     by_layer = bilevel.GradientDescent(
         lambda model, meta, batch: model.by_layer(torch.ones(4)).sum() * meta.sum(),
         lambda model, meta, batch: model(torch.ones(4)).sum(),
@@ -376,6 +384,7 @@ def refusals(folder: Path, workers: bilevel.Workers) -> dict[str, str]:
     layers_alone = network_problem(in_shards(small_network(), [0], root=False), _SGD)
     return {
         "Reverse": message_of(lambda: bilevel.Reverse()(problem, meta, batches)),
+        "Reverse, a rate": message_of(lambda: bilevel.Reverse()(learnt_rate, meta, batches)),
         "ForwardGradient": message_of(lambda: bilevel.ForwardGradient(2)(problem, meta, batches)),
         "Implicit": message_of(lambda: bilevel.Implicit()(problem, meta, batches)),
         "sharing": message_of(lambda: fit_network(problem, None, workers)),
