@@ -7,8 +7,9 @@
 The speed-up is that of whole outer steps of `fit`, with everything that belongs to them. One worker and two take turns:
 in a round, worker 0 runs the steps alone while the other one waits at a barrier, then both run the same steps together,
 and then each runs them for itself, both at once: two programs that have nothing to do with each other, whose throughput
-over that of one is what the machine itself allows. Medians over the rounds. The waiting worker takes no processor time, so on a busy machine processor time tells what idle
-cores would give: the steps alone over the larger of the two shares. Writes `benchmarks/results/scaling.md`.
+over that of one is what the machine itself allows. Medians over the rounds. The waiting worker takes no processor time,
+so on a busy machine processor time tells what idle cores would give: the steps alone over the larger of the two shares.
+Writes `benchmarks/results/scaling.md`.
 """
 
 from __future__ import annotations
@@ -164,8 +165,8 @@ def as_markdown(rows: list[dict[str, Any]], rounds: int) -> list[str]:
         f"{os.cpu_count()} cores, load averages (1, 5, 15 minutes) {load} at the end, torch {torch.__version__}, "
         f"Python {platform.python_version()}. Median [least, most] of {rounds} rounds; target {TARGET}.",
         "",
-        "| outer step | seconds alone | speed-up, wall | speed-up, processor time | two unrelated programs, wall | exchange | "
-        "bytes sent by each |",
+        "| outer step | seconds alone | speed-up, wall | speed-up, processor time | two unrelated programs, wall "
+        "| exchange | bytes sent by each |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:

@@ -341,11 +341,11 @@ def fully_sharded(folder: Path) -> None:
         model = in_shards(small_network(), [0, 2])
         own = [trees.local(p.detach()).clone() for p in model.parameters()]
         problem, meta = network_problem(model, optimizer), torch.linspace(-1, 1, 12)
-        with torch.no_grad():
-            model(torch.ones(4))  # by its owner: the root stays whole then
-        kept = [torch.ones_like(p) for p in model.parameters()]  # and gradients of his own
+        kept = [torch.ones_like(p) for p in model.parameters()]  # gradients of its owner
         for parameter, gradient in zip(model.parameters(), kept, strict=True):
             parameter.grad = gradient
+        with torch.no_grad():
+            model(torch.ones(4))  # a call of his: the root stays whole then
         estimate = bilevel.ForwardGradient(3, tangents="difference")(problem, meta, bilevel.no_batches(4))
         local = [tuple(trees.local(leaf).shape) for leaf in trees.leaves(estimate.state)[:-1] if torch.is_tensor(leaf)]
         after = [trees.local(p.detach()) for p in model.parameters()]
