@@ -1,6 +1,7 @@
 """How much faster two single-thread workers are than one, what they send, and what drawing directions costs.
 
     torchrun --nproc-per-node 2 benchmarks/scaling.py   # the speed-up: needs two idle cores
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --parts   # processor time of what is shared, and of what is not
     python benchmarks/scaling.py --draws                 # seconds for one entry of a direction
     python benchmarks/scaling.py --paper                 # the plan for many workers and large models, from counting
 
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,7 @@ from bilevel import exchange, planner
 from bilevel.directions import DISTRIBUTIONS, Directions
 from bilevel.files import write_text
 from bilevel.progress import bar
+from bilevel.unroll import Unroll
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, TARGET = 7, 1.85
@@ -92,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--draws", action="store_true")
     parser.add_argument("--paper", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,6 +105,10 @@ def main() -> None:
     workers = bilevel.join_workers(timeout=1800)
     if workers.size != 2:
         raise SystemExit("two workers are needed: torchrun --nproc-per-node 2 benchmarks/scaling.py")
+    if options.parts:
+        lines = parts(workers)
+        print("\n".join(lines) if workers.first else "", end="", flush=True)
+        return
     rows = []
     with bar("rounds", options.rounds * len(CASES), show=workers.first) as shown:
         for name in CASES:
@@ -153,6 +161,42 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
         "bytes": exchange.sent_bytes(how, directions, meta.numel(), 2) if directions else gradient,
         "waiting": statistics.median(waiting),
     }
+
+
+def parts(workers: bilevel.Workers) -> list[str]:
+    """Processor seconds of an outer step of two workers: of what they share, of what each repeats, and of meeting."""
+    lines = ["| outer step | chunks, shared | what each repeats | meeting | at most so many times as fast |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for name, (make, estimator, _) in list(CASES.items())[:2]:
+        problem, meta, batches = make()
+        spent: dict[str, float] = {}
+
+        def timed(function: Callable[..., Any], what: str, spent: dict[str, float] = spent) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                began = time.process_time()
+                try:
+                    return function(*arguments)
+                finally:
+                    spent[what] += time.process_time() - began
+
+            return run
+
+        steps = 6
+        for count in (1, steps):  # the first one pays for what torch sets up once
+            spent.update(chunks=0.0, meetings=0.0)
+            with (
+                patch.object(Unroll, "push_forward", timed(Unroll.push_forward, "chunks")),
+                patch.object(bilevel.Workers, "_meet", timed(bilevel.Workers._meet, "meetings")),
+            ):
+                began = time.process_time()
+                phases = [bilevel.Phase(estimator, count)]
+                bilevel.fit(problem, meta, batches, phases=phases, progress=False, workers=workers)
+                total = time.process_time() - began
+        shared, met = spent["chunks"] / steps, spent["meetings"] / steps
+        rest = total / steps - shared - met
+        most = (2 * shared + rest) / (shared + rest + met)
+        lines.append(f"| {name} | {shared:.3f} s | {rest:.4f} s | {met:.4f} s | {most:.2f} |")
+    return [*lines, ""]
 
 
 def as_markdown(rows: list[dict[str, Any]], rounds: int) -> list[str]:
