@@ -1,13 +1,16 @@
 """How much faster two single-thread workers are than one, what they send, and what drawing directions costs.
 
     torchrun --nproc-per-node 2 benchmarks/scaling.py   # the speed-up: needs two idle cores
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --parts   # processor time of what is shared, and of what is not
     python benchmarks/scaling.py --draws                 # seconds for one entry of a direction
     python benchmarks/scaling.py --paper                 # the plan for many workers and large models, from counting
 
 The speed-up is that of whole outer steps of `fit`, with everything that belongs to them. One worker and two take turns:
-in a round, worker 0 runs the steps alone while the other one waits at a barrier, then both run the same steps together.
-Medians over the rounds. The waiting worker takes no processor time, so on a busy machine processor time tells what idle
-cores would give: the steps alone over the larger of the two shares. Writes `benchmarks/results/scaling.md`.
+in a round, worker 0 runs the steps alone while the other one waits at a barrier, then both run the same steps together,
+and then each runs them for itself, both at once: two programs that have nothing to do with each other, whose throughput
+over that of one is what the machine itself allows. Medians over the rounds. The waiting worker takes no processor time,
+so on a busy machine processor time tells what idle cores would give: the steps alone over the larger of the two shares.
+Writes `benchmarks/results/scaling.md`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -31,6 +35,7 @@ from bilevel import exchange, planner
 from bilevel.directions import DISTRIBUTIONS, Directions
 from bilevel.files import write_text
 from bilevel.progress import bar
+from bilevel.unroll import Unroll
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, TARGET = 7, 1.85
@@ -90,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--draws", action="store_true")
     parser.add_argument("--paper", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -99,6 +105,10 @@ def main() -> None:
     workers = bilevel.join_workers(timeout=1800)
     if workers.size != 2:
         raise SystemExit("two workers are needed: torchrun --nproc-per-node 2 benchmarks/scaling.py")
+    if options.parts:
+        lines = parts(workers)
+        print("\n".join(lines) if workers.first else "", end="", flush=True)
+        return
     rows = []
     with bar("rounds", options.rounds * len(CASES), show=workers.first) as shown:
         for name in CASES:
@@ -119,7 +129,7 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
         bilevel.fit(problem, meta, batches, phases=phases, progress=False, workers=among)
         return (time.perf_counter() - wall) / 2, (time.process_time() - cpu) / 2
 
-    alone, together, waiting = [], [], []
+    alone, together, unrelated, waiting = [], [], [], []
     for number in range(rounds + 1):  # the first one pays for what torch sets up once
         dist.barrier()
         found, wait = (0.0, 0.0), time.process_time()
@@ -128,25 +138,65 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
         dist.barrier()
         waited = time.process_time() - wait
         both = workers.gather("shares", torch.tensor([*steps(workers), waited]))
+        dist.barrier()
+        apart = workers.gather("two programs", torch.tensor([steps(bilevel.Workers())[0]]))
         if number:
             alone.append(found)
+            unrelated.append(float(apart.max()))
             together.append((float(both[:, 0].max()), float(both[:, 1].max())))
             waiting.append(float(both[1, 2]))
             advance()
     ratios = (
         [[a[i] / t[i] for a, t in zip(alone, together, strict=True)] for i in range(2)] if workers.first else [[], []]
     )
+    limit = [2 * a[0] / u for a, u in zip(alone, unrelated, strict=True)] if workers.first else []
     how = exchange.chosen("auto", getattr(estimator, "directions", 1), meta.numel(), 2)
     directions = getattr(estimator, "directions", 0)
     gradient = exchange.reduced_bytes(meta.numel(), 2, 4)
     return {
         "name": name,
         "alone": statistics.median(a[0] for a in alone) if workers.first else 0.0,
-        "speedups": [sorted(r) for r in ratios],
+        "speedups": [sorted(r) for r in [*ratios, limit]],
         "exchange": how if directions else "gradient",
         "bytes": exchange.sent_bytes(how, directions, meta.numel(), 2) if directions else gradient,
         "waiting": statistics.median(waiting),
     }
+
+
+def parts(workers: bilevel.Workers) -> list[str]:
+    """Processor seconds of an outer step of two workers: of what they share, of what each repeats, and of meeting."""
+    lines = ["| outer step | chunks, shared | what each repeats | meeting | at most so many times as fast |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for name, (make, estimator, _) in list(CASES.items())[:2]:
+        problem, meta, batches = make()
+        spent: dict[str, float] = {}
+
+        def timed(function: Callable[..., Any], what: str, spent: dict[str, float] = spent) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                began = time.process_time()
+                try:
+                    return function(*arguments)
+                finally:
+                    spent[what] += time.process_time() - began
+
+            return run
+
+        steps = 6
+        for count in (1, steps):  # the first one pays for what torch sets up once
+            spent.update(chunks=0.0, meetings=0.0)
+            with (
+                patch.object(Unroll, "push_forward", timed(Unroll.push_forward, "chunks")),
+                patch.object(bilevel.Workers, "_meet", timed(bilevel.Workers._meet, "meetings")),
+            ):
+                began = time.process_time()
+                phases = [bilevel.Phase(estimator, count)]
+                bilevel.fit(problem, meta, batches, phases=phases, progress=False, workers=workers)
+                total = time.process_time() - began
+        shared, met = spent["chunks"] / steps, spent["meetings"] / steps
+        rest = total / steps - shared - met
+        most = (2 * shared + rest) / (shared + rest + met)
+        lines.append(f"| {name} | {shared:.3f} s | {rest:.4f} s | {met:.4f} s | {most:.2f} |")
+    return [*lines, ""]
 
 
 def as_markdown(rows: list[dict[str, Any]], rounds: int) -> list[str]:
@@ -159,8 +209,9 @@ def as_markdown(rows: list[dict[str, Any]], rounds: int) -> list[str]:
         f"{os.cpu_count()} cores, load averages (1, 5, 15 minutes) {load} at the end, torch {torch.__version__}, "
         f"Python {platform.python_version()}. Median [least, most] of {rounds} rounds; target {TARGET}.",
         "",
-        "| outer step | seconds alone | speed-up, wall | speed-up, processor time | exchange | bytes sent by each |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| outer step | seconds alone | speed-up, wall | speed-up, processor time | two unrelated programs, wall "
+        "| exchange | bytes sent by each |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         texts = [f"{statistics.median(s):.2f} [{s[0]:.2f}, {s[-1]:.2f}]" for s in row["speedups"]]

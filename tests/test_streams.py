@@ -72,6 +72,20 @@ def test_windows_with_carried_tangents_are_one_long_window(
     assert last.carried.steps == T * WINDOWS
 
 
+@pytest.mark.parametrize("carry", ["tangents", "fresh"])
+@pytest.mark.parametrize("tangents", ["exact", "difference"])
+def test_chunks_carry_what_all_at_once_carry(carry: Any, tangents: Any) -> None:
+    estimator = ForwardGradient(3, carry=carry, tangents=tangents)
+    once = windows(estimator)
+    for size in (1, 2):
+        chunks = windows(replace(estimator, chunk_size=size))
+        assert chunks.grad.numpy() == pytest.approx(once.grad.numpy(), rel=1e-12, abs=1e-14)
+        assert chunks.carried is not None
+        assert once.carried is not None
+        for one, other in zip(chunks.carried.tangents or [], once.carried.tangents or [], strict=True):
+            assert one.numpy() == pytest.approx(other.numpy(), rel=1e-12, abs=1e-14)
+
+
 def test_all_coordinates_carried_give_the_exact_gradient_of_the_whole_history() -> None:
     exact = whole(Reverse()).grad
     assert windows(ForwardGradient(N, "coordinate", carry="tangents")).grad.numpy() == pytest.approx(
@@ -189,8 +203,6 @@ def test_tangents_begin_with_the_phase_that_carries_them() -> None:
 
 
 def test_settings_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="leave chunk_size=None"):
-        ForwardGradient(4, chunk_size=2, carry="tangents")
     with pytest.raises(ValueError, match="leave support='all'"):
         ForwardGradient(4, support="touched", carry="fresh")
     with pytest.raises(ValueError, match="takes no control_variate"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_groups import ESTIMATORS, SHARDED, SIZES
+from worker_groups import CARRIED, ESTIMATORS, SHARDED, SIZES
 
 import bilevel
 from bilevel import checkpoints, exchange, metrics, planner
@@ -23,6 +23,8 @@ from bilevel.run_record import CHECKPOINT, PREVIOUS
 
 ROOT = Path(__file__).parent.parent
 BIT_EQUAL = {"one at a time", "chunks", "variates", "solves", "forward solves", "black box", "exact", "auto"}
+BIT_EQUAL |= {"same directions, chunks", "same directions, differences", "fresh directions, chunks"}
+BIT_EQUAL |= {"fresh directions, fewer than workers"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def found(base: Path, what: str, size: int, rank: int = 0) -> dict[str, Any]:
 # -- the same numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", [*ESTIMATORS, *CARRIED])
 def test_estimates_do_not_depend_on_the_number_of_workers(name: str, base: Path) -> None:
     alone = found(base, "estimates", 1)[name]
     assert all(map(math.isfinite, alone))
@@ -70,7 +72,9 @@ def test_both_exchanges_give_the_same(base: Path) -> None:
             assert estimates[one] == pytest.approx(estimates[other], rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("name", ["directions", "exact", "fewer than workers", "retreats"])
+@pytest.mark.parametrize(
+    "name", ["directions", "exact", "fewer than workers", "retreats", "same directions", "fresh directions, chunks"]
+)
 def test_training_curves_do_not_depend_on_the_number_of_workers(name: str, base: Path) -> None:
     rows, meta = found(base, "curves", 1)[name]
     for size in SIZES[1:]:
@@ -98,6 +102,67 @@ def test_sharded_parameters_give_what_whole_ones_give(base: Path, happened: dict
             gradient, shapes = sharded[name]
             assert gradient == pytest.approx(happened[f"whole, {name}"], rel=1e-9, abs=1e-12)
             assert shapes == [[3], [3, 4], [1, 6]]
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in SHARDED[:2]])
+def test_a_fully_sharded_module_gives_what_a_whole_one_gives(name: str, base: Path, happened: dict[str, Any]) -> None:
+    """Estimates and an interrupted training run; each process holds its shards, of the optimiser's memory too."""
+    shards = [
+        [[4, 4], [4], [3, 7], [3], [1, 5], [1]],
+        [[3, 4], [3], [2, 7], [2], [1, 5], [1]],
+    ]
+    printed(happened, "fully sharded", [0, 0])
+    for rank in range(2):
+        found = json.loads((base / f"fully-sharded-{rank}.json").read_text())
+        gradient, shapes, untouched = found[name]
+        assert gradient == pytest.approx(happened[f"one process, {name}"], rel=1e-9, abs=1e-14)
+        memories = {"momentum": 1, "adam": 2}[name]
+        kept = [shape for shape in shards[rank] for _ in range(memories)]
+        assert shapes == shards[rank] + kept
+        assert untouched  # the module's own parameters and their .grad
+        losses, meta = found[f"fit, {name}"]
+        expected_losses, expected_meta = happened[f"one process, fit, {name}"]
+        assert losses == pytest.approx(expected_losses, rel=1e-9)
+        assert meta == pytest.approx(expected_meta, rel=1e-9)
+    assert steps_of(base / f"fully sharded, {name}") == [0, 1, 2]
+
+
+def test_pairs_that_hold_a_model_together_share_the_directions(base: Path, happened: dict[str, Any]) -> None:
+    printed(happened, "mesh", [0, 0, 0, 0])
+    expected_losses, expected_meta = happened["one process, fit, momentum"]
+    for rank in range(4):
+        losses, meta = json.loads((base / f"mesh-{rank}.json").read_text())
+        assert losses == pytest.approx(expected_losses, rel=1e-9)
+        assert meta == pytest.approx(expected_meta, rel=1e-9)
+    assert steps_of(base / "mesh") == [0, 1, 2]
+
+
+def test_the_example_of_a_sharded_network_learns_which_sources_are_good(happened: dict[str, Any]) -> None:
+    first, second = printed(happened, "example", [0, 0])
+    good, others = (float(number) for number in re.findall(r"[+-]\d\.\d+", first))
+    assert others < 0 < good
+    assert second == ""
+
+
+def test_what_a_fully_sharded_module_cannot_do_is_refused(base: Path, happened: dict[str, Any]) -> None:
+    printed(happened, "fully sharded", [0, 0])
+    for rank in range(2):
+        refused = json.loads((base / f"fully-sharded-{rank}.json").read_text())["refused"]
+        for name in ("Reverse", "Reverse, a rate", "ForwardGradient", "Implicit"):
+            assert refused[name].startswith("MissingDerivativeError: FSDPSequential, sharded by fully_shard, has first")
+            assert 'ForwardGradient(..., tangents="difference") or ZerothOrder(...)' in refused[name]
+        assert "ValueError: state.params['0.weight'] is spread over processes [0, 1]" in refused["sharing"]
+        assert "workers=bilevel.Workers.of(sharers=bilevel.Workers())" in refused["sharing"]
+        assert refused["layers alone"].startswith("ValueError: fully_shard was applied to layers of Sequential and not")
+        for name in ("meta", "meta in fit"):
+            assert refused[name].startswith(
+                "TypeError: meta is a DTensor; meta parameters must be whole in every process"
+            )
+        assert "state.params['0.weight'] of the stream is spread over processes" in refused["stream"]
+        assert "call fit without out=" in refused["stream"]
+        assert refused["method"].startswith(
+            "ValueError: a method or property of FSDPByLayer calls its layer FSDPLinear"
+        )
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -8,13 +8,16 @@ FOLDER/happened.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,35 @@ ESTIMATORS: dict[str, bilevel.Estimator] = {
 }
 
 
+CARRIED: dict[str, bilevel.ForwardGradient] = {
+    "same directions": bilevel.ForwardGradient(5, carry="tangents", exchange="gradient"),
+    "same directions, chunks": bilevel.ForwardGradient(7, carry="tangents", exchange="slopes", chunk_size=2),
+    "same directions, variate": bilevel.ForwardGradient(
+        4, carry="tangents", control_variate=bilevel.TruncatedReverse(2), exchange="gradient"
+    ),
+    "same directions, differences": bilevel.ForwardGradient(3, carry="tangents", tangents="difference", chunk_size=1),
+    "fresh directions": bilevel.ForwardGradient(5, carry="fresh"),
+    "fresh directions, chunks": bilevel.ForwardGradient(7, carry="fresh", chunk_size=2),
+    "fresh directions, fewer than workers": bilevel.ForwardGradient(2, carry="fresh", chunk_size=1),
+}
+"""Estimators whose tangents go on from one window to the next."""
+
+
+def windows(estimator: bilevel.ForwardGradient) -> list[float]:
+    """What three windows give, and the tangents at the end of the last."""
+    problem, meta, batches = weights_problem()
+    numbers: list[float] = []
+    estimate = None
+    for _ in range(3):
+        estimate = estimator(problem, meta, batches, seed=3, carried=None if estimate is None else estimate.carried)
+        meta = trees.map_leaves(lambda leaf: 0.9 * leaf, meta)
+        numbers += [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
+        numbers.append(estimate.standard_error or 0.0)
+    assert estimate is not None
+    tangents = estimate.carried.tangents  # type: ignore[union-attr]
+    return [*numbers, *torch.cat([t.reshape(-1) for t in tangents or []]).tolist()]
+
+
 def estimates(folder: Path) -> None:
     """Every estimator; the first worker leaves numbers, all leave a checksum of them."""
     torch.set_default_dtype(torch.float64)
@@ -103,6 +135,7 @@ def estimates(folder: Path) -> None:
             estimate = estimator(black_box() if box else problem, meta, None if box else batches, seed=3)
             numbers = [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
             found[name] = [*numbers, estimate.standard_error or 0.0]
+        found.update({name: windows(estimator) for name, estimator in CARRIED.items()})
     (folder / f"estimates-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
 
 
@@ -120,8 +153,29 @@ def curves(folder: Path) -> None:
         rows = [[row["outer_loss"], row["grad_norm"], row["standard_error"]] for row in fitted.history]
         found[name] = [rows, fitted.meta["weights"].tolist()]
     workers = distributed.join_workers()
+    for name in ("same directions", "fresh directions, chunks"):
+        found[name] = streaming(CARRIED[name], folder / f"{name}-{workers.size}")
     found["retreats"] = retreating(workers.rank)
     (folder / f"curves-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
+
+
+def streaming(estimator: bilevel.ForwardGradient, out: Path) -> list[Any]:
+    """Training on a stream; interrupted after the second outer step, and gone on from its checkpoint."""
+    problem, meta, batches = weights_problem()
+
+    def train(out: Path | None, callbacks: Sequence[Callable[[bilevel.OuterStep], None]] = ()) -> list[Any]:
+        fitted = bilevel.fit(
+            problem, meta, batches, seed=1, phases=[bilevel.Phase(estimator, 4)], stream=True, out=out,
+            resume=out is not None, callbacks=callbacks, progress=False,
+        )  # fmt: skip
+        rows = [[row["outer_loss"], row["grad_norm"], row["standard_error"]] for row in fitted.history]
+        return [rows, fitted.meta["weights"].tolist()]
+
+    with contextlib.suppress(InterruptedError, bilevel.WorkerError):
+        train(out, [stop_at_second])
+    undisturbed = train(None)
+    assert train(out) == undisturbed
+    return undisturbed
 
 
 def retreating(rank: int) -> list[Any]:
@@ -278,6 +332,149 @@ def layers_problem(params: Mapping[str, Tensor], optimizer: bilevel.Optimizer) -
     )
 
 
+def fully_sharded(folder: Path) -> None:
+    """A module to which `fully_shard` was applied, in halves in two processes; and what is refused then."""
+    torch.set_default_dtype(torch.float64)
+    workers = distributed.join_workers(timeout=60)
+    found: dict[str, Any] = {"refused": refusals(folder, workers)}
+    for name, _, optimizer in SHARDED[:2]:
+        model = in_shards(small_network(), [0, 2])
+        own = [trees.local(p.detach()).clone() for p in model.parameters()]
+        problem, meta = network_problem(model, optimizer), torch.linspace(-1, 1, 12)
+        kept = [torch.ones_like(p) for p in model.parameters()]  # gradients of its owner
+        for parameter, gradient in zip(model.parameters(), kept, strict=True):
+            parameter.grad = gradient
+        with torch.no_grad():
+            model(torch.ones(4))  # a call of his: the root stays whole then
+        estimate = bilevel.ForwardGradient(3, tangents="difference")(problem, meta, bilevel.no_batches(4))
+        local = [tuple(trees.local(leaf).shape) for leaf in trees.leaves(estimate.state)[:-1] if torch.is_tensor(leaf)]
+        after = [trees.local(p.detach()) for p in model.parameters()]
+        untouched = all(torch.equal(a, b) for a, b in zip(own, after, strict=True))
+        untouched &= all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True))
+        untouched &= all(bool(trees.whole((g == 1).all())) for g in kept)
+        found[name] = [estimate.grad.tolist(), local, untouched]
+        together = bilevel.Workers.of(sharers=bilevel.Workers())
+        out = folder / f"fully sharded, {name}"
+        with contextlib.suppress(InterruptedError, bilevel.WorkerError):
+            fit_network(problem, out, together, [stop_at_second])
+        found[f"fit, {name}"] = fit_network(problem, out, together)
+    (folder / f"fully-sharded-{workers.rank}.json").write_text(json.dumps(found))
+
+
+def refusals(folder: Path, workers: bilevel.Workers) -> dict[str, str]:
+    """What is said of each thing that cannot be done."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    meta, batches, solves = torch.linspace(-1, 1, 12), bilevel.no_batches(2), bilevel.ZerothOrder(1, step_size=1e-4)
+    problem = network_problem(in_shards(small_network(), [0, 2]), _SGD)
+    rates = bilevel.optimizer(torch.optim.SGD, lr=lambda meta: meta.mean().exp())
+    learnt_rate = network_problem(in_shards(small_network(), [0, 2]), rates)
+    by_layer = bilevel.GradientDescent(
+        lambda model, meta, batch: model.by_layer(torch.ones(4)).sum() * meta.sum(),
+        lambda model, meta, batch: model(torch.ones(4)).sum(),
+        in_shards(ByLayer(torch.nn.Linear(4, 3), torch.nn.Tanh()), [0]),
+        _SGD,
+    )
+    stream = partial(
+        bilevel.fit, problem, meta, batches, phases=[bilevel.Phase(solves, 1)], stream=True, out=folder / "stream",
+        workers=bilevel.Workers.of(sharers=bilevel.Workers()), progress=False,
+    )  # fmt: skip
+    spread = distribute_tensor(meta, init_device_mesh("cpu", (2,)), [Shard(0)])
+    layers_alone = network_problem(in_shards(small_network(), [0], root=False), _SGD)
+    return {
+        "Reverse": message_of(lambda: bilevel.Reverse()(problem, meta, batches)),
+        "Reverse, a rate": message_of(lambda: bilevel.Reverse()(learnt_rate, meta, batches)),
+        "ForwardGradient": message_of(lambda: bilevel.ForwardGradient(2)(problem, meta, batches)),
+        "Implicit": message_of(lambda: bilevel.Implicit()(problem, meta, batches)),
+        "sharing": message_of(lambda: fit_network(problem, None, workers)),
+        "layers alone": message_of(lambda: solves(layers_alone, meta, batches)),
+        "stream": message_of(stream),
+        "meta": message_of(lambda: solves(problem, spread, batches)),
+        "meta in fit": message_of(lambda: bilevel.fit(problem, spread, batches, phases=[bilevel.Phase(solves, 1)])),
+        "method": message_of(lambda: solves(by_layer, meta, batches)),
+    }
+
+
+def in_shards(
+    model: torch.nn.Sequential, layers: Sequence[int], root: bool = True, mesh: Any = None
+) -> torch.nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for number in layers:
+        fully_shard(model[number], mesh=mesh)
+    if root:
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def mesh_of_two_dimensions(folder: Path) -> None:
+    """Two pairs of processes; each pair holds a model together, and the two share the directions."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_default_dtype(torch.float64)
+    rank = distributed.join_workers(timeout=60).rank
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("directions", "shards"))
+    problem = network_problem(in_shards(small_network(), [0, 2], mesh=mesh["shards"]), _SGD)
+    workers = bilevel.Workers.of(sharers=bilevel.Workers.of(mesh.get_group("directions")))
+    found = fit_network(problem, folder / "mesh", workers)
+    (folder / f"mesh-{rank}.json").write_text(json.dumps(found))
+
+
+class ByLayer(torch.nn.Sequential):
+    """Has a way through its layers that is not `forward`."""
+
+    def by_layer(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x))
+
+
+def message_of(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def stop_at_second(step: bilevel.OuterStep) -> None:
+    if step.number == 2:
+        raise InterruptedError
+
+
+def small_network() -> torch.nn.Sequential:
+    """Its shapes do not divide by two."""
+    torch.manual_seed(3)
+    second = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh())
+    return torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), second, torch.nn.Linear(5, 2))
+
+
+def network_problem(module: torch.nn.Module, optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
+    """Weights of examples and what is added to them; the inner loss calls the network twice."""
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > 0).long()
+
+    def inner_loss(model: Any, meta: Tensor, batch: Any) -> Tensor:
+        with torch.no_grad():
+            module(x[:1])  # past what it was given: a constant
+        losses = cross_entropy(model(x + 0.1 * meta[:, None]), y, reduction="none")
+        return (meta.sigmoid() * losses).mean() + 0.01 * model(x).square().mean()
+
+    return bilevel.GradientDescent(
+        inner_loss, lambda model, meta, batch: cross_entropy(model(x), 1 - y), module, optimizer
+    )
+
+
+def fit_network(
+    problem: bilevel.GradientDescent, out: Path | None, workers: bilevel.Workers, callbacks: Sequence[Any] = ()
+) -> list[Any]:
+    phases = [bilevel.Phase(bilevel.ForwardGradient(2, tangents="difference"), 3, accumulate=2)]
+    fitted = bilevel.fit(
+        problem, torch.linspace(-1, 1, 12), bilevel.no_batches(3), phases=phases, out=out, resume=out is not None,
+        workers=workers, callbacks=callbacks, progress=False,
+    )  # fmt: skip
+    return [[row["outer_loss"] for row in fitted.history], fitted.meta.tolist()]
+
+
 def command(folder: Path, *flags: str) -> None:
     """`bilevel run` as torchrun's workers run it."""
     small = ["--model", "mlp", "--width", "8", "--inner-steps", "2", "--outer-batch", "32", "--evaluation-runs", "1"]
@@ -343,6 +540,19 @@ def main(base: Path) -> None:
         alone = estimator(layers_problem(two_layers(), optimizer), torch.linspace(-1, 1, 12), bilevel.no_batches(4))
         happened[f"whole, {name}"] = alone.grad.tolist()
     group("sharded", lambda: sharded(base))
+    torch.set_default_dtype(torch.float64)
+    for name, _, optimizer in SHARDED[:2]:
+        problem = network_problem(small_network(), optimizer)
+        estimate = bilevel.ForwardGradient(3, tangents="difference")(
+            problem, torch.linspace(-1, 1, 12), bilevel.no_batches(4)
+        )
+        happened[f"one process, {name}"] = estimate.grad.tolist()
+        happened[f"one process, fit, {name}"] = fit_network(problem, None, bilevel.Workers())
+    group("fully sharded", lambda: fully_sharded(base))
+    group("mesh", lambda: mesh_of_two_dimensions(base), size=4)
+    torch.set_default_dtype(torch.float32)
+    example = Path(__file__).parent.parent / "examples" / "sharded.py"
+    group("example", lambda: runpy.run_path(str(example), run_name="__main__"))
     torch.set_default_dtype(torch.float32)
     flags = ("--estimator", "forward-gradient", "--directions", "4", "--outer-steps", "3")
     group("command", lambda: command(base / "command", *flags))

@@ -45,6 +45,10 @@ class Workers:
         rank: this worker's number.
         size: how many there are.
         group: the process group, `None` for the default one. It must have a backend for CPU tensors.
+        sharers: those who share the estimators' work, where they are not all of these: `Workers()` if these hold one
+            sharded model together, so that none of them can do anything without the others; `Workers.of(group)` for the
+            dimension of a device mesh along which the model is repeated. All the same meet, and the first one of all
+            writes.
 
     >>> Workers().share(3), Workers(rank=1, size=2).share(5)
     (range(0, 3), range(1, 5, 2))
@@ -53,11 +57,17 @@ class Workers:
     rank: int = 0
     size: int = 1
     group: Any = None
+    sharers: Workers | None = None
 
     @classmethod
-    def of(cls, group: Any = None) -> Workers:
+    def of(cls, group: Any = None, sharers: Workers | None = None) -> Workers:
         """The ranks of an initialised process group, such as one dimension of a device mesh."""
-        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+        return cls(dist.get_rank(group), dist.get_world_size(group), group, sharers)
+
+    @property
+    def processes(self) -> list[int]:
+        """Their ranks in the default group."""
+        return [] if self.size == 1 else dist.get_process_group_ranks(self.group)
 
     @property
     def first(self) -> bool:
@@ -67,7 +77,7 @@ class Workers:
     @contextmanager
     def sharing(self) -> Iterator[Workers]:
         """Inside, estimators spread their work over these workers, all of whom must make the same calls."""
-        token = _CURRENT.set(self)
+        token = _CURRENT.set(self if self.sharers is None else self.sharers)
         try:
             yield self
         finally:
@@ -148,6 +158,26 @@ class Workers:
         with self._at(what):
             dist.all_gather(everybodys, mine, group=self.group)
         return torch.stack(everybodys)
+
+    def gather_rows(self, what: str, rows: Tensor) -> Tensor:
+        """Everybody's tensors `[size, *shape]`, of one shape and dtype, on the device where this worker's is."""
+        mine = rows.detach().contiguous()
+        if self.size == 1:
+            return mine.unsqueeze(0)
+        everybodys = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._at(what):
+            dist.all_gather(everybodys, mine, group=self.group)
+        return torch.stack(everybodys)
+
+    def broadcast_tensors(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The first worker's tensors; everybody's have the same shapes and dtypes."""
+        if self.size == 1:
+            return list(tensors)
+        found = [t.detach().contiguous().clone() for t in tensors]
+        with self._at(what):
+            for tensor in found:
+                dist.broadcast(tensor, group=self.group, group_src=0)
+        return found
 
     def sum(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums over all workers, bit for bit the same on each of them: one all-reduce for each dtype."""

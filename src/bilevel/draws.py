@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from bilevel import distributed, randomness, trees
 from bilevel.distributed import Workers
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator, control_variates
+from bilevel.estimators.spreading import agreed_state
 from bilevel.inner_loop import Carried
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.trees import Tree
@@ -110,6 +111,9 @@ class Draws:
             ) from error
         except SolverError as error:
             raise SolverError(f"outer step {outer_step}: {error}") from error
-        if self.stream:
+        if self.stream and found.carried is not None:
             self.carried = found.carried
+            if found.carried.tangents is None:  # with them, all workers have agreed already
+                state = agreed_state(found.carried.state, distributed.current())
+                self.carried = replace(found.carried, state=state)
         return found

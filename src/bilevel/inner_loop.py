@@ -107,6 +107,7 @@ class InnerLoop:
         state = self.init(self.meta)
         for module in modules_in(state):
             refuse_running_statistics(module, "params")
+        requirements.whole_at_each_worker(state)
         if not isinstance(self.problem, BlackBox) and not trees.split(state).differentiable:
             raise TypeError(
                 f"init returned {state!r} ({type(state).__name__}); the inner state must hold a floating-point tensor, "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.stateless import _reparametrize_module
 
+from bilevel import sharded_modules
 from bilevel.trees import NAMESPACE, Tree
 
 
@@ -37,6 +38,7 @@ class ModuleView:
     named_tensors: dict[str, Tensor]
 
     def __init__(self, module: nn.Module, named_tensors: Mapping[str, Tensor] | None = None) -> None:
+        sharded_modules.reshard(module)
         if named_tensors is None:
             named_tensors = {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
         known = [name for name, _ in module.named_parameters(remove_duplicate=False)]
@@ -46,6 +48,9 @@ class ModuleView:
         self._hold(module, named_tensors)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if sharded_modules.is_sharded(self.module):
+            sharded_modules.reshard(self.module)  # a loss may have called it too, past this view
+            return sharded_modules.call(self.module, self._tensor_of_each_parameter(), args, kwargs)
         return functional_call(self.module, self._tensor_of_each_slot(), args, kwargs, tie_weights=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +94,8 @@ class ModuleView:
     def _evaluate(self, access: Callable[[nn.Module], Any]) -> Any:
         """`access(module)`, computed while the view's tensors stand in the places of the parameters."""
         inside = {f"module.{slot}": tensor for slot, tensor in self._tensor_of_each_slot().items()}
-        return self._viewed(functional_call(_Access(self.module, access), inside, (), tie_weights=False))
+        with sharded_modules.uncalled(self.module):
+            return self._viewed(functional_call(_Access(self.module, access), inside, (), tie_weights=False))
 
     def _tensor_of_each_parameter(self) -> dict[nn.Parameter, Tensor]:
         """A parameter that goes by several names (tied weights) is meant by any of them."""

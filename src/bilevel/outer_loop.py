@@ -63,6 +63,8 @@ class OuterLoop:
         tree = modules.as_tree(meta)
         self._parts = trees.split(tree)
         for name, leaf in trees.named_leaves(tree, "meta"):
+            if trees.is_spread(leaf):
+                raise TypeError(f"{name} is a DTensor; meta parameters must be whole in every process: .full_tensor()")
             if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
                 what = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"{leaf!r} ({type(leaf).__name__})"
                 raise TypeError(

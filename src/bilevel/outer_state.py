@@ -85,6 +85,12 @@ def _placed_like(loop: OuterLoop, tensors: Sequence[Tensor] | None) -> list[Tens
 
 def _as_dict(carried: Carried) -> dict[str, Any]:
     """For a checkpoint: the leaves of the state instead of its tree, which the problem can make again."""
+    for name, leaf in trees.named_leaves(carried.state, "state"):
+        if trees.is_spread(leaf):
+            raise ValueError(
+                f"{name} of the stream is spread over processes, and a checkpoint is written by one of them; for a "
+                "stream over a sharded model call fit without out="
+            )
     return {**{f.name: getattr(carried, f.name) for f in fields(carried)}, "state": trees.leaves(carried.state)}
 
 

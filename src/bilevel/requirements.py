@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import trees
+from bilevel import distributed, trees
 from bilevel.errors import NonFiniteError
 from bilevel.modules import modules_in, refuse_running_statistics
 from bilevel.problem import BlackBox, Unrollable
@@ -43,6 +43,8 @@ def meta_parameters(meta: Tree) -> None:
                 f"{name} is {leaf!r} ({type(leaf).__name__}); meta parameters are floating-point tensors: write "
                 "torch.tensor(...) around numbers, and leave everything else out of meta"
             )
+        if trees.is_spread(leaf):
+            raise TypeError(f"{name} is a DTensor; meta parameters must be whole in every process: .full_tensor()")
         if not leaf.is_floating_point():
             instead = "pass torch.view_as_real(...)" if leaf.is_complex() else "write .float()"
             raise TypeError(f"{name} has dtype {leaf.dtype}; meta parameters must be real floating point: {instead}")
@@ -62,6 +64,23 @@ def finite(meta: Tree) -> None:
             raise NonFiniteError(
                 f"{name} holds NaN or infinity before the first inner step; if it did not at the start, an earlier "
                 "outer step broke it: lower the outer learning rate or clip the hypergradient"
+            )
+
+
+def whole_at_each_worker(state: Tree) -> None:
+    """Nobody shares work with a process without which he can compute nothing."""
+    workers = distributed.current()
+    if workers.size == 1:
+        return
+    sharing = set(workers.processes)
+    for name, leaf in trees.named_leaves(state, "state"):
+        holders = sharing.intersection(trees.holders(leaf))
+        if len(holders) > 1:
+            raise ValueError(
+                f"{name} is spread over processes {sorted(holders)}, which must make every estimate together, and they "
+                "share the estimator's work with each other; for fit, pass "
+                "workers=bilevel.Workers.of(sharers=bilevel.Workers()), or with a mesh of two dimensions "
+                "sharers=bilevel.Workers.of(mesh.get_group(...)) for the one along which the model is repeated"
             )
 
 

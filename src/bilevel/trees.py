@@ -115,9 +115,19 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if shard is None else shard()
 
 
+def is_spread(leaf: Any) -> bool:
+    """Whether it is a `DTensor`."""
+    return isinstance(leaf, Tensor) and hasattr(leaf, "to_local")
+
+
+def holders(leaf: Any) -> list[int]:
+    """The ranks of the processes over which a leaf is spread; none if it is whole."""
+    return leaf.device_mesh.mesh.flatten().tolist() if is_spread(leaf) else []
+
+
 def spread_like(shard: Tensor, like: Tensor) -> Tensor:
     """The inverse of `local`: a tensor that is spread over processes as `like` is, if it is."""
-    if not hasattr(like, "to_local"):
+    if not is_spread(like):
         return shard
     from torch.distributed.tensor import DTensor
 

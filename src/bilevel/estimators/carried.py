@@ -24,23 +24,28 @@ directions, so the noise of one outer step is that of the next and does not aver
 never leaves that span: right for a single gradient over a long history, wrong for training many meta parameters. Fresh
 directions have neither fault and more variance. Cost: (1 + 2b)·T units for a window, as without carrying.
 
+Workers share the directions chunk by chunk. At the end of a window all have the state and the tangents of all, b·M
+numbers, so that a checkpoint holds them and any number of workers can go on.
+
 Reference: Tallec and Ollivier, 2017 (UORO, whose step is one inner step and whose b is 1); Williams and Zipser, 1989,
 on what a derivative carried through changing parameters is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, randomness, trees
+from bilevel import autodiff, distributed, exchange, randomness, trees
 from bilevel import directions as random_directions
 from bilevel.differences import push_on_by_differences
 from bilevel.directions import Directions
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, like_meta
+from bilevel.estimators.spreading import agreed_state, all_rows, spread_slopes
 from bilevel.inner_loop import Carried
 from bilevel.unroll import Slopes, Unroll
 
@@ -56,21 +61,21 @@ def estimate(settings: ForwardGradient, run: Unroll) -> Estimate:
     """One window by a `ForwardGradient` that carries its tangents."""
     if settings.carry == "fresh":
         return _with_fresh_directions(settings, run)
-    directions = _directions(settings, run, run.seed)
+    directions, chunk = _directions(settings, run, run.seed), _chunk(settings)
     variates = control_variates.gradients(settings.control_variate, run)
-    vectors = directions.draw(range(settings.directions))
-    slopes, tangents = _push(settings, run, vectors, _past(run, settings.directions, 1.0))
-    run.require_connections(slopes.moved, slopes.slopes, slopes.state)
-    found = control_variates.combine(directions, slopes.slopes, variates)
+    past = _past(run, settings.directions, 1.0)
+    slopes, tangents = _push(settings, run, directions.draw, past)
+    among = exchange.partners(settings.exchange, directions, distributed.current())
+    found = control_variates.combine(directions, slopes.slopes, variates, chunk, among)
     left = {} if found.variance_left is None else {"variance_left": found.variance_left}
-    carried = Carried(trees.detach(slopes.state), run.first_step + run.steps, tangents)
+    carried = Carried(slopes.state, run.first_step + run.steps, tangents)
     return Estimate(slopes.value, like_meta(run, found.grad), slopes.state, found.standard_error, left, carried)
 
 
 def _with_fresh_directions(settings: ForwardGradient, run: Unroll) -> Estimate:
     count, before = settings.directions, run.carried
     directions = _directions(settings, run, randomness.derive(run.seed, _FRESH, run.first_step))
-    vectors = labels = directions.draw(range(count))
+    vectors = labels = directions.draw(range(count))  # by every worker: all labels are needed for the gradient
     balance = 1.0
     if before is not None and before.tangents is not None:
         if before.labels is None:
@@ -79,8 +84,7 @@ def _with_fresh_directions(settings: ForwardGradient, run: Unroll) -> Estimate:
         if lengths[0] > 0 and lengths[2] > 0:
             balance = (lengths[0] / lengths[1]) ** 0.25 * (before.first_norm / lengths[2] ** 0.5) ** 0.5
         labels = [old / balance + fresh for old, fresh in zip(before.labels, vectors, strict=True)]
-    slopes, tangents = _push(settings, run, vectors, _past(run, count, balance))
-    run.require_connections(slopes.moved, slopes.slopes, slopes.state)
+    slopes, tangents = _push(settings, run, lambda numbers: _rows(vectors, numbers), _past(run, count, balance))
     terms = [torch.einsum("b,b...->b...", slopes.slopes.to(label), label) for label in labels]
     grad = [term.mean(0) for term in terms]
     error = None
@@ -89,7 +93,7 @@ def _with_fresh_directions(settings: ForwardGradient, run: Unroll) -> Estimate:
         error = (spread / (count * (count - 1))) ** 0.5
     goes_on = before is not None and before.tangents is not None
     norm = before.first_norm if before is not None and goes_on else float(trees.squared_norm(tangents).sqrt())
-    carried = Carried(trees.detach(slopes.state), run.first_step + run.steps, tangents, labels, norm)
+    carried = Carried(slopes.state, run.first_step + run.steps, tangents, labels, norm)
     return Estimate(slopes.value, like_meta(run, grad), slopes.state, error, carried=carried)
 
 
@@ -98,6 +102,12 @@ def _directions(settings: ForwardGradient, run: Unroll, seed: int) -> Directions
     directions = Directions(settings.distribution, seed, settings.directions, trees.leaves(run.meta))
     directions.require_count("Forward() gives the exact gradient")
     return directions
+
+
+def _chunk(settings: ForwardGradient) -> int:
+    """Directions that are pushed at once."""
+    share = -(-settings.directions // distributed.current().size)
+    return min(settings.chunk_size or share, share)
 
 
 def _past(run: Unroll, count: int, scale: float) -> list[Tensor] | None:
@@ -110,10 +120,31 @@ def _past(run: Unroll, count: int, scale: float) -> list[Tensor] | None:
 
 
 def _push(
-    settings: ForwardGradient, run: Unroll, vectors: list[Tensor], past: list[Tensor] | None
+    settings: ForwardGradient, run: Unroll, draw: Callable[[range], list[Tensor]], past: list[Tensor] | None
 ) -> tuple[Slopes, list[Tensor]]:
-    begun = run.push_init(vectors)
-    if past is not None:
-        begun = autodiff.Pushed(begun.value, past)
+    """Slopes and tangents of all directions, of which this worker pushes its chunks."""
+    count, chunk, workers = settings.directions, _chunk(settings), distributed.current()
     push = push_on_by_differences if settings.first_order else Unroll.push_on
-    return push(run, begun, vectors)
+    mine: list[list[Tensor]] = []
+
+    def push_chunks(chunks: Sequence[range]) -> Slopes:
+        found = []
+        for numbers in chunks:
+            vectors = draw(numbers)
+            begun = run.push_init(vectors)
+            if past is not None:
+                begun = autodiff.Pushed(begun.value, _rows(past, numbers))
+            slopes, tangents = push(run, begun, vectors)
+            found.append(slopes)
+            mine.append(tangents)
+        together = torch.cat([slopes.slopes for slopes in found])
+        return found[-1]._replace(slopes=together, moved=any(slopes.moved for slopes in found))
+
+    slopes = spread_slopes(run, count, chunk, push_chunks, workers)
+    run.require_connections(slopes.moved, slopes.slopes, slopes.state)
+    slopes = slopes._replace(state=agreed_state(trees.detach(slopes.state), workers))
+    return slopes, all_rows("tangents", count, chunk, mine, slopes.state, workers)
+
+
+def _rows(stacks: Sequence[Tensor], numbers: range) -> list[Tensor]:
+    return [stack[numbers.start : numbers.stop] for stack in stacks]

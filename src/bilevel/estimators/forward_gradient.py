@@ -54,7 +54,8 @@ class ForwardGradient(Estimator):
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.
         carry: for streams (`fit(..., stream=True)`, or `carried=` in a call): `"tangents"` go on from one window of
             inner steps to the next along the same directions, or `"fresh"` directions join them in each window. See
-            `bilevel.estimators.carried` for what is unbiased then.
+            `bilevel.estimators.carried` for what is unbiased then. The tangents of all b directions are kept, in
+            whatever chunks they are pushed.
         exchange: what several workers send each other: `"slopes"`, one number for each direction, from which each of
             them adds up the gradient, or also the `"gradient"`, by an all-reduce; `"auto"` takes what costs less time.
             With `"slopes"`, the estimate is the same to the last bit on any number of workers up to b/chunk_size.
@@ -111,9 +112,8 @@ class ForwardGradient(Estimator):
             raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
 
     def _require_carriable(self) -> None:
-        for name, plain in (("chunk_size", None), ("support", "all")):
-            if self.carry != "nothing" and getattr(self, name) != plain:
-                raise ValueError(f"carry={self.carry!r} keeps all tangents of all entries: leave {name}={plain!r}")
+        if self.carry != "nothing" and self.support != "all":
+            raise ValueError(f"carry={self.carry!r} keeps the tangents of all entries: leave support='all'")
         if self.carry != "nothing" and self.tangents == "shared":
             raise ValueError(f'carry={self.carry!r} with tangents="shared": take tangents="exact" or "difference"')
         if self.carry == "tangents" and control_variates.running_mean_of(self) is not None:

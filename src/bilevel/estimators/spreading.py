@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel import trees
 from bilevel.diagnosis import require_finite
 from bilevel.distributed import Workers
+from bilevel.trees import Tree
 from bilevel.unroll import Slopes, Unroll
 
 
@@ -46,6 +47,47 @@ def spread_slopes(
         slopes[start : start + length] = received[owner, taken[owner] : taken[owner] + length]
         taken[owner] += length
     return Slopes(received[0, 0].to(pushed.value), pushed.state, slopes.to(pushed.slopes), bool(received[:, 1].any()))
+
+
+def all_rows(
+    what: str, count: int, chunk: int, mine: Sequence[list[Tensor]], state: Tree, workers: Workers
+) -> list[Tensor]:
+    """Tangents `[count, *leaf.shape]` of all directions, a stack for each leaf of a state, from everybody's chunks."""
+    leaves = trees.split(state).differentiable
+    if workers.size > 1 and any(map(trees.is_spread, leaves)):
+        raise ValueError(
+            "the tangents of a sharded inner model are carried on by one worker alone; pass sharers=bilevel.Workers(), "
+            'or take carry="nothing"'
+        )
+    own = (
+        [torch.cat(parts) for parts in zip(*mine, strict=True)] if mine else [t.new_zeros(0, *t.shape) for t in leaves]
+    )
+    if workers.size == 1:
+        return own
+    starts = range(0, count, chunk)
+    most = -(-len(starts) // workers.size) * chunk
+    result = []
+    for rows in own:
+        received = workers.gather_rows(what, torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])]))
+        # Worker r's chunks are r, r + size, …: taken in turns they come in their order.
+        turns = received.unflatten(1, (-1, chunk)).transpose(0, 1)
+        pieces = [
+            turns[i // workers.size, i % workers.size, : min(chunk, count - start)] for i, start in enumerate(starts)
+        ]
+        result.append(torch.cat(pieces))
+    return result
+
+
+def agreed_state(state: Tree, workers: Workers) -> Tree:
+    """The first worker's: those of others, who had other directions for company, may differ in their last bits, and so
+    would what begins there.
+    """
+    parts = trees.split(state)
+    mine = [*parts.differentiable, *parts.other]
+    firsts = workers.broadcast_tensors("the state", [trees.local(t) for t in mine])
+    tensors = [trees.spread_like(t, like) for t, like in zip(firsts, mine, strict=True)]
+    count = len(parts.differentiable)
+    return parts.rebuild(tensors[:count], tensors[count:])
 
 
 def gathered(what: str, count: int, mine: Sequence[Tensor], workers: Workers) -> Tensor:
