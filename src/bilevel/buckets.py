@@ -20,7 +20,7 @@ LIMIT = 2**15
 class Buckets:
     """A partition of a list of tensors by their shapes, dtypes and devices alone.
 
-    Large tensors stay alone, and so do those that are spread over processes or of another class of the user's.
+    Large tensors stay alone. So do all if one of them is spread over processes, or of a class of the user's.
 
     >>> tensors = [torch.ones(2, 2), torch.ones(1, dtype=torch.float64), torch.zeros(3)]
     >>> buckets = Buckets.of(tensors)
@@ -38,11 +38,12 @@ class Buckets:
     @classmethod
     def of(cls, tensors: Sequence[Tensor], limit: int = LIMIT) -> Buckets:
         """The partition with at most `limit` elements in a bucket of several tensors."""
+        ordinary = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         members: list[list[int]] = []
         open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
         for i, tensor in enumerate(tensors):
             kind, size = (tensor.dtype, tensor.device), tensor.numel()
-            if type(tensor) not in (Tensor, nn.Parameter) or size > limit:
+            if size > limit or not ordinary:
                 members.append([i])
                 continue
             bucket, filled = open_buckets.get(kind, ([], limit + 1))

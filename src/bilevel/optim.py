@@ -229,7 +229,8 @@ class Optimizer:
         if step == 0 and issubclass(self.algorithm, torch.optim.SGD):
             settings["dampening"] = 0.0
         self._require_memory_of_momentum(state, step, settings)
-        buckets = self._buckets(parameters)
+        # Shards, which come as ordinary tensors for the time of an update, have a memory each.
+        buckets = Buckets.of(parameters, limit=0) if len(state) == len(parameters) else self._buckets(parameters)
         clones, gradients = buckets.joined(parameters, fresh=True), buckets.joined(gradients)
         instance = self._timetable.blank()
         instance.param_groups = [{**settings, "params": clones}]
