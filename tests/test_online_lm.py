@@ -584,6 +584,7 @@ FLAGS = [
     *("--width", "8", "--layers", "1", "--heads", "2", "--tune-steps", "4", "--tune-batch", "4"),
     *("--tune-documents", "2", "--inner-steps", "3", "--short-draws", "1", "--short-steps", "2", "--stream", "4"),
     *("--evaluation-runs", "2", "--learning-rates", "0.05", "0.1", "--answer-tokens", "3", "--outer-steps", "2"),
+    *("--clip-norm", "1e-6"),
 ]
 
 
@@ -632,7 +633,10 @@ def test_the_command_from_nothing_to_a_report(tmp_path: Path) -> None:
             assert math.isfinite(found[measure]["mean"])
     assert results["methods"]["no_adaptation"]["learning_rate"] is None
     assert (out / "report.html").stat().st_size > 10_000
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["clipped_to"] == pytest.approx(min(1.0, 1e-6 / row["grad_norm"]))
     before = results["methods"]
     trained = WeightModel.from_pretrained(out / "weight_model")
     assert not torch.equal(trained.weight.weight, torch.zeros_like(trained.weight.weight))
