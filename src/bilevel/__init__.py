@@ -10,6 +10,7 @@ from bilevel.distributed import Workers, join_workers
 from bilevel.errors import (
     BilevelError,
     CheckpointError,
+    CompileError,
     DataError,
     MemoryBudgetError,
     MissingDerivativeError,
@@ -51,6 +52,7 @@ __all__ = [
     "BlackBox",
     "Carried",
     "CheckpointError",
+    "CompileError",
     "CoarserProblem",
     "Compared",
     "ConjugateGradient",

@@ -113,6 +113,7 @@ def plan(
 
 def plan_of(run: Unroll, memory: str | float, directions: int, workers: int) -> Plan:
     """The plan for an inner loop that has been checked."""
+    run = run.eager  # what compiled code allocates can't be counted
     steps = 1 if isinstance(run.problem, BlackBox) else run.steps
     return from_costs(costs.measure(run), steps, memory, directions, workers)
 
