@@ -41,6 +41,7 @@ from bilevel.trees import Tree
 Gradient = Callable[[Tree, Tree, Any], "list[Tensor]"]
 Tensors = Sequence[Tensor]
 
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 MOST_CASES = 16
 """Sets of shapes (and numbers) for which one function is compiled at most."""
 
@@ -63,7 +64,7 @@ def _timed() -> Iterator[None]:
         _Clock.seconds += time.perf_counter() - began
 
 
-def backend_named(compile: bool | str) -> str | None:  # noqa: A002
+def backend_named(compile: bool | str) -> str | None:
     """The backend of `torch.compile` that `compile=` asks for; `None` for none."""
     if compile is False:
         return None
@@ -294,24 +295,23 @@ class _Call:
     @property
     def key(self) -> Hashable:
         """What a compiled function holds for."""
+        numbers = tuple(part.rest for part in self._parts)
+        if not all(isinstance(each, _PLAIN) for rest in numbers for each in rest):
+            self._refuse_opaque()
+        tensors = [(t.shape, t.stride(), t.dtype, t.device) for t in (*self.theta, *self.phi, *self.rest)]
+        outlines = [trees.flatten(as_plain_tree(tree))[1] for tree in self._trees]
+        types = tuple(type(each) for rest in numbers for each in rest)  # True == 1 == 1.0
+        modules = [(tuple(slots), _outline(view.module)) for view, slots in zip(self._views, self._slots, strict=True)]
+        return (*tensors, *outlines, numbers, types, *modules, *_switches())
+
+    def _refuse_opaque(self) -> None:
         for name, tree in zip(("params", "meta", "batch"), self._trees, strict=True):
             for place, leaf in trees.named_leaves(tree, name):
-                if not isinstance(leaf, Tensor | bool | int | float | complex | str | bytes | torch.dtype | torch.device):
+                if not isinstance(leaf, (Tensor, *_PLAIN)):
                     raise CompileError(
                         f"{place} is a {type(leaf).__name__}, whose contents would be fixed by compiling; pass tensors "
                         "in dicts, lists and tuples (dict(batch) for what a tokenizer returns), or leave compile=False"
                     )
-        for view in self._views:
-            if any(isinstance(layer, Recomputed) for layer in view.module.modules()):
-                raise CompileError(
-                    "a Recomputed layer has no effect in a compiled gradient, which decides itself what to keep; use "
-                    "the layer without it, or leave compile=False"
-                )
-        tensors = [(t.shape, t.stride(), t.dtype, t.device) for t in (*self.theta, *self.phi, *self.rest)]
-        outlines = [trees.flatten(as_plain_tree(tree))[1] for tree in self._trees]
-        numbers = [part.rest for part in self._parts]
-        modules = [(type(v.module), tuple(s), _outline(v.module)) for v, s in zip(self._views, self._slots, strict=True)]
-        return (*tensors, *outlines, *numbers, *map(_typed, numbers), *modules, *_switches())
 
     @contextmanager
     def with_inputs(self, inputs: Tensors) -> Iterator[tuple[Tree, Tree, Any]]:
@@ -352,7 +352,8 @@ class _Differentiable(torch.autograd.Function):
                 "take compile=False"
             )
         case: _Case = ctx.case
-        found = iter(() if case.back is None else case.back([*ctx.saved_tensors, *(w.contiguous() for w in cotangents)]))
+        inputs = [*ctx.saved_tensors, *(w.contiguous() for w in cotangents)]
+        found = iter(() if case.back is None else case.back(inputs))
         return None, None, None, *(next(found) if connected else None for connected in case.connected)
 
 
@@ -375,11 +376,16 @@ def _constant_slots(view: ModuleView) -> dict[str, Tensor]:
 
 
 def _outline(module: nn.Module) -> Hashable:
-    return tuple((name, type(layer), layer.training, layer.extra_repr()) for name, layer in module.named_modules())
-
-
-def _typed(numbers: Sequence[Any]) -> tuple[type, ...]:
-    return tuple(type(number) for number in numbers)  # True == 1 == 1.0
+    """What a module computes, as far as its layers say."""
+    found = []
+    for layer in module.modules():
+        if isinstance(layer, Recomputed):
+            raise CompileError(
+                "a Recomputed layer has no effect in a compiled gradient, which decides itself what to keep; use the "
+                "layer without it, or leave compile=False"
+            )
+        found.append((type(layer), layer.training, layer.extra_repr()))
+    return tuple(found)
 
 
 def _switches() -> tuple[Hashable, ...]:
@@ -390,7 +396,7 @@ def _switches() -> tuple[Hashable, ...]:
         cuda.mem_efficient_sdp_enabled(),
         cuda.math_sdp_enabled(),
         torch.backends.mha.get_fastpath_enabled(),
-        torch.backends.mkldnn.enabled,  # pyright: ignore[reportAttributeAccessIssue]
+        torch._C._get_mkldnn_enabled(),
         torch.get_default_dtype(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
     )

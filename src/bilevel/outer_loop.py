@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import distributed, modules, randomness, trees
+from bilevel.compiled import compile_seconds
 from bilevel.distributed import Workers
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator, control_variates
 from bilevel.inner_loop import Carried
 from bilevel.metrics import Row
 from bilevel.optim import Optimizer
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.trees import Tree
 from bilevel.unroll import unroll
 
@@ -158,12 +159,17 @@ class OuterLoop:
         return self.outer_step - self.phase_step + sum(phase.steps for phase in self.phases[self.phase :])
 
     @property
+    def _backend(self) -> str | None:
+        """What compiles the inner gradient."""
+        return self.problem.backend if isinstance(self.problem, GradientDescent) else None
+
+    @property
     def finished(self) -> bool:
         return self.phase == len(self.phases)
 
     def advance(self) -> OuterStep:
         """One outer step."""
-        began = time.perf_counter()
+        began, compiling = time.perf_counter(), compile_seconds()
         phase = self.phases[self.phase]
         found, taken_back = self._estimates_or_retreat(phase)
         gradients = [total / phase.accumulate for total in found.sums]
@@ -187,7 +193,10 @@ class OuterLoop:
         self.draws += phase.accumulate
         self.outer_step += 1
         self._count_phase_step(phase, outer_loss)
-        self.seconds += time.perf_counter() - began
+        compiling = compile_seconds() - compiling
+        self.seconds += time.perf_counter() - began - compiling
+        if self._backend is not None:
+            row["compile_seconds"] = round(compiling, 4)
         row["seconds"] = round(self.seconds, 4)
         return OuterStep(self.outer_step, self.user_meta(), found.last, row)
 
@@ -354,6 +363,7 @@ class OuterLoop:
             "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
             "config": dict(config),
             **({"stream": True} if self.stream else {}),
+            **({} if self._backend is None else {"compile": self._backend}),
         }
 
     def state(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def plan(
 
     One inner step of the problem is measured, plainly, forwards with tangents and backwards, and each method's price
     put together from that and from T and N. Transfers to the disk are taken to be hidden behind the computing. Costs
-    some fifty inner steps.
+    some fifty inner steps. Of a problem with `compile=True` the step is measured as it is without.
 
     Args:
         problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.

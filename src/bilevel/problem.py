@@ -142,7 +142,7 @@ class GradientDescent:
         outer_loss: Callable[[Any, Any, Any], Tensor],
         params: nn.Module | Tree | Callable[[Any], nn.Module | Tree],
         optimizer: Optimizer,
-        compile: bool | str = False,  # noqa: A002
+        compile: bool | str = False,
     ) -> None:
         checks.a_function(inner_loss, "inner_loss", "inner_loss(params, meta, batch)")
         checks.a_function(outer_loss, "outer_loss", "outer_loss(params, meta, batch)")
@@ -254,9 +254,7 @@ class GradientDescent:
         if self._compiled is not None:
             return self._compiled.joint_product(params, meta, batch, along)
         direction = [t.unsqueeze(0) for t in along]
-        pushed = autodiff.push_forward(
-            lambda params: self.joint_gradient(params, meta, batch), [params], [direction]
-        )
+        pushed = autodiff.push_forward(lambda params: self.joint_gradient(params, meta, batch), [params], [direction])
         return [tangent[0] for tangent in pushed.tangents]
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor]:

@@ -19,7 +19,8 @@ def trace(
     It is run on tensors without values, so that an operation that asks for one is an error, instead of the way that
     these values happen to take. Tensors that it reads besides are constants of the graph, by reference.
 
-    >>> graph = trace(lambda primals, tangents: [primals[0].clone().add_(tangents[0])], [torch.ones(2)], [torch.ones(2)])
+    >>> x = torch.ones(2)
+    >>> graph = trace(lambda primals, tangents: [primals[0].clone().add_(tangents[0])], [x], [x])
     >>> [node.target for node in graph.graph.nodes if node.op == "call_function"]  # nothing in place
     [<OpOverload(op='aten.clone', overload='default')>, <OpOverload(op='aten.add', overload='Tensor')>]
     """
@@ -31,7 +32,11 @@ def trace(
         first = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(primals, tangents)
         # A second time, since autograd inside of functionalize would take other ways than outside.
         pure = functionalize(lambda primals, tangents: first(primals, tangents))
-        return make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(primals, tangents)
+        traced = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(primals, tangents)
+    for node in traced.graph.nodes:
+        if {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & {*getattr(node.target, "tags", ())}:
+            raise ValueError(f"the result of {node.target} depends on values in its shape, or is a number")
+    return traced
 
 
 @contextmanager

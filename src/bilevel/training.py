@@ -32,7 +32,7 @@ class FitResult:
     """The trained meta parameters, in the form `fit` was given; an `nn.Module` is trained in place."""
     history: list[Row]
     """One dict for each outer step: `outer_step`, `phase`, `outer_loss`, `grad_norm`, `standard_error`,
-    `signal_to_noise`, `seconds`."""
+    `signal_to_noise`, `seconds`; with `compile=True` also `compile_seconds`, which `seconds` leaves out."""
 
 
 def fit(
