@@ -382,9 +382,10 @@ def test_meta_parameters_in_a_module() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-def test_carried_tangents() -> None:
+@pytest.mark.parametrize("carry", ["tangents", "fresh"])
+def test_carried_tangents(carry: Any) -> None:
     case = one_parameter(lambda theta, meta, batch: (theta.cos() * meta.exp()).sum())
-    estimator, carried = bilevel.ForwardGradient(2, carry="fresh"), [None, None]
+    estimator, carried = bilevel.ForwardGradient(2, carry=carry), [None, None]
     for _ in range(2):
         pair = [
             estimator(problem, case.meta, case.batches, carried=before)

@@ -128,8 +128,9 @@ def _call(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: i
 
 def _not_yet_compiled(problem: Unrollable | BlackBox) -> Unrollable | BlackBox:
     """The problem with nothing compiled for it so far."""
-    compiles = isinstance(problem, GradientDescent) and problem.backend is not None
-    return problem.compiled(problem.backend) if compiles else problem
+    if isinstance(problem, GradientDescent) and problem.backend is not None:
+        return problem.compiled(problem.backend)
+    return problem
 
 
 def _draws(estimator: Estimator, repeats: int) -> list[Estimator]:

@@ -33,11 +33,11 @@ class Estimate:
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     """What the method observed on the way, such as the residual of a linear solve."""
+    carried: Carried | None = None
+    """Where the inner loop ended; passed to the next call as `carried=`, that one goes on from there."""
     compile_seconds: float = 0.0
     """Wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up for the first time.
     """
-    carried: Carried | None = None
-    """Where the inner loop ended; passed to the next call as `carried=`, that one goes on from there."""
 
 
 @dataclass(frozen=True)
