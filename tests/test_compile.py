@@ -382,6 +382,20 @@ def test_meta_parameters_in_a_module() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
+def test_meta_parameters_in_the_update() -> None:
+    """The update is not compiled, and its dependence on φ is not to be lost beside what is."""
+    problem = bilevel.GradientDescent(
+        lambda theta, meta, batch: (theta.sin() * meta.exp()).sum(),
+        lambda theta, meta, batch: (theta**2).sum(),
+        normal(2, seed=1),
+        bilevel.optimizer(torch.optim.SGD, lr=lambda meta: meta[0].sigmoid()),
+    )
+    case = case_of(problem, normal(2))
+    for estimator in (bilevel.Reverse(), bilevel.Reverse(product="mixed"), bilevel.ForwardGradient(2)):
+        found, expected = case.both(estimator)
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("carry", ["tangents", "fresh"])
 def test_carried_tangents(carry: Any) -> None:
     case = one_parameter(lambda theta, meta, batch: (theta.cos() * meta.exp()).sum())
