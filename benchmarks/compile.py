@@ -180,9 +180,10 @@ def as_markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     missing = [f"{model} `{method}`" for model in SUBJECTS for method in METHODS if (model, method) not in there]
     lines += [
         "",
-        "The last two columns: relative difference of the compiled hypergradient from the uncompiled one, and how far the "
-        "uncompiled one moves when every number of φ is rounded differently. Inside of Adam, gradients that are zero but "
-        "for rounding are divided by about 1e-8, so a hypergradient through it is not determined more closely than that.",
+        "The last two columns: relative difference of the compiled hypergradient from the uncompiled one, and how "
+        "far the uncompiled one moves when every number of φ is rounded differently. Inside of Adam, gradients "
+        "that are zero but for rounding are divided by about 1e-8, so a hypergradient through it is not "
+        "determined more closely than that.",
         *(["", f"Not measured: {', '.join(missing)}."] if missing else []),
     ]
     return "\n".join(lines) + "\n"
