@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain_training import default_dtype
 from small_runs import results_of, rows_of, run
 from torch import Tensor, nn
 from torch.nn import functional
@@ -119,9 +118,8 @@ ESTIMATORS: list[bilevel.Estimator] = [
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def model(request: pytest.FixtureRequest) -> Iterator[Case]:
-    with default_dtype(DOUBLE):
-        yield case_of(*MODELS[request.param]())
+def model(request: pytest.FixtureRequest) -> Case:
+    return case_of(*MODELS[request.param]())
 
 
 def test_every_estimator_and_checkpoint_setting_gives_the_same(model: Case) -> None:
