@@ -10,6 +10,7 @@ from bilevel.distributed import Workers, join_workers
 from bilevel.errors import (
     BilevelError,
     CheckpointError,
+    CompileError,
     DataError,
     MemoryBudgetError,
     MissingDerivativeError,
@@ -54,6 +55,7 @@ __all__ = [
     "CheckpointError",
     "CoarserProblem",
     "Compared",
+    "CompileError",
     "ConjugateGradient",
     "Constant",
     "DataError",

@@ -57,6 +57,8 @@ class CompareOptions:
     """Folder with the data files, for presets that need any."""
     repeats: int = 1
     """Draws of random directions for each estimator that has any; with more than one, bias and variance are shown."""
+    compile: str | None = field(default=None, metadata={"metavar": "BACKEND"})
+    """Compile the inner gradient and its derivatives with a backend of torch.compile, such as inductor."""
     out: Path | None = None
     """Also write the table to this JSON file, and a plot of error against units beside it (.png)."""
 
@@ -175,7 +177,7 @@ def _compare(rest: list[str]) -> None:
         )
     inner_batches = setup.inner_batches_of(draw=0)
     rows = comparison.compare(
-        setup.problem,
+        running.compiled(setup.problem, options.compile),
         setup.meta,
         inner_batches,
         setup.outer_batch_of(draw=0),
@@ -209,9 +211,10 @@ _WIDE = 140
 def _comparison_table(rows: Sequence[comparison.Compared], title: str, numbered: bool) -> Table:
     """Numbers of each method; in a narrow terminal with numbers for the long names as well."""
     numbers = ("relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB")
+    compiles = any(row.compile_seconds is not None for row in rows)
     table = Table(
         Column("" if numbered else "estimator", overflow="fold"),
-        *(Column(name, justify="right") for name in numbers),
+        *(Column(name, justify="right") for name in (*numbers, *(["compiling, s"] if compiles else []))),
         title=title,
         title_justify="left",
         box=box.SIMPLE_HEAD if numbered else box.HEAVY_HEAD,
@@ -228,6 +231,7 @@ def _comparison_table(rows: Sequence[comparison.Compared], title: str, numbered:
             f"{row.units:.1f}",
             f"{row.seconds:.2f}",
             "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}",
+            *([] if row.compile_seconds is None else [f"{row.compile_seconds:.1f}"]),
         )
     return table
 

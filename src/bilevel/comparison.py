@@ -15,7 +15,7 @@ from bilevel.batches import Batches
 from bilevel.estimators import Estimate, Estimator, Reverse
 from bilevel.estimators.names import describe
 from bilevel.peak_memory import PeakMemory
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.progress import bar
 from bilevel.unroll import unroll
 
@@ -46,6 +46,8 @@ class Compared:
     peak_memory_bytes: int | None
     """The most memory held during a call above what was held before: on a GPU that of torch, on a CPU the resident
     memory of the process, sampled; `None` where the system does not tell."""
+    compile_seconds: float | None = None
+    """Wall time that this method took for compiling, before it was timed; `None` if the problem is not compiled."""
 
 
 def compare(
@@ -74,6 +76,9 @@ def compare(
             two or more, bias and variance are told apart.
         progress: show a progress bar.
 
+    A problem with `compile=True` is compiled for each method anew, before that is timed; the exact hypergradient, and
+    the inner loop that is the unit, are computed without.
+
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
     ...     inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi) ** 2,
@@ -88,11 +93,10 @@ def compare(
     ('truncated-reverse', 0.333)
     """
     checks.whole_number(repeats, "repeats")
-    run = unroll(problem, meta, inner_batches, outer_batch, seed)
-    call = partial(_call, problem, meta, inner_batches, outer_batch, seed)
+    run = unroll(problem, meta, inner_batches, outer_batch, seed).eager
     rows: list[Compared] = []
     with bar("comparing", len(estimators) + 1, show=progress) as shown:
-        truth = (exact or Reverse("sqrt"))(problem, meta, inner_batches, outer_batch, seed)
+        truth = (exact or Reverse("sqrt"))(run.problem, meta, inner_batches, outer_batch, seed)
         length = float(trees.squared_norm(trees.leaves(truth.grad)).sqrt())
         if length == 0:
             raise ValueError(
@@ -101,11 +105,14 @@ def compare(
         _, plain, _ = _timed(lambda: run.descend(run.start()))
         shown.advance("exact")
         for estimator in estimators:
+            call = partial(_call, _not_yet_compiled(problem), meta, inner_batches, outer_batch, seed)
+            compiling = call(estimator).compile_seconds if run.problem is not problem else None
             with PeakMemory() as memory:
                 first, process, wall = _timed(partial(call, estimator))
             draws = _draws(estimator, repeats)
             found = [first, *(call(each) for each in draws[1:])]
-            rows.append(_compared(describe(estimator), found, truth, length, process / plain, wall, memory.peak))
+            row = _compared(describe(estimator), found, truth, length, process / plain, wall, memory.peak)
+            rows.append(replace(row, compile_seconds=compiling))
             shown.advance(rows[-1].estimator)
     return rows
 
@@ -117,6 +124,13 @@ def as_dicts(rows: Sequence[Compared]) -> list[dict[str, Any]]:
 
 def _call(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, estimator: Estimator) -> Estimate:
     return estimator(problem, meta, inner_batches, outer_batch, seed)
+
+
+def _not_yet_compiled(problem: Unrollable | BlackBox) -> Unrollable | BlackBox:
+    """The problem with nothing compiled for it so far."""
+    if isinstance(problem, GradientDescent) and problem.backend is not None:
+        return problem.compiled(problem.backend)
+    return problem
 
 
 def _draws(estimator: Estimator, repeats: int) -> list[Estimator]:

@@ -81,7 +81,7 @@ def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
     of θ_t. A derivative that happens to be zero is a connection too. T units; so this is asked only where nothing
     but zeros came through.
     """
-    meta = autodiff.start_graph(run.meta)
+    run, meta = run.eager, autodiff.start_graph(run.meta)  # compiled, leaves that depend on nothing look connected
     latest = None
     with torch.enable_grad():
         state = run.init(meta) if from_start else run.start()

@@ -15,7 +15,7 @@ from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator, control_variates
 from bilevel.estimators.spreading import agreed_state
 from bilevel.inner_loop import Carried
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.trees import Tree
 
 
@@ -56,6 +56,11 @@ class Draws:
     """Estimates made so far."""
     carried: Carried | None = None
     """In a stream, where its inner loop has got to."""
+
+    @property
+    def backend(self) -> str | None:
+        """What compiles the inner gradient."""
+        return self.problem.backend if isinstance(self.problem, GradientDescent) else None
 
     def batches(self, draw: int) -> tuple[Any, Any]:
         """The inner batches and the outer batch of a draw."""

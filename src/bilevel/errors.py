@@ -41,6 +41,10 @@ class MissingDerivativeError(BilevelError, NotImplementedError):
     """An operation of the user's model lacks the kind of derivative that the chosen estimator needs."""
 
 
+class CompileError(BilevelError, RuntimeError):
+    """The inner gradient cannot be compiled as `GradientDescent(..., compile=...)` asks."""
+
+
 class MemoryBudgetError(BilevelError, MemoryError):
     """No method fits into the memory that there is."""
 

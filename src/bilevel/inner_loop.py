@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel import randomness, requirements, trees
 from bilevel.batches import Batches
 from bilevel.modules import modules_in, refuse_running_statistics
-from bilevel.problem import BlackBox, Unrollable, require_scalar
+from bilevel.problem import BlackBox, GradientDescent, Unrollable, require_scalar
 from bilevel.trees import Tree
 
 if TYPE_CHECKING:
@@ -80,13 +80,22 @@ class InnerLoop:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
         assert not isinstance(self.problem, BlackBox)
         batch = self.inner_batches[t]
-        if t == 0:
-            requirements.one_device(meta=meta, inner_state=state, inner_batch=batch)
+        self.require_one_device(t, state, meta)
         with self.seeded_step(t):
             after = self.problem.step(state, meta, batch)
         if t == 0:
             requirements.same_structure(state, after)
         return after
+
+    def require_one_device(self, t: int, state: Tree, meta: Tree) -> None:
+        """Raise, at the first step, unless all that it needs is on one device."""
+        if t == 0:
+            requirements.one_device(meta=meta, inner_state=state, inner_batch=self.inner_batches[t])
+
+    @property
+    def eager(self) -> Self:
+        """The same inner loop, not compiled."""
+        return replace(self, problem=self.problem.eager) if isinstance(self.problem, GradientDescent) else self
 
     def seeded_step(self, t: int) -> AbstractContextManager[None]:
         """Inside, torch draws the random numbers of inner step t of this window."""

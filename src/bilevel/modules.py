@@ -212,11 +212,16 @@ def as_plain_tree(tree: Tree) -> Tree:
 
 def modules_in(tree: Tree) -> list[nn.Module]:
     """The modules behind the views in a tree."""
-    found: list[nn.Module] = []
+    return [view.module for view in views_in(tree)]
+
+
+def views_in(tree: Tree) -> list[ModuleView]:
+    """The views in a tree."""
+    found: list[ModuleView] = []
 
     def note(node: Any) -> bool:
         if isinstance(node, ModuleView):
-            found.append(node.module)
+            found.append(node)
         return False
 
     optree.tree_leaves(tree, is_leaf=note, namespace=NAMESPACE)
@@ -229,17 +234,8 @@ def standing_in(*places: Tree) -> Iterator[None]:
 
     Activation checkpointing computes layers again in the backward pass, when a view's own call is over.
     """
-    views: list[ModuleView] = []
-
-    def note(node: Any) -> bool:
-        if isinstance(node, ModuleView):
-            views.append(node)
-        return False
-
-    for place in places:
-        optree.tree_leaves(place, is_leaf=note, namespace=NAMESPACE)
     with ExitStack() as stack:
-        for view in views:
+        for view in views_in(places):
             stack.enter_context(_reparametrize_module(view.module, view._tensor_of_each_slot()))
         yield
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import modules, trees
+from bilevel.compiled import compile_seconds
 from bilevel.draws import Draws, Estimates
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate
@@ -79,7 +80,7 @@ class OuterLoop:
 
     def advance(self) -> OuterStep:
         """One outer step."""
-        began = time.perf_counter()
+        began, compiling = time.perf_counter(), compile_seconds()
         number, phase = self.progress.phase, self.progress.current
         found, taken_back = self._estimates_or_retreat(phase)
         gradients = [total / phase.accumulate for total in found.sums]
@@ -105,7 +106,10 @@ class OuterLoop:
         self.noise.add(squared, error)
         self.draws.draws += phase.accumulate
         self.progress.count(outer_loss)
-        self.seconds += time.perf_counter() - began
+        compiling = compile_seconds() - compiling
+        self.seconds += time.perf_counter() - began - compiling
+        if self.draws.backend is not None:
+            row["compile_seconds"] = round(compiling, 4)
         row["seconds"] = round(self.seconds, 4)
         return OuterStep(self.progress.outer_step, self.user_meta(), found.last, row)
 

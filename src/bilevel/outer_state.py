@@ -36,6 +36,7 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
         "config": dict(config),
         **({"stream": True} if loop.draws.stream else {}),
         **({} if loop.clip_norm is None else {"clip_norm": loop.clip_norm}),
+        **({} if loop.draws.backend is None else {"compile": loop.draws.backend}),
     }
 
 

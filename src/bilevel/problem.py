@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
+from bilevel.compiled import CompiledGradient, backend_named
 from bilevel.errors import NoDependenceError
 from bilevel.modules import ModuleView, as_tree, convertible, left_as_they_were, refuse_running_statistics, standing_in
 from bilevel.optim import Optimizer, OptimizerState, described
@@ -114,6 +116,12 @@ class GradientDescent:
             solve, from torch's (reproducibly seeded) generator, or from the meta parameters. With a module, both
             losses receive it as a `ModuleView`, called as the module itself: `model(x)`, `model(input_ids=ids)`.
         optimizer: from `bilevel.optimizer`; learning rates and weight decay may be functions of meta.
+        compile: `True` compiles the gradient of `inner_loss` and that gradient's derivatives by `torch.compile`'s
+            backend inductor, or by the backend of that name, for every set of shapes once (seconds to minutes; see
+            `Estimate.compile_seconds`). Estimators give the same but for rounding. `inner_loss` has to be a fixed
+            sequence of operations, without branches on tensors' values; what it reads besides its arguments must not
+            change, and is checked at the first step of each estimate. The optimiser's update, the outer loss and
+            `init` are not compiled. What it brings: `benchmarks/results/compile.md`.
 
     Meta parameters may be a tensor, a tree of tensors, or an `nn.Module` (or a tree with modules in it).
 
@@ -134,6 +142,7 @@ class GradientDescent:
         outer_loss: Callable[[Any, Any, Any], Tensor],
         params: nn.Module | Tree | Callable[[Any], nn.Module | Tree],
         optimizer: Optimizer,
+        compile: bool | str = False,
     ) -> None:
         checks.a_function(inner_loss, "inner_loss", "inner_loss(params, meta, batch)")
         checks.a_function(outer_loss, "outer_loss", "outer_loss(params, meta, batch)")
@@ -148,6 +157,32 @@ class GradientDescent:
         self._outer_loss = outer_loss
         makes_params = callable(params) and not isinstance(params, nn.Module | ModuleView)
         self._make_params: Callable[[Any], Any] = params if makes_params else lambda meta: params  # type: ignore[assignment]
+        self._compile_by(backend_named(compile))
+
+    def _compile_by(self, backend: str | None) -> None:
+        self._compiled: CompiledGradient | None = None
+        self.eager = self
+        """The same problem, not compiled."""
+        if backend is not None:
+            self.eager = copy.copy(self)
+            self.eager.eager = self.eager
+            self._compiled = CompiledGradient(self.eager.gradient, self.eager.joint_gradient, backend)
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of `torch.compile` that compiles the inner gradient; `None` if it is not compiled."""
+        return None if self._compiled is None else self._compiled.backend
+
+    def compiled(self, backend: str = "inductor") -> GradientDescent:
+        """The same problem with its inner gradient compiled, and nothing compiled yet."""
+        twin = copy.copy(self.eager)
+        twin._compile_by(backend_named(backend))
+        return twin
+
+    def check_compiled_again(self) -> None:
+        """From here on, compare compiled functions once more with what they stand for, each at its next call."""
+        if self._compiled is not None:
+            self._compiled.check_again()
 
     def init(self, meta: Tree) -> Descent:
         """θ_0 and the optimiser's state before its first step."""
@@ -166,6 +201,8 @@ class GradientDescent:
 
     def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
         """∇_θ inner_loss, one tensor for each differentiable leaf of `params`."""
+        if self._compiled is not None:
+            return self._compiled.gradient(params, meta, batch)
         parts = trees.split(params)
 
         def loss(tensors: Sequence[Tensor]) -> Tensor:
@@ -201,6 +238,24 @@ class GradientDescent:
         with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
             found = autodiff.gradient(loss, tensors, differentiable=autodiff.has_graph([params, meta]))
         return [torch.zeros_like(t) for t in tensors] if found is None else found
+
+    def push_gradient(
+        self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor], along_meta: Sequence[Tensor]
+    ) -> autodiff.Pushed:
+        """∇_θ inner_loss and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ."""
+        if self._compiled is not None:
+            return self._compiled.push(params, meta, batch, along, along_meta)
+        return autodiff.push_forward(
+            lambda params, meta: self.gradient(params, meta, batch), [params, meta], [along, along_meta]
+        )
+
+    def joint_product(self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor]) -> list[Tensor]:
+        """The derivative of ∇_{θ,φ} inner_loss along one direction in θ: the Hessian's first columns times it."""
+        if self._compiled is not None:
+            return self._compiled.joint_product(params, meta, batch, along)
+        direction = [t.unsqueeze(0) for t in along]
+        pushed = autodiff.push_forward(lambda params: self.joint_gradient(params, meta, batch), [params], [direction])
+        return [tangent[0] for tangent in pushed.tangents]
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor]:
         """What vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss (minus

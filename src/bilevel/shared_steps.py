@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
+from bilevel.errors import CompileError
 from bilevel.problem import Descent, GradientDescent
 from bilevel.unroll import Slopes, Unroll
 
@@ -30,6 +31,11 @@ def push_forward_sharing_steps(run: Unroll, chunks: Sequence[list[Tensor]]) -> S
             f'tangents="shared" needs the inner loss, whose second derivatives are symmetric; a '
             f"{type(problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take "
             'tangents="exact"'
+        )
+    if problem.backend is not None:
+        raise CompileError(
+            f'tangents="shared" takes many products of one graph, and compiled code (compile={problem.backend!r}) has '
+            'none to share; take tangents="exact", or compile=False'
         )
     state = run.start()
     tangents = [run.push_init(vectors).tangents for vectors in chunks]

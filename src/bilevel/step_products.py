@@ -1,4 +1,4 @@
-"""Cotangents pulled back through one inner step, by either of two products."""
+"""One inner step with derivatives: tangents pushed forward, cotangents pulled back by either of two products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from bilevel import autodiff
+from bilevel import autodiff, trees
 from bilevel.errors import MissingDerivativeError
 from bilevel.inner_loop import InnerLoop
 from bilevel.problem import Descent, GradientDescent
@@ -19,6 +19,25 @@ Product: TypeAlias = Literal["reverse", "mixed"]
 _REPEATS = 3
 _FASTER: WeakKeyDictionary[GradientDescent, Product] = WeakKeyDictionary()
 """What was found for a problem, so that it is measured once, and every later hypergradient of it is computed alike."""
+
+
+def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
+    """θ_{t+1} and A_t y + B_t v for k tangents y of θ_t and directions v.
+
+    Forward mode goes through the whole step; where the gradient is compiled, with its tangents, through the update.
+    """
+    problem, state = run.problem, pushed.value
+    if not isinstance(problem, GradientDescent) or problem.backend is None:
+        return autodiff.push_forward(
+            lambda state, meta: run.step(t, state, meta), [state, run.meta], [pushed.tangents, directions]
+        )
+    run.require_one_device(t, state, run.meta)
+    along = pushed.tangents[: len(trees.split(state.params).differentiable)]
+    with run.seeded_step(t):
+        gradient = problem.push_gradient(state.params, run.meta, run.inner_batches[t], along, directions)
+    return autodiff.push_forward(
+        problem.apply, [state, gradient.value, run.meta], [pushed.tangents, gradient.tangents, directions]
+    )
 
 
 def pull_back_step(
@@ -80,12 +99,8 @@ def _mixed(
     with torch.enable_grad(), run.seeded_step(t):
         gradient = problem.gradient(state.params, run.meta, batch)
     _, (down, weights, across) = autodiff.pull_back(problem.apply, [state, gradient, run.meta], d)
-    direction = [w.unsqueeze(0) for w in autodiff.fill_zeros(weights, gradient)]
     with run.seeded_step(t):
-        pushed = autodiff.push_forward(
-            lambda params: problem.joint_gradient(params, run.meta, batch), [state.params], [direction]
-        )
-    through = [tangent[0] for tangent in pushed.tangents]
+        through = problem.joint_product(state.params, run.meta, batch, autodiff.fill_zeros(weights, gradient))
     count = len(gradient)
     down = [*_sums(down[:count], through[:count]), *down[count:]]
     return down, _sums(across, through[count:])

@@ -35,7 +35,8 @@ class FitResult:
     """The trained meta parameters, in the form `fit` was given; an `nn.Module` is trained in place."""
     history: list[Row]
     """One dict for each outer step: `outer_step`, `phase`, `outer_loss`, `grad_norm`, `standard_error`,
-    `signal_to_noise`, `seconds`; `retreats` and `clipped_to` where they were asked for."""
+    `signal_to_noise`, `seconds`; `retreats` and `clipped_to` where they were asked for; with
+    `compile=True` also `compile_seconds`, which `seconds` leaves out."""
 
 
 def fit(

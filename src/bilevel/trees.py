@@ -58,7 +58,8 @@ class Split:
     differentiable: list[Tensor]
     other: list[Tensor]
     _spec: optree.PyTreeSpec
-    _rest: tuple[Any, ...]
+    rest: tuple[Any, ...]
+    """Numbers, strings and whatever else is no tensor."""
     _kinds: str
 
     def rebuild(self, differentiable: Sequence[Tensor], other: Sequence[Tensor] | None = None) -> Tree:
@@ -66,7 +67,7 @@ class Split:
         sources = {
             "d": iter(differentiable),
             "o": iter(self.other if other is None else other),
-            "r": iter(self._rest),
+            "r": iter(self.rest),
         }
         return unflatten(self._spec, [next(sources[kind]) for kind in self._kinds])
 

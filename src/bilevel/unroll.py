@@ -20,8 +20,8 @@ from bilevel.diagnosis import require_dependence, require_finite
 from bilevel.errors import NoDependenceError
 from bilevel.inner_loop import Carried, InnerLoop
 from bilevel.modules import as_tree
-from bilevel.problem import BlackBox
-from bilevel.step_products import Product, pull_back_step
+from bilevel.problem import BlackBox, GradientDescent
+from bilevel.step_products import Product, pull_back_step, push_step
 from bilevel.trees import Tree
 
 
@@ -53,11 +53,7 @@ class Unroll(InnerLoop):
         """The same from a given θ_0 and its tangents y_0; and the tangents y_T."""
         with torch.no_grad():
             for t in range(self.steps):
-                pushed = autodiff.push_forward(
-                    lambda state, meta, t=t: self.step(t, state, meta),
-                    [pushed.value, self.meta],
-                    [pushed.tangents, directions],
-                )
+                pushed = push_step(self, t, pushed, directions)
             moved = any(bool(tangent.any()) for tangent in pushed.tangents)
             outer = autodiff.push_forward(self.outer_loss, [pushed.value, self.meta], [pushed.tangents, directions])
         return Slopes(outer.value, pushed.value, outer.tangents[0], moved), pushed.tangents
@@ -140,6 +136,8 @@ def unroll(
         if carried is not None:
             raise ValueError("a BlackBox solves from the beginning each time, so nothing can be carried into it")
         inner_batches = no_batches(1)
+    if isinstance(problem, GradientDescent):
+        problem.check_compiled_again()
     meta = as_tree(meta)
     requirements.meta_parameters(meta)
     requirements.one_device(meta=meta, outer_batch=outer_batch)

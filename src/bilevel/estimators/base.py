@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from bilevel import autodiff, diagnosis, trees
 from bilevel.batches import Batches
+from bilevel.compiled import compile_seconds
 from bilevel.inner_loop import Carried
 from bilevel.modules import as_plain_tree, modules_in
 from bilevel.problem import BlackBox, GradientDescent, Unrollable
@@ -34,6 +35,9 @@ class Estimate:
     """What the method observed on the way, such as the residual of a linear solve."""
     carried: Carried | None = None
     """Where the inner loop ended; passed to the next call as `carried=`, that one goes on from there."""
+    compile_seconds: float = 0.0
+    """Wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up for the first time.
+    """
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,11 @@ class Estimator(ABC):
                 f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
-        run = unroll(problem, meta, inner_batches, outer_batch, seed, carried)
+        run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
+        found = self._of(run)
+        return replace(found, compile_seconds=compile_seconds() - before)
+
+    def _of(self, run: Unroll) -> Estimate:
         if not self.needs_derivatives or self.first_order:
             return _checked(run, self._estimate(run))
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):  # which is not held any longer

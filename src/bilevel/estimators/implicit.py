@@ -135,7 +135,7 @@ def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: De
     meta = autodiff.start_graph(run.meta)
     for t in range(run.steps):
         with torch.enable_grad(), run.seeded_step(t):
-            if autodiff.has_graph(problem.stationarity(state, meta, run.inner_batches[t])):
+            if autodiff.has_graph(problem.eager.stationarity(state, meta, run.inner_batches[t])):
                 return
     raise NoDependenceError(
         "inner_loss does not depend on the meta parameters (in no term that has params in it as well), and an implicit "

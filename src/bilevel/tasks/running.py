@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from bilevel import checks, distributed, metrics, randomness, report
+from bilevel.compiled import compile_seconds
 from bilevel.distributed import Workers
 from bilevel.errors import CheckpointError, DataError
 from bilevel.estimators import names
 from bilevel.files import remove_leftovers, write_json
 from bilevel.outer_loop import OuterStep
 from bilevel.phases import Phase
-from bilevel.problem import BlackBox
+from bilevel.problem import BlackBox, GradientDescent
 from bilevel.run_record import CHECKPOINT
 from bilevel.tasks.task import Preset, Setup, Task, Trained
 from bilevel.training import FitResult, fit
@@ -57,6 +58,8 @@ class RunOptions:
     """Outer steps between two checkpoints."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+    compile: str | None = field(default=None, metadata={"metavar": "BACKEND"})
+    """Compile the inner gradient and its derivatives with a backend of torch.compile, such as inductor."""
     timeout: float = distributed.TIMEOUT
     """Under torchrun: seconds that a worker waits for another before it is an error."""
 
@@ -113,6 +116,7 @@ def run(
         "outer_steps": outer_steps,
         "accumulate": options.accumulate,
         "seed": options.seed,
+        **({} if options.compile is None else {"compile": options.compile}),
     }
     workers = distributed.join_workers(options.timeout)
     resume = workers.any("resuming", options.resume or distributed.restarted())
@@ -121,7 +125,7 @@ def run(
         setup: Setup, out: Path, callbacks: Sequence[Callable[[OuterStep], None]], progress: bool, workers: Workers
     ) -> FitResult:
         return fit(
-            setup.problem,
+            compiled(setup.problem, options.compile),
             setup.meta,
             setup.inner_batches,
             setup.outer_batch,
@@ -147,6 +151,7 @@ def run(
         task = _prepared(task, workers, config, options, folder, progress)
         setup = task.setup(config, options.data_dir, outer_steps, options.seed)
         _require_derivatives(setup.problem, phases)
+        compiled(setup.problem, options.compile)
         fitted = train(setup, folder, task.callbacks(folder, outer_steps, setup.meta), progress, workers)
     if not workers.first:
         return {}
@@ -169,6 +174,7 @@ def run(
         **judged,
         "seconds": round(outer_seconds + time.perf_counter() - began, 2),
         "outer_loop_seconds": round(outer_seconds, 2),
+        **({} if options.compile is None else {"compile_seconds": round(compile_seconds(), 2)}),
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": versions(),
     }
@@ -199,6 +205,18 @@ def _require_derivatives(problem: Any, phases: Sequence[Phase]) -> None:
             )
 
 
+def compiled(problem: Any, backend: str | None) -> Any:
+    """The problem, compiled if a backend is named."""
+    if backend is None:
+        return problem
+    if not isinstance(problem, GradientDescent):
+        raise ValueError(
+            f"--compile {backend}: the gradient of an inner loss is what is compiled, and with these settings the task "
+            f"has none: its inner loop is a {type(problem).__name__}"
+        )
+    return problem.compiled(backend)
+
+
 def folder_of(task: Task[Any], options: RunOptions) -> Path:
     """Where the run's files go."""
     return options.out or Path("runs") / task.name
@@ -211,6 +229,7 @@ def write_report(task: Task[Any], folder: Path) -> Path:
     headline = [
         *task.headline(results),
         ("outer loop", f"{results['outer_loop_seconds']:.0f} s"),
+        *([("compiling, besides", f"{results['compile_seconds']:.0f} s")] if "compile_seconds" in results else []),
         ("peak memory of the process", f"{results['peak_memory_bytes'] / 2**20:.0f} MiB"),
     ]
     sections = [
