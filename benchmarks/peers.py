@@ -49,8 +49,8 @@ NOTES = Path(__file__).parent / "peers_notes.md"
 PLAIN = "plain descent"
 LONG = 2000
 ROUNDS = 5
-ONCE = {("mlp-adam", LONG), ("gpt2-adam", 50), ("gpt2-adam", 200)}
-"""Points that take minutes, and get one round."""
+ONCE = (("mlp-adam", LONG), ("gpt2-adam", 50), ("gpt2-adam", 200))
+"""Points that take minutes, and get one round, at the end."""
 SECONDS = 1200
 """A process that takes longer is stopped."""
 AT_ONCE = 4
@@ -269,9 +269,10 @@ def measure(measured: Measured, models: list[str], minutes: float) -> bool:
     end = time.monotonic() + 60 * minutes
     folder = Path(tempfile.gettempdir()) / "bilevel-peers-truth"
     folder.mkdir(exist_ok=True)
-    with bar("rounds", ROUNDS) as shown:
-        for number in range(ROUNDS):
-            for model, T in (point for point in POINTS if point[0] in models):
+    rounds = [[point for point in POINTS if point not in ONCE]] * ROUNDS
+    with bar("rounds", ROUNDS + 1) as shown:
+        for number, points in (*enumerate(rounds), (0, ONCE)):
+            for model, T in (point for point in points if point[0] in models):
                 if not one_round(measured, model, T, number, folder / f"{model}-{T}.pt", end):
                     return False
             shown.advance(f"round {number + 1}")
@@ -280,8 +281,6 @@ def measure(measured: Measured, models: list[str], minutes: float) -> bool:
 
 def one_round(measured: Measured, model: str, T: int, number: int, truth: Path, end: float) -> bool:
     """One more round of times at one point, and before the first its memory. False if there was no time for it."""
-    if number >= (1 if (model, T) in ONCE else ROUNDS):
-        return True
     wanted: list[str] = []
     for method in POINTS[model, T]:
         row = measured.row(model, T, method)
