@@ -122,7 +122,8 @@ def _list(rest: list[str]) -> None:
 
 
 def _run(rest: list[str]) -> None:
-    from bilevel.tasks import running
+    from bilevel.tasks import run_folder, running
+    from bilevel.tasks.options import RunOptions
 
     task, preset = _task_and_preset("run", rest)
     _, options, config, settings = arguments.parse(
@@ -130,15 +131,15 @@ def _run(rest: list[str]) -> None:
         f"{task.summary[:1].upper()}{task.summary[1:]}.",
         rest[1:],
         preset=_preset_option(task, preset),
-        run=running.RunOptions(),
+        run=RunOptions(),
         task=task.presets[preset].config,
         estimator=arguments.estimator_settings(taken=task.presets[preset].config),
     )
-    folder = running.folder_of(task, options)
+    folder = run_folder.folder_of(task, options)
     try:
         results = running.run(task, task.presets[preset], config, options, arguments.given(settings))
     except (KeyboardInterrupt, Terminated) as error:
-        if not ((folder / CHECKPOINT).exists() or (folder / running.STAGES).exists()):
+        if not ((folder / CHECKPOINT).exists() or (folder / run_folder.STAGES).exists()):
             raise
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
         message = KeyboardInterrupt(f"{what}; {folder} holds a checkpoint: go on with --resume")
@@ -151,7 +152,7 @@ def _run(rest: list[str]) -> None:
     for name, value in task.headline(results):
         table.add_row(name, value)
     Console().print(table)
-    print(f"report: {folder / running.REPORT}")
+    print(f"report: {folder / run_folder.REPORT}")
 
 
 def _compare(rest: list[str]) -> None:
@@ -265,13 +266,13 @@ def _plan(rest: list[str]) -> None:
 
 
 def _report(rest: list[str]) -> None:
-    from bilevel.tasks import running
+    from bilevel.tasks import run_folder, running
     from bilevel.tasks.registry import TASKS
 
     if len(rest) != 1 or rest[0].startswith("-"):
         raise ValueError("usage: bilevel report DIR, the folder of a finished run")
     folder = Path(rest[0])
-    name = running.read_json(folder / running.CONFIG).get("task")
+    name = run_folder.read_json(folder / run_folder.CONFIG).get("task")
     if name not in TASKS:
         raise ValueError(f"{folder} holds a run of task {name!r}; there are {', '.join(TASKS)}")
     print(f"report: {running.write_report(TASKS[name], folder)}")

@@ -1,6 +1,6 @@
 """`torch.optim` optimisers as pure update rules: (parameters, gradients, state) -> (parameters, state).
 
-The arithmetic is PyTorch's own, run on clones. Four things are done around it, because a derivative through the plain
+The arithmetic is PyTorch's own, run on clones (small parameters joined, see `bilevel.buckets`). Four things are done around it, because a derivative through the plain
 optimiser would be NaN or silently wrong:
 
 - *A floor under second moments.* Adam and its kin divide by √v. A coordinate whose gradient has always been zero (a

@@ -4,91 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bilevel import checks, distributed, metrics, randomness, report
+from bilevel import distributed, metrics, report
 from bilevel.compiled import compile_seconds
 from bilevel.distributed import Workers
-from bilevel.errors import CheckpointError, DataError
 from bilevel.estimators import names
-from bilevel.files import remove_leftovers, write_json
+from bilevel.files import write_json
 from bilevel.outer_loop import OuterStep
 from bilevel.phases import Phase
 from bilevel.problem import BlackBox, GradientDescent
-from bilevel.run_record import CHECKPOINT
+from bilevel.tasks.options import RunOptions, describe, make_phases
+from bilevel.tasks.run_folder import CONFIG, REPORT, RESULTS, claimed, folder_of, read_json
 from bilevel.tasks.task import Preset, Setup, Task, Trained
 from bilevel.training import FitResult, fit
-
-CONFIG, RESULTS, REPORT, STAGES = "config.json", "results.json", "report.html", "stages"
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What every task's run is told besides the task's own settings."""
-
-    estimator: str | None = field(default=None, metadata={"metavar": "NAME"})
-    """Estimator, such as reverse or "forward-gradient(directions=8)", see `bilevel list`; the preset's by default."""
-    phases: tuple[str, ...] | None = field(default=None, metadata={"metavar": "NAME:STEPS[:PATIENCE] ..."})
-    """Several estimators in turn, each for STEPS outer steps, or until PATIENCE of them bring no lower outer loss."""
-    outer_steps: int | None = None
-    """Outer steps, if there is one estimator; the preset's by default."""
-    accumulate: int = 1
-    """Estimates averaged for each outer step."""
-    seed: int = 0
-    """Determines every random number of the run."""
-    out: Path | None = None
-    """Folder for the results; runs/TASK by default."""
-    resume: bool = False
-    """Go on from the folder's checkpoint; start if there is none."""
-    data_dir: Path | None = None
-    """Folder with the data files, for presets that need any."""
-    checkpoint_every: int = 50
-    """Outer steps between two checkpoints."""
-    tensorboard: bool = False
-    """Also write TensorBoard events."""
-    compile: str | None = field(default=None, metadata={"metavar": "BACKEND"})
-    """Compile the inner gradient and its derivatives with a backend of torch.compile, such as inductor."""
-    timeout: float = distributed.TIMEOUT
-    """Under torchrun: seconds that a worker waits for another before it is an error."""
-
-    def __post_init__(self) -> None:
-        randomness.check_seed(self.seed)
-        checks.positive(self.timeout, "timeout")
-
-
-def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str, Any]) -> list[Phase]:
-    """The phases that the options ask for; `settings` go to every estimator that has them."""
-    if options.phases is not None and (options.estimator is not None or options.outer_steps is not None):
-        raise ValueError("--phases says which estimators run and for how long; drop --estimator and --outer-steps")
-    if options.phases is not None:
-        specs = [_phase_spec(text) for text in options.phases]
-    else:
-        steps = preset.outer_steps if options.outer_steps is None else options.outer_steps
-        specs = [(options.estimator or preset.estimator, steps, preset.patience)]
-    if not specs:
-        raise ValueError('--phases needs at least one ESTIMATOR:STEPS, such as --phases hessian-free:50 "reverse:100"')
-    phases, used = [], set()
-    for text, steps, patience in specs:
-        kind, own = names.read(text)
-        fitting = {k: v for k, v in settings.items() if k in names.settings_of(kind) and k not in own}
-        phases.append(Phase(names.parse(text, **fitting), steps, options.accumulate, patience))
-        used |= set(fitting)
-    for name in settings:
-        if name not in used:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect: {_why_unused(name, [s[0] for s in specs])}")
-    return phases
 
 
 def run(
@@ -109,64 +49,33 @@ def run(
     phases = make_phases(task.adapted(preset, config), options, settings or {})
     outer_steps = sum(phase.steps for phase in phases)
     folder = folder_of(task, options)
-    written = {
-        "task": task.name,
-        **dataclasses.asdict(config),
-        "phases": [_describe(phase) for phase in phases],
-        "outer_steps": outer_steps,
-        "accumulate": options.accumulate,
-        "seed": options.seed,
-        **({} if options.compile is None else {"compile": options.compile}),
-    }
+    written = _settings(task, config, options, phases)
     workers = distributed.join_workers(options.timeout)
     resume = workers.any("resuming", options.resume or distributed.restarted())
-
-    def train(
-        setup: Setup, out: Path, callbacks: Sequence[Callable[[OuterStep], None]], progress: bool, workers: Workers
-    ) -> FitResult:
-        return fit(
-            compiled(setup.problem, options.compile),
-            setup.meta,
-            setup.inner_batches,
-            setup.outer_batch,
-            options.seed,
-            phases=phases,
-            optimizer=setup.optimizer,
-            project=setup.project,
-            retreats=setup.retreats,
-            clip_norm=setup.clip_norm,
-            callbacks=[*callbacks, *setup.callbacks],
-            out=out,
-            resume=resume,
-            checkpoint_every=options.checkpoint_every,
-            config={k: v for k, v in written.items() if k != "phases"},
-            tensorboard=options.tensorboard,
-            progress=progress,
-            workers=workers,
-        )
-
+    training = _Training(options, phases, written, resume)
     with ExitStack() as claim:
-        if_first = _claimed(folder, written, resume) if workers.first else nullcontext()
+        if_first = claimed(folder, written, resume) if workers.first else nullcontext()
         workers.together("the run's folder", lambda: claim.enter_context(if_first))
         task = _prepared(task, workers, config, options, folder, progress)
         setup = task.setup(config, options.data_dir, outer_steps, options.seed)
         _require_derivatives(setup.problem, phases)
         compiled(setup.problem, options.compile)
-        fitted = train(setup, folder, task.callbacks(folder, outer_steps, setup.meta), progress, workers)
+        fitted = training.of(setup, folder, task.callbacks(folder, outer_steps, setup.meta), progress, workers)
     if not workers.first:
         return {}
     began = time.perf_counter()
-    trained = Trained(
-        config,
-        options.data_dir,
-        folder,
-        fitted.meta,
-        outer_steps,
-        options.seed,
-        progress,
-        fit=lambda setup, name: train(setup, folder / name, [], progress=False, workers=Workers()).meta,
+    judged = task.judge(
+        Trained(
+            config,
+            options.data_dir,
+            folder,
+            fitted.meta,
+            outer_steps,
+            options.seed,
+            progress,
+            fit=lambda setup, name: training.of(setup, folder / name, [], progress=False, workers=Workers()).meta,
+        )
     )
-    judged = task.judge(trained)
     outer_seconds = fitted.history[-1]["seconds"]
     results = {
         "task": task.name,
@@ -181,6 +90,59 @@ def run(
     write_json(folder / RESULTS, results)
     write_report(task, folder)
     return results
+
+
+def _settings(task: Task[Any], config: Any, options: RunOptions, phases: Sequence[Phase]) -> dict[str, Any]:
+    """What `config.json` says."""
+    return {
+        "task": task.name,
+        **dataclasses.asdict(config),
+        "phases": [describe(phase) for phase in phases],
+        "outer_steps": sum(phase.steps for phase in phases),
+        "accumulate": options.accumulate,
+        "seed": options.seed,
+        **({} if options.compile is None else {"compile": options.compile}),
+    }
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How this run trains whatever a task sets up."""
+
+    options: RunOptions
+    phases: list[Phase]
+    written: Mapping[str, Any]
+    resume: bool
+
+    def of(
+        self,
+        setup: Setup,
+        out: Path,
+        callbacks: Sequence[Callable[[OuterStep], None]],
+        progress: bool,
+        workers: Workers,
+    ) -> FitResult:
+        """The outer loop of a setup."""
+        return fit(
+            compiled(setup.problem, self.options.compile),
+            setup.meta,
+            setup.inner_batches,
+            setup.outer_batch,
+            self.options.seed,
+            phases=self.phases,
+            optimizer=setup.optimizer,
+            project=setup.project,
+            retreats=setup.retreats,
+            clip_norm=setup.clip_norm,
+            callbacks=[*callbacks, *setup.callbacks],
+            out=out,
+            resume=self.resume,
+            checkpoint_every=self.options.checkpoint_every,
+            config={k: v for k, v in self.written.items() if k != "phases"},
+            tensorboard=self.options.tensorboard,
+            progress=progress,
+            workers=workers,
+        )
 
 
 def _prepared(
@@ -217,11 +179,6 @@ def compiled(problem: Any, backend: str | None) -> Any:
     return problem.compiled(backend)
 
 
-def folder_of(task: Task[Any], options: RunOptions) -> Path:
-    """Where the run's files go."""
-    return options.out or Path("runs") / task.name
-
-
 def write_report(task: Task[Any], folder: Path) -> Path:
     """Make `report.html` from what lies in a finished run's folder."""
     config, results = read_json(folder / CONFIG), read_json(folder / RESULTS)
@@ -244,19 +201,6 @@ def write_report(task: Task[Any], folder: Path) -> Path:
     return folder / REPORT
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run's folder."""
-    if not path.is_file():
-        raise DataError(f"there is no {path}; the folder of a finished run holds one")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
-        raise DataError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} was not written by bilevel: it holds a {type(content).__name__}")
-    return content
-
-
 def peak_memory_bytes() -> int:
     """The most memory this process ever held; on a GPU, the most that torch allocated there."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -268,66 +212,3 @@ def peak_memory_bytes() -> int:
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     return {"bilevel": metadata.version("bilevel"), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _phase_spec(text: str) -> tuple[str, int, int | None]:
-    head, *counts = text.split(":")
-    try:
-        steps, *patience = (int(count) for count in counts)
-    except ValueError:
-        steps, patience = 0, [0, 0]
-    if len(patience) > 1:
-        raise ValueError(f"--phases {text!r}: write ESTIMATOR:STEPS or ESTIMATOR:STEPS:PATIENCE, as in reverse:100:20")
-    return head, steps, patience[0] if patience else None
-
-
-def _why_unused(setting: str, texts: Sequence[str]) -> str:
-    known = {text: names.settings_of(names.read(text)[0]) for text in texts}
-    if any(setting in settings for settings in known.values()):
-        return f"{', '.join(text for text in texts if setting in known[text])} says it already"
-    return "; ".join(f"{text} has no such setting (it has: {', '.join(has)})" for text, has in known.items())
-
-
-def _describe(phase: Phase) -> str:
-    text = f"{names.describe(phase.estimator)}:{phase.steps}"
-    return text if phase.patience is None else f"{text}:{phase.patience}"
-
-
-@contextmanager
-def _claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[None]:
-    """Write the run's settings into its folder, unless it holds another run; take them back if it never begins."""
-    path = folder / CONFIG
-    remove_leftovers(path)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; --out names a folder")
-    if path.exists():
-        if not resume:
-            raise FileExistsError(f"{folder} already holds a run; go on with it (--resume) or take another --out")
-        _require_same_config(folder, read_json(path), json.loads(json.dumps(config)))
-        yield
-        return
-    if _has_begun(folder):
-        raise FileExistsError(f"{folder} holds a run without {CONFIG}, so not one of this command; take another --out")
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        write_json(path, config)
-        yield
-    except BaseException:
-        if not _has_begun(folder):
-            with suppress(OSError):  # the first error is the one to report
-                for leftover in (path, folder / metrics.FILE):
-                    leftover.unlink(missing_ok=True)
-                for place in missing:
-                    place.rmdir()
-        raise
-
-
-def _require_same_config(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-    if differing:
-        lines = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in differing)
-        raise CheckpointError(f"{folder} holds a run of another configuration ({lines}); take another --out")
-
-
-def _has_begun(folder: Path) -> bool:
-    return (folder / CHECKPOINT).exists() or bool(metrics.read(folder / metrics.FILE)) or (folder / STAGES).exists()

@@ -25,7 +25,7 @@ from bilevel.tasks.condensation import pictures
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.evaluation import accuracies
 from bilevel.tasks.condensation.problem import setup
-from bilevel.tasks.running import CONFIG, read_json
+from bilevel.tasks.run_folder import CONFIG, read_json
 from bilevel.tasks.task import Preset, Setup, Task
 
 _SNAPSHOTS = 8

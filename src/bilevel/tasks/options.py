@@ -1,0 +1,94 @@
+"""What a run is told besides its task's own settings, and the phases that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bilevel import checks, distributed, randomness
+from bilevel.estimators import names
+from bilevel.phases import Phase
+from bilevel.tasks.task import Preset
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every task's run is told besides the task's own settings."""
+
+    estimator: str | None = field(default=None, metadata={"metavar": "NAME"})
+    """Estimator, such as reverse or "forward-gradient(directions=8)", see `bilevel list`; the preset's by default."""
+    phases: tuple[str, ...] | None = field(default=None, metadata={"metavar": "NAME:STEPS[:PATIENCE] ..."})
+    """Several estimators in turn, each for STEPS outer steps, or until PATIENCE of them bring no lower outer loss."""
+    outer_steps: int | None = None
+    """Outer steps, if there is one estimator; the preset's by default."""
+    accumulate: int = 1
+    """Estimates averaged for each outer step."""
+    seed: int = 0
+    """Determines every random number of the run."""
+    out: Path | None = None
+    """Folder for the results; runs/TASK by default."""
+    resume: bool = False
+    """Go on from the folder's checkpoint; start if there is none."""
+    data_dir: Path | None = None
+    """Folder with the data files, for presets that need any."""
+    checkpoint_every: int = 50
+    """Outer steps between two checkpoints."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    compile: str | None = field(default=None, metadata={"metavar": "BACKEND"})
+    """Compile the inner gradient and its derivatives with a backend of torch.compile, such as inductor."""
+    timeout: float = distributed.TIMEOUT
+    """Under torchrun: seconds that a worker waits for another before it is an error."""
+
+    def __post_init__(self) -> None:
+        randomness.check_seed(self.seed)
+        checks.positive(self.timeout, "timeout")
+
+
+def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str, Any]) -> list[Phase]:
+    """The phases that the options ask for; `settings` go to every estimator that has them."""
+    if options.phases is not None and (options.estimator is not None or options.outer_steps is not None):
+        raise ValueError("--phases says which estimators run and for how long; drop --estimator and --outer-steps")
+    if options.phases is not None:
+        specs = [_phase_spec(text) for text in options.phases]
+    else:
+        steps = preset.outer_steps if options.outer_steps is None else options.outer_steps
+        specs = [(options.estimator or preset.estimator, steps, preset.patience)]
+    if not specs:
+        raise ValueError('--phases needs at least one ESTIMATOR:STEPS, such as --phases hessian-free:50 "reverse:100"')
+    phases, used = [], set()
+    for text, steps, patience in specs:
+        kind, own = names.read(text)
+        fitting = {k: v for k, v in settings.items() if k in names.settings_of(kind) and k not in own}
+        phases.append(Phase(names.parse(text, **fitting), steps, options.accumulate, patience))
+        used |= set(fitting)
+    for name in settings:
+        if name not in used:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect: {_why_unused(name, [s[0] for s in specs])}")
+    return phases
+
+
+def _phase_spec(text: str) -> tuple[str, int, int | None]:
+    head, *counts = text.split(":")
+    try:
+        steps, *patience = (int(count) for count in counts)
+    except ValueError:
+        steps, patience = 0, [0, 0]
+    if len(patience) > 1:
+        raise ValueError(f"--phases {text!r}: write ESTIMATOR:STEPS or ESTIMATOR:STEPS:PATIENCE, as in reverse:100:20")
+    return head, steps, patience[0] if patience else None
+
+
+def _why_unused(setting: str, texts: Sequence[str]) -> str:
+    known = {text: names.settings_of(names.read(text)[0]) for text in texts}
+    if any(setting in settings for settings in known.values()):
+        return f"{', '.join(text for text in texts if setting in known[text])} says it already"
+    return "; ".join(f"{text} has no such setting (it has: {', '.join(has)})" for text, has in known.items())
+
+
+def describe(phase: Phase) -> str:
+    """A phase in the words of `--phases`."""
+    text = f"{names.describe(phase.estimator)}:{phase.steps}"
+    return text if phase.patience is None else f"{text}:{phase.patience}"

@@ -1,0 +1,76 @@
+"""The folder of a run: what lies in it, and who may write there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from bilevel import metrics
+from bilevel.errors import CheckpointError, DataError
+from bilevel.files import remove_leftovers, write_json
+from bilevel.run_record import CHECKPOINT
+from bilevel.tasks.options import RunOptions
+from bilevel.tasks.task import Task
+
+CONFIG, RESULTS, REPORT, STAGES = "config.json", "results.json", "report.html", "stages"
+
+
+def folder_of(task: Task[Any], options: RunOptions) -> Path:
+    """Where the run's files go."""
+    return options.out or Path("runs") / task.name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run's folder."""
+    if not path.is_file():
+        raise DataError(f"there is no {path}; the folder of a finished run holds one")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise DataError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} was not written by bilevel: it holds a {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[None]:
+    """Write the run's settings into its folder, unless it holds another run; take them back if it never begins."""
+    path = folder / CONFIG
+    remove_leftovers(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; --out names a folder")
+    if path.exists():
+        if not resume:
+            raise FileExistsError(f"{folder} already holds a run; go on with it (--resume) or take another --out")
+        _require_same_config(folder, read_json(path), json.loads(json.dumps(config)))
+        yield
+        return
+    if _has_begun(folder):
+        raise FileExistsError(f"{folder} holds a run without {CONFIG}, so not one of this command; take another --out")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        write_json(path, config)
+        yield
+    except BaseException:
+        if not _has_begun(folder):
+            with suppress(OSError):  # the first error is the one to report
+                for leftover in (path, folder / metrics.FILE):
+                    leftover.unlink(missing_ok=True)
+                for place in missing:
+                    place.rmdir()
+        raise
+
+
+def _require_same_config(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    if differing:
+        lines = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in differing)
+        raise CheckpointError(f"{folder} holds a run of another configuration ({lines}); take another --out")
+
+
+def _has_begun(folder: Path) -> bool:
+    return (folder / CHECKPOINT).exists() or bool(metrics.read(folder / metrics.FILE)) or (folder / STAGES).exists()
