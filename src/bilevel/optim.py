@@ -1,7 +1,7 @@
 """`torch.optim` optimisers as pure update rules: (parameters, gradients, state) -> (parameters, state).
 
-The arithmetic is PyTorch's own, run on clones (small parameters joined, see `bilevel.buckets`). Four things are done around it, because a derivative through the plain
-optimiser would be NaN or silently wrong:
+The arithmetic is PyTorch's own, run on clones, small ones joined (`bilevel.buckets`). Four things are done around it,
+because a derivative through the plain optimiser would be NaN or silently wrong:
 
 - *A floor under second moments.* Adam and its kin divide by √v. A coordinate whose gradient has always been zero (a
   dead ReLU, a pixel that is always black) has v = 0, where √ has no derivative, and one NaN spoils everything. Here v
