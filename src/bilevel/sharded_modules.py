@@ -27,19 +27,20 @@ from bilevel.errors import MissingDerivativeError
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was applied to the module, or to a layer of it."""
-    return any(_has_hooks(layer) for layer in module.modules())
+    return bool(_sharded_layers(module))
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was never imported, nothing is sharded
-    return fsdp is not None and isinstance(layer, fsdp.FSDPModule)
+def _sharded_layers(module: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # where it was never imported, nothing is sharded
+        return []
+    return [layer for layer in module.modules() if isinstance(layer, fsdp.FSDPModule)]
 
 
 def reshard(module: nn.Module) -> None:
     """Free layers that are whole: after a forward pass the root stays so, at the point where that was made."""
-    for layer in module.modules():
-        if _has_hooks(layer):
-            layer.reshard()  # type: ignore[operator]  # pyright: ignore[reportCallIssue]
+    for layer in _sharded_layers(module):
+        layer.reshard()
 
 
 def call(module: nn.Module, tensors: Mapping[nn.Parameter, Tensor], args: Any, kwargs: Any) -> Any:
@@ -49,8 +50,9 @@ def call(module: nn.Module, tensors: Mapping[nn.Parameter, Tensor], args: Any, k
     """
     if torch._C._are_functorch_transforms_active():
         raise MissingDerivativeError(_FIRST_ORDER.format(type(module).__name__))
+    whole = module in _sharded_layers(module)
     for parameter, tensor in tensors.items():
-        if not (_has_hooks(module) and trees.is_spread(parameter) and trees.is_spread(tensor)):
+        if not (whole and trees.is_spread(parameter) and trees.is_spread(tensor)):
             raise ValueError(
                 f"fully_shard was applied to layers of {type(module).__name__} and not to all of it; after the layers, "
                 "write fully_shard(model) too, without ignored_params"
@@ -74,7 +76,7 @@ def uncalled(module: nn.Module) -> Iterator[None]:
             "forward does the rest"
         )
 
-    hooks = [layer.register_forward_pre_hook(refuse, prepend=True) for layer in module.modules() if _has_hooks(layer)]
+    hooks = [layer.register_forward_pre_hook(refuse, prepend=True) for layer in _sharded_layers(module)]
     try:
         yield
     finally:
