@@ -48,17 +48,17 @@ class OnlineLM:
     """Documents in each of these steps; 0 for questions alone."""
     tune_lr: float = 3e-3
     """Highest learning rate of these steps (AdamW, one cycle)."""
-    inner_steps: int = 6
+    inner_steps: int = 24
     """T: documents, one SGD step each, of which the outer loss judges the last state."""
-    inner_lr: float = 0.16
+    inner_lr: float = 0.08
     """Learning rate of a step on a document."""
-    short_draws: int = 0
+    short_draws: int = 90
     """Estimates at the beginning with short_steps documents in place of inner_steps: the paper's first phase."""
     short_steps: int = 6
     """Documents of those."""
     outer_questions: int = 64
     """Questions about these documents in an outer loss, at most."""
-    outer_lr: float = 1e-3
+    outer_lr: float = 3e-4
     """Outer learning rate of Adam."""
     clip_norm: float = 1.0
     """Longer hypergradients are shortened to this norm; 0 for none."""
