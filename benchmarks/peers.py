@@ -400,7 +400,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
         "`python benchmarks/peers.py`, which also says how to install the others. Process time, medians over rounds, "
         "the number of which stands in the last column; how far resident memory rises at its peak; relative error "
         "against float64, for exact methods. One thread of a virtual machine with two cores of an x86-64 server and "
-        "24 GiB of memory, no GPU, with other work on both cores all the while, so ratios in a table mean more than "
+        "24 GiB of memory, no GPU, with other work on the other core, so ratios in a table mean more than "
         f"seconds. {', '.join(f'{k} {v}' for k, v in versions().items())}."
     )
     for model, T in dict.fromkeys((r["model"], r["steps"]) for r in rows):
