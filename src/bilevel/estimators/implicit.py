@@ -90,7 +90,7 @@ class Implicit(Estimator):
             )
         grad = subtract_mixed_product(run, problem, state, c, jacobian, solution.x)
         if not solution.converged:
-            warnings.warn(f"Implicit: {solution.message}", stacklevel=3)  # where the estimator was called
+            warnings.warn(f"Implicit: {solution.message}", stacklevel=4)  # where the estimator was called
         diagnostics = {
             "solver_iterations": float(solution.iterations),
             "solver_residual": solution.residual,

@@ -103,7 +103,7 @@ class ZerothOrder(Estimator):
                 f"step_size={self.step_size:g}, so the estimate is zero: meta does not reach the outer loss, or "
                 f"step_size is too small for {value.dtype}, or (another seed helps then) all directions are at right "
                 "angles to the gradient",
-                stacklevel=3,
+                stacklevel=4,
             )
         among = exchange.partners(self.exchange, directions, workers)
         chunk = min(_DRAWN_AT_ONCE, -(-self.directions // among.size))
