@@ -315,7 +315,8 @@ def _quiet(rank: int) -> Iterator[None]:
             yield
         except SystemExit as end:
             error = end.__context__
-            if error is not None and distributed.joined() and not distributed.known_to_all(error):
+            asked = isinstance(error, Terminated)  # torchrun stops all of them, and that is no error
+            if error is not None and not asked and distributed.joined() and not distributed.known_to_all(error):
                 print(f"bilevel: worker {rank}: {error}", file=shown)
             raise
 
