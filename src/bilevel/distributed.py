@@ -151,13 +151,7 @@ class Workers:
 
     def gather(self, what: str, numbers: Tensor) -> Tensor:
         """Everybody's numbers `[size, k]` from this worker's `[k]`, in float64."""
-        mine = numbers.detach().cpu().double()
-        if self.size == 1:
-            return mine.unsqueeze(0)
-        everybodys = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._at(what):
-            dist.all_gather(everybodys, mine, group=self.group)
-        return torch.stack(everybodys)
+        return self.gather_rows(what, numbers.cpu().double())
 
     def gather_rows(self, what: str, rows: Tensor) -> Tensor:
         """Everybody's tensors `[size, *shape]`, of one shape and dtype, on the device where this worker's is."""

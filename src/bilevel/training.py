@@ -119,17 +119,7 @@ def fit(
     >>> result.meta
     tensor(3.0029)
     """
-    if isinstance(phases, Phase) or not phases or not all(isinstance(phase, Phase) for phase in phases):
-        raise ValueError(f"phases={phases!r}: write phases=[bilevel.Phase(bilevel.Reverse(), steps=100)]")
-    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every={checkpoint_every!r}: a whole number of at least 1 is needed")
-    randomness.check_seed(seed)
-    if out is None and (resume or tensorboard):
-        raise ValueError("resume=True and tensorboard=True need out=FOLDER")
-    if stream and isinstance(problem, BlackBox):
-        raise ValueError("stream=True needs inner steps to go on with, and a BlackBox solves from the beginning")
-    if stream and retreats:
-        raise ValueError(f"retreats={retreats} with stream=True: the steps of a stream are not taken twice; take one")
+    _require_settings(problem, phases, checkpoint_every, seed, out is not None, resume or tensorboard, stream, retreats)
     if optimizer is None:
         optimizer = make_optimizer(torch.optim.Adam, lr=1e-2)
     if not isinstance(optimizer, Optimizer):
@@ -175,6 +165,30 @@ def fit(
     finally:
         record.close()
     return FitResult(loop.user_meta(write_modules=True), record.rows)
+
+
+def _require_settings(
+    problem: Unrollable | BlackBox,
+    phases: Sequence[Phase],
+    checkpoint_every: int,
+    seed: int,
+    has_folder: bool,
+    needs_folder: bool,
+    stream: bool,
+    retreats: int,
+) -> None:
+    """Raise for what `fit` was told that can't be, or does not go together."""
+    if isinstance(phases, Phase) or not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise ValueError(f"phases={phases!r}: write phases=[bilevel.Phase(bilevel.Reverse(), steps=100)]")
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={checkpoint_every!r}: a whole number of at least 1 is needed")
+    randomness.check_seed(seed)
+    if needs_folder and not has_folder:
+        raise ValueError("resume=True and tensorboard=True need out=FOLDER")
+    if stream and isinstance(problem, BlackBox):
+        raise ValueError("stream=True needs inner steps to go on with, and a BlackBox solves from the beginning")
+    if stream and retreats:
+        raise ValueError(f"retreats={retreats} with stream=True: the steps of a stream are not taken twice; take one")
 
 
 def _outer_step(
