@@ -1,6 +1,7 @@
 """How much faster two single-thread workers are than one, what they send, and what drawing directions costs.
 
     torchrun --nproc-per-node 2 benchmarks/scaling.py   # the speed-up: needs two idle cores
+    torchrun --nproc-per-node 2 benchmarks/scaling.py --default-allocator   # the same without bilevel.keep_freed_memory
     torchrun --nproc-per-node 2 benchmarks/scaling.py --parts   # processor time of what is shared, and of what is not
     python benchmarks/scaling.py --draws                 # seconds for one entry of a direction
     python benchmarks/scaling.py --paper                 # the plan for many workers and large models, from counting
@@ -8,7 +9,8 @@
 The speed-up is that of whole outer steps of `fit`, with everything that belongs to them. One worker and two take turns:
 in a round, worker 0 runs the steps alone while the other one waits at a barrier, then both run the same steps together,
 and then each runs them for itself, both at once: two programs that have nothing to do with each other, whose throughput
-over that of one is what the machine itself allows. Medians over the rounds. The waiting worker takes no processor time,
+over that of one is what the machine itself allows. Medians over the rounds. Freed memory is kept, as `bilevel run` does
+(`bilevel.keep_freed_memory`); `--default-allocator` shows what happens otherwise. The waiting worker takes no processor time,
 so on a busy machine processor time tells what idle cores would give: the steps alone over the larger of the two shares.
 Writes `benchmarks/results/scaling.md`.
 """
@@ -97,8 +99,11 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--default-allocator", action="store_true", help="hand freed memory back; writes nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if not options.default_allocator:
+        bilevel.keep_freed_memory()
     if options.draws or options.paper:
         print("\n".join(draws() if options.draws else paper()))
         return
@@ -114,8 +119,10 @@ def main() -> None:
         for name in CASES:
             rows.append(measured(workers, name, options.rounds, lambda name=name: shown.advance(name)))
     if workers.first:
-        write_text(RESULTS / "scaling.md", "\n".join([*as_markdown(rows, options.rounds), *draws()]) + "\n")
-        print((RESULTS / "scaling.md").read_text())
+        page = "\n".join([*as_markdown(rows, options.rounds), *draws()]) + "\n"
+        if not options.default_allocator:
+            write_text(RESULTS / "scaling.md", page)
+        print(page)
 
 
 def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable[[], None]) -> dict[str, Any]:

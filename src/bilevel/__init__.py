@@ -4,6 +4,7 @@ Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`), then
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `ZerothOrder`, `Implicit`, `HessianFree`.
 """
 
+from bilevel.allocator import keep_freed_memory
 from bilevel.batches import batches, no_batches
 from bilevel.comparison import Compared, compare
 from bilevel.distributed import Workers, join_workers
@@ -96,6 +97,7 @@ __all__ = [
     "compare",
     "fit",
     "join_workers",
+    "keep_freed_memory",
     "no_batches",
     "on_paper",
     "optimizer",

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from bilevel import __version__, arguments, comparison, comparison_plot, distributed, trees
+from bilevel import __version__, allocator, arguments, comparison, comparison_plot, distributed, trees
 from bilevel.errors import BilevelError, Terminated
 from bilevel.estimators import names
 from bilevel.files import write_json
@@ -135,6 +135,7 @@ def _run(rest: list[str]) -> None:
         task=task.presets[preset].config,
         estimator=arguments.estimator_settings(taken=task.presets[preset].config),
     )
+    allocator.keep_freed_memory()
     folder = run_folder.folder_of(task, options)
     try:
         results = running.run(task, task.presets[preset], config, options, arguments.given(settings))
@@ -261,6 +262,7 @@ def _plan(rest: list[str]) -> None:
         plan=planning.PlanOptions(),
         task=task.presets[preset].config,
     )
+    allocator.keep_freed_memory()  # as a run does, whose times are predicted
     setup = task.setup(config, options.data_dir, 1, options.seed)
     planning.show(planning.plan_task(setup, options), task.name)
 
