@@ -1,6 +1,6 @@
 """What `bilevel.keep_freed_memory()` gains in time, and what it costs in memory.
 
-    python benchmarks/allocator.py            # about five minutes on one core
+    python benchmarks/allocator.py            # about ten minutes on one core
     python benchmarks/allocator.py --rounds 1
 
 A process for each measurement (this file again, with hidden arguments), with and without by turns; in each, one
@@ -51,11 +51,11 @@ def main() -> None:
     lines = [
         "# Freed memory, kept or handed back",
         "",
-        f"`python benchmarks/allocator.py --rounds {options.rounds}`: one hypergradient with glibc's allocator as it comes → "
-        f"after `bilevel.keep_freed_memory()`; one thread, medians of {options.rounds} processes each, by turns; torch "
-        f"{torch.__version__}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}, Python {platform.python_version()}.",
+        f"`python benchmarks/allocator.py --rounds {options.rounds}`: one hypergradient with glibc's allocator as it "
+        f"comes → after `bilevel.keep_freed_memory()`; one thread, medians of {options.rounds} processes each, by "
+        f"turns; torch {torch.__version__}, {' '.join(platform.libc_ver())}, Python {platform.python_version()}.",
         "",
-        "| model | method | T | process seconds | time taken off | of it in the kernel | page faults | peak memory, MiB |",
+        "| model | method | T | process seconds | taken off | of it in the kernel | page faults | peak memory, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     with bar("processes", len(STEPS) * len(METHODS) * options.rounds * 2) as shown:
@@ -66,7 +66,9 @@ def main() -> None:
                     for how, rows in found.items():
                         rows.append(in_a_process(model, method, how))
                         shown.advance(f"{model}, {method}")
-                free, kept = ({key: statistics.median(r[key] for r in rows) for key in rows[0]} for rows in found.values())
+                free, kept = (
+                    {key: statistics.median(row[key] for row in rows) for key in rows[0]} for rows in found.values()
+                )
                 pairs = [
                     f"{free['seconds']:.2f} → {kept['seconds']:.2f}",
                     f"{1 - kept['seconds'] / free['seconds']:.0%}",

@@ -1283,6 +1283,15 @@ def default_precision() -> Iterator[None]:
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.fixture
+def ctrl_c_heeded() -> Iterator[None]:
+    """A program that a shell has put into the background is started with SIGINT ignored, and tests may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_heeded")
 @pytest.mark.parametrize(
     ("number", "expected"), [(signal.SIGTERM, bilevel.Terminated), (signal.SIGINT, KeyboardInterrupt)]
 )

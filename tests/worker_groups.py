@@ -83,6 +83,15 @@ ESTIMATORS: dict[str, bilevel.Estimator] = {
     "variates, gradient": bilevel.ForwardGradient(
         6, control_variate=(bilevel.TruncatedReverse(1), bilevel.HessianFree()), exchange="gradient", chunk_size=2
     ),
+    "an expensive variate": bilevel.ForwardGradient(
+        7, control_variate=bilevel.CoarserProblem(steps=3, estimator=bilevel.Reverse("log")), exchange="slopes"
+    ),
+    "an expensive variate, chunks": bilevel.ForwardGradient(
+        7, control_variate=bilevel.CoarserProblem(steps=3), exchange="slopes", chunk_size=1
+    ),
+    "solves and variates": bilevel.ZerothOrder(
+        5, step_size=1e-4, exchange="slopes", control_variate=(bilevel.Implicit(), bilevel.HessianFree())
+    ),
     "blocks": bilevel.ForwardGradient(6, "block", exchange="gradient", control_variate=bilevel.TruncatedReverse(2)),
     "differences": bilevel.ForwardGradient(5, tangents="difference", exchange="slopes"),
     "solves": bilevel.ZerothOrder(5, step_size=1e-4, exchange="slopes"),

@@ -1,8 +1,8 @@
 """What becomes of freed memory on a CPU: glibc hands it back to the system, and takes it anew a moment later.
 
-glibc returns what is freed at the top of its heap, and every large block, as soon as it lies beyond two thresholds, which
-start at 128 KiB. An inner loop frees the temporaries of one step and wants as much for the next one, so the system clears
-the same pages thousands of times over: of the time of (FG)²U on small models a fifth to a half, and more with several
+glibc returns large blocks, and what is free at the top of its heap, as soon as they lie beyond two thresholds, which
+start at 128 KiB. An inner loop frees the temporaries of one step and wants as much for the next one, so the system
+clears the same pages thousands of times over: a third of the time of (FG)²U on a small model, and more with several
 workers, who wait for each other in the kernel.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_IN_HEAP = 32 * 2**20
-"""Larger blocks are still handed back at once. glibc itself goes up to here, block by block, as larger ones are freed."""
+"""Larger blocks are handed back at once, as before. glibc itself goes up to here, as it sees larger ones freed."""
 KEPT = 256 * 2**20
 """At most so much free memory stays at the top of the heap."""
 
@@ -26,10 +26,10 @@ def keep_freed_memory() -> bool:
     For programs that train on a CPU, once, at the start: `bilevel run` and `bilevel plan` do so; a library should not
     decide it for the rest of your program, so `fit` does not. It holds for the whole process and is not taken back.
     False, and nothing is done, where the C library is not glibc (macOS, Windows, Alpine), and where you have set
-    glibc's own variables (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`). Another allocator, such
-    as a preloaded jemalloc, does not heed it. Tensors on a GPU have an allocator of their own.
+    glibc's own variables (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`). Another allocator,
+    such as a preloaded jemalloc, does not heed it. Tensors on a GPU have an allocator of their own.
 
-    Cost: memory that would have been free for other processes; peaks that are told as resident memory may rise a little.
+    Cost: memory that would have been free for other processes; the peak of resident memory may rise a little.
     What it gains: `python benchmarks/allocator.py`, benchmarks/results/allocator.md.
 
     >>> import bilevel

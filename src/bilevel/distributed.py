@@ -163,14 +163,14 @@ class Workers:
             dist.all_gather(everybodys, mine, group=self.group)
         return torch.stack(everybodys)
 
-    def broadcast_tensors(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The first worker's tensors; everybody's have the same shapes and dtypes."""
+    def broadcast_tensors(self, what: str, tensors: Sequence[Tensor], source: int = 0) -> list[Tensor]:
+        """The tensors of one worker, the first one by default; everybody's have the same shapes and dtypes."""
         if self.size == 1:
             return list(tensors)
         found = [t.detach().contiguous().clone() for t in tensors]
         with self._at(what):
             for tensor in found:
-                dist.broadcast(tensor, group=self.group, group_src=0)
+                dist.broadcast(tensor, group=self.group, group_src=source)
         return found
 
     def sum(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:

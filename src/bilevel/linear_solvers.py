@@ -40,6 +40,11 @@ class Solution:
 class LinearSolver(ABC):
     """A method for Hx = b."""
 
+    @property
+    def products(self) -> int:
+        """How many products with H a solution takes, or at most takes; to plan with."""
+        return 20
+
     @abstractmethod
     def solve(self, product: Product, b: Sequence[Tensor]) -> Solution:
         """X with Hx ≈ b, given v ↦ Hv."""
@@ -73,6 +78,10 @@ class ConjugateGradient(LinearSolver):
         checks.whole_number(self.iterations, "iterations")
         checks.not_negative(self.tolerance, "tolerance")
         checks.not_negative(self.damping, "damping")
+
+    @property
+    def products(self) -> int:
+        return self.iterations
 
     def solve(self, product: Product, b: Sequence[Tensor]) -> Solution:
         x = [torch.zeros_like(part) for part in b]
@@ -135,6 +144,10 @@ class Neumann(LinearSolver):
         checks.whole_number(self.iterations, "iterations")
         checks.positive(self.step_size, "step_size")
 
+    @property
+    def products(self) -> int:
+        return self.iterations + 1
+
     def solve(self, product: Product, b: Sequence[Tensor]) -> Solution:
         x = [torch.zeros_like(part) for part in b]
         residual = list(b)  # b − Hx, which is also the next term over α
@@ -196,6 +209,10 @@ class Nystrom(LinearSolver):
         checks.whole_number(self.rank, "rank")
         checks.positive(self.damping, "damping")
         randomness.check_seed(self.seed)
+
+    @property
+    def products(self) -> int:
+        return self.rank + 1
 
     def solve(self, product: Product, b: Sequence[Tensor]) -> Solution:
         target = trees.squared_norm(b)

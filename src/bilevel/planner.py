@@ -18,7 +18,6 @@ from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
-from bilevel.linear_solvers import ConjugateGradient
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.unroll import Unroll, unroll
 
@@ -229,24 +228,32 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
         return
     S, meta = p.state_bytes, 2 * p.meta_bytes
     outer = p.outer_back.seconds
-    yield Reverse("graph"), 0.0, 3 * T, Price(T * p.graph.seconds + outer, T * p.graph.bytes + S + p.outer_back.bytes)
+    graph = Price(T * p.graph.seconds + outer, T * p.graph.bytes + S + p.outer_back.bytes)
+    yield _priced(Reverse("graph"), 0.0, T, graph)
     one_back = max(p.back.bytes, p.outer_back.bytes) + S + meta  # with the cotangent of the state
     for name in ("all", "sqrt", "log"):
         kept = checkpointing.slots(name, T)
         made = checkpointing.steps_computed(T, kept)
         held = kept if kept == T else kept + 1  # the state before last is not among those kept
         price = Price(made * p.plain.seconds + T * p.back.seconds + outer, held * S + one_back)
-        yield Reverse(name), 0.0, made + 3 * T, price
+        yield _priced(Reverse(name), 0.0, T, price)
     price = Price(T * (p.plain.seconds + p.back.seconds) + outer, 2 * S + one_back)
-    yield Reverse("all", offload="disk"), 0.0, 4 * T, price
+    yield _priced(Reverse("all", offload="disk"), 0.0, T, price)
     there = T * p.plain.seconds + outer
     few = min(_TRUNCATION, T)
-    yield TruncatedReverse(few), None, T + 3 * few, Price(there + few * p.back.seconds, few * S + one_back)
+    yield _priced(TruncatedReverse(few), None, T, Price(there + few * p.back.seconds, few * S + one_back))
     if p.product is not None:
-        products = 2 + ConjugateGradient().iterations
+        implicit = Implicit()
+        products = 2 + implicit.solver.products
         held = 2 * S + meta + max(p.product.bytes, p.outer_back.bytes)
-        yield Implicit(), None, T + 2 * products, Price(there + products * p.product.seconds, held)
-        yield HessianFree(), None, T + 3, Price(there + p.product.seconds, held)
+        yield _priced(implicit, None, T, Price(there + products * p.product.seconds, held))
+        yield _priced(HessianFree(), None, T, Price(there + p.product.seconds, held))
+
+
+def _priced(
+    estimator: Estimator, variance: float | None, T: int, price: Price
+) -> tuple[Estimator, float | None, float, Price]:
+    return estimator, variance, estimator.units(T), price
 
 
 def _pushed(p: StepCosts, T: int, count: int) -> Price:

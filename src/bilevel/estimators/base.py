@@ -93,6 +93,13 @@ class Estimator(ABC):
         """Whether first derivatives of the inner loss are enough, so that any kernel will do."""
         return False
 
+    def units(self, steps: int) -> float:
+        """About how many inner gradients an estimate over so many steps costs, where that depends on nothing else.
+
+        Plans are made from it, and a control variate of such a cost is dealt out to workers.
+        """
+        return 4.0 * steps
+
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:
         """The estimate for checked arguments; `grad` is a tree like `run.meta`."""

@@ -34,18 +34,19 @@ on what a derivative carried through changing parameters is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, distributed, exchange, randomness, trees
+from bilevel import autodiff, distributed, randomness, trees
 from bilevel import directions as random_directions
 from bilevel.differences import push_on_by_differences
 from bilevel.directions import Directions
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, like_meta
-from bilevel.estimators.spreading import agreed_state, all_rows, spread_slopes
+from bilevel.estimators.spreading import agreed_state, everybodys_rows, spread_slopes
 from bilevel.inner_loop import Carried
 from bilevel.unroll import Slopes, Unroll
 
@@ -61,15 +62,11 @@ def estimate(settings: ForwardGradient, run: Unroll) -> Estimate:
     """One window by a `ForwardGradient` that carries its tangents."""
     if settings.carry == "fresh":
         return _with_fresh_directions(settings, run)
-    directions, chunk = _directions(settings, run, run.seed), _chunk(settings)
-    variates = control_variates.gradients(settings.control_variate, run)
+    directions = _directions(settings, run, run.seed)
     past = _past(run, settings.directions, 1.0)
-    slopes, tangents = _push(settings, run, directions.draw, past)
-    among = exchange.partners(settings.exchange, directions, distributed.current())
-    found = control_variates.combine(directions, slopes.slopes, variates, chunk, among)
-    left = {} if found.variance_left is None else {"variance_left": found.variance_left}
-    carried = Carried(slopes.state, run.first_step + run.steps, tangents)
-    return Estimate(slopes.value, like_meta(run, found.grad), slopes.state, found.standard_error, left, carried)
+    slopes, tangents, variates = _push(settings, run, directions.draw, past)
+    estimate = settings._combined(run, directions, slopes, control_variates.scaled(variates, run))
+    return replace(estimate, carried=Carried(slopes.state, run.first_step + run.steps, tangents))
 
 
 def _with_fresh_directions(settings: ForwardGradient, run: Unroll) -> Estimate:
@@ -84,7 +81,7 @@ def _with_fresh_directions(settings: ForwardGradient, run: Unroll) -> Estimate:
         if lengths[0] > 0 and lengths[2] > 0:
             balance = (lengths[0] / lengths[1]) ** 0.25 * (before.first_norm / lengths[2] ** 0.5) ** 0.5
         labels = [old / balance + fresh for old, fresh in zip(before.labels, vectors, strict=True)]
-    slopes, tangents = _push(settings, run, lambda numbers: _rows(vectors, numbers), _past(run, count, balance))
+    slopes, tangents, _ = _push(settings, run, lambda numbers: _rows(vectors, numbers), _past(run, count, balance))
     terms = [torch.einsum("b,b...->b...", slopes.slopes.to(label), label) for label in labels]
     grad = [term.mean(0) for term in terms]
     error = None
@@ -104,12 +101,6 @@ def _directions(settings: ForwardGradient, run: Unroll, seed: int) -> Directions
     return directions
 
 
-def _chunk(settings: ForwardGradient) -> int:
-    """Directions that are pushed at once."""
-    share = -(-settings.directions // distributed.current().size)
-    return min(settings.chunk_size or share, share)
-
-
 def _past(run: Unroll, count: int, scale: float) -> list[Tensor] | None:
     """The tangents that this window begins with."""
     if run.carried is None or run.carried.tangents is None:
@@ -121,10 +112,11 @@ def _past(run: Unroll, count: int, scale: float) -> list[Tensor] | None:
 
 def _push(
     settings: ForwardGradient, run: Unroll, draw: Callable[[range], list[Tensor]], past: list[Tensor] | None
-) -> tuple[Slopes, list[Tensor]]:
-    """Slopes and tangents of all directions, of which this worker pushes its chunks."""
-    count, chunk, workers = settings.directions, _chunk(settings), distributed.current()
+) -> tuple[Slopes, list[Tensor], list[list[Tensor]]]:
+    """Slopes and tangents of all directions, of which this worker pushes its chunks, and the control variates."""
+    workers, deal = distributed.current(), settings._deal(run)
     push = push_on_by_differences if settings.first_order else Unroll.push_on
+    variates = control_variates.as_tuple(settings.control_variate)
     mine: list[list[Tensor]] = []
 
     def push_chunks(chunks: Sequence[range]) -> Slopes:
@@ -140,10 +132,13 @@ def _push(
         together = torch.cat([slopes.slopes for slopes in found])
         return found[-1]._replace(slopes=together, moved=any(slopes.moved for slopes in found))
 
-    slopes = spread_slopes(run, count, chunk, push_chunks, workers)
+    def variate(number: int) -> list[Tensor]:
+        return control_variates.gradient_of(variates[number], run)
+
+    slopes, computed = spread_slopes(run, deal, push_chunks, variate, workers)
     run.require_connections(slopes.moved, slopes.slopes, slopes.state)
     slopes = slopes._replace(state=agreed_state(trees.detach(slopes.state), workers))
-    return slopes, all_rows("tangents", count, chunk, mine, slopes.state, workers)
+    return slopes, everybodys_rows("tangents", deal, mine, slopes.state, workers), computed
 
 
 def _rows(stacks: Sequence[Tensor], numbers: range) -> list[Tensor]:

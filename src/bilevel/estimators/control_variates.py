@@ -33,12 +33,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from bilevel import checks, trees
+from bilevel import autodiff, checks, trees
 from bilevel.batches import batches
 from bilevel.directions import Directions
 from bilevel.distributed import Workers
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.reverse import Reverse
+from bilevel.modules import modules_in
 from bilevel.trees import Tree
 from bilevel.unroll import Unroll
 
@@ -52,6 +53,10 @@ class Variate(ABC):
     @abstractmethod
     def gradient(self, run: Unroll) -> list[Tensor]:
         """A gradient for the leaves of φ, not a function of the directions."""
+
+    def units(self, run: Unroll) -> float:  # noqa: ARG002
+        """About how many inner gradients that takes."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,12 @@ class CoarserProblem(Variate):
         cut, inner = self.batch or (lambda batch: batch), run.inner_batches
         coarser = dataclasses.replace(run, inner_batches=batches(lambda t: cut(inner[t]), steps))
         return trees.leaves(self.estimator._estimate(coarser).grad)
+
+    def units(self, run: Unroll) -> float:
+        part = 1.0
+        if self.batch is not None and (size := trees.size(whole := run.inner_batches[0])):
+            part = trees.size(self.batch(whole)) / size
+        return part * self.estimator.units(self.steps or run.steps)
 
 
 @dataclass(frozen=True)
@@ -182,14 +193,24 @@ def running_mean_of(estimator: Estimator) -> RunningMean | None:
     return next((v for v in several if isinstance(v, RunningMean)), None)
 
 
-def gradients(variate: ControlVariate | None, run: Unroll, support: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The variates' gradients, scaled to length 1, `[m, *leaf.shape]` for each leaf of φ; outside of the support 0."""
-    found = [
-        v.gradient(run) if isinstance(v, Variate) else trees.leaves(v._estimate(run).grad) for v in as_tuple(variate)
-    ]
+def gradient_of(variate: Estimator | Variate, run: Unroll) -> list[Tensor]:
+    """The gradient of one variate, for the leaves of φ."""
+    with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
+        found = variate.gradient(run) if isinstance(variate, Variate) else trees.leaves(variate._estimate(run).grad)
+    return [part.detach() for part in found]
+
+
+def costs(variate: ControlVariate | None, run: Unroll) -> list[float]:
+    """What each takes, in inner gradients for each inner step of the loop, to deal out work by."""
+    units = [v.units(run) if isinstance(v, Variate) else v.units(run.steps) for v in as_tuple(variate)]
+    return [of_all_steps / max(1, run.steps) for of_all_steps in units]
+
+
+def scaled(found: Sequence[Sequence[Tensor]], run: Unroll, support: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Variates' gradients at length 1, `[m, *leaf.shape]` for each leaf of φ; outside of the support 0."""
     result: list[Tensor] = []
     for number, leaf in enumerate(trees.leaves(run.meta)):
-        stack = torch.stack([c[number].detach() for c in found]) if found else leaf.new_zeros(0, *leaf.shape)
+        stack = torch.stack([c[number] for c in found]) if found else leaf.new_zeros(0, *leaf.shape)
         result.append(stack if support is None else stack * support[number])
     lengths = torch.stack([_rows(c).square().sum(1) for c in result]).sum(0).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1)

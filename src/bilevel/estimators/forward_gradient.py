@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from bilevel import autodiff, checks, distributed, exchange, trees
 from bilevel import directions as random_directions
@@ -16,6 +17,7 @@ from bilevel.directions import Directions
 from bilevel.estimators import carried, control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
+from bilevel.estimators.dealing import Deal, deal
 from bilevel.estimators.spreading import spread_slopes
 from bilevel.exchange import EXCHANGES, Exchange
 from bilevel.modules import modules_in
@@ -71,7 +73,8 @@ class ForwardGradient(Estimator):
     Departures from the paper: coordinates are drawn without replacement, which makes them exact at b = N; direction i
     is a function of (seed, i) alone.
 
-    Workers share the directions, chunk by chunk; control variates and `support` each works out for itself.
+    Workers share the control variates and the directions, chunk by chunk, by what they cost (`estimators.dealing`);
+    `support` each works out for itself.
 
     Reference: Shen et al., NeurIPS 2024, eq. 7 to 10, Algorithm 1, Lemma 3.1; Baydin et al., 2022.
 
@@ -135,23 +138,42 @@ class ForwardGradient(Estimator):
     def _estimate(self, run: Unroll) -> Estimate:
         if self.carry != "nothing":
             return carried.estimate(self, run)
-        count, workers = self.directions, distributed.current()
-        share = -(-count // workers.size)
-        chunk = min(self.chunk_size or share, share)
-        with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
-            support = touched(run) if self.support == "touched" else None
-            variates = control_variates.gradients(self.control_variate, run, support)
+        workers = distributed.current()
+        variates = control_variates.as_tuple(self.control_variate)
+        support = None
+        if self.support == "touched":
+            with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
+                support = touched(run)
         directions = Directions(
             self.distribution,
             random_directions.seed_of_draw(run.seed, self.draw),
-            count,
+            self.directions,
             trees.leaves(run.meta),
             support,
         )
         directions.require_count("Forward() gives the exact gradient")
-        pushed = spread_slopes(run, count, chunk, partial(self._push, run, directions), workers)
+        pushed, found = spread_slopes(
+            run,
+            self._deal(run),
+            partial(self._push, run, directions),
+            lambda number: control_variates.gradient_of(variates[number], run),
+            workers,
+        )
         run.require_connections(pushed.moved, pushed.slopes, pushed.state)
+        scaled = control_variates.scaled(found, run, support)
+        return self._combined(run, directions, pushed, scaled)
+
+    def _deal(self, run: Unroll) -> Deal:
+        """Which worker pushes which directions, and computes which control variates."""
+        costs = control_variates.costs(self.control_variate, run)
+        return deal(self.directions, distributed.current().size, self.chunk_size, costs)
+
+    def _combined(self, run: Unroll, directions: Directions, pushed: Slopes, variates: list[Tensor]) -> Estimate:
+        """The estimate from all slopes and all control variates."""
+        workers = distributed.current()
+        share = -(-self.directions // workers.size)
         among = exchange.partners(self.exchange, directions, workers)
+        chunk = min(self.chunk_size or share, share)
         found = control_variates.combine(directions, pushed.slopes, variates, chunk, among)
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}
         return Estimate(pushed.value, like_meta(run, found.grad), pushed.state, found.standard_error, left)

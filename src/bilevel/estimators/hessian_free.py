@@ -54,6 +54,9 @@ class HessianFree(Estimator):
         checks.positive(self.scale, "scale")
         checks.one_of(self.preconditioner, "preconditioner", ("identity", "optimizer"))
 
+    def units(self, steps: int) -> float:
+        return steps + 3.0
+
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
         state: Descent = run.descend(run.start())

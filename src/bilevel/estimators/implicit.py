@@ -65,6 +65,9 @@ class Implicit(Estimator):
             )
         checks.whole_number(self.batches, "batches")
 
+    def units(self, steps: int) -> float:
+        return steps + 2.0 * (2 + self.solver.products)
+
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
         if self.batches > run.steps:

@@ -77,6 +77,12 @@ class Reverse(Estimator):
                     f'offload={self.offload!r} moves kept states, and checkpoints="graph" keeps none; take "all"'
                 )
 
+    def units(self, steps: int) -> float:
+        if self.checkpoints == "graph":
+            return 3.0 * steps
+        made = checkpointing.steps_computed(steps, checkpointing.slots(self.checkpoints, steps))
+        return made + 3.0 * steps
+
     def _estimate(self, run: Unroll) -> Estimate:
         if self.checkpoints == "graph":
             return _through_one_graph(run)

@@ -1,4 +1,4 @@
-"""Directions spread over workers: each pushes its own chunks, and all slopes come together on all of them."""
+"""Directions and control variates spread over workers: each does its share, and all have everything in the end."""
 
 from __future__ import annotations
 
@@ -10,49 +10,64 @@ from torch import Tensor
 from bilevel import trees
 from bilevel.diagnosis import require_finite
 from bilevel.distributed import Workers
+from bilevel.estimators.dealing import Deal
 from bilevel.trees import Tree
 from bilevel.unroll import Slopes, Unroll
 
 
 def spread_slopes(
-    run: Unroll, count: int, chunk: int, push: Callable[[Sequence[range]], Slopes], workers: Workers
-) -> Slopes:
-    """The slopes of all `count` directions, chunk j pushed by worker j mod size; `push` takes the chunks' numbers.
+    run: Unroll,
+    deal: Deal,
+    push: Callable[[Sequence[range]], Slopes],
+    variate: Callable[[int], list[Tensor]],
+    workers: Workers,
+) -> tuple[Slopes, list[list[Tensor]]]:
+    """The slopes of all directions, and all control variates' gradients.
 
-    Which numbers share a chunk has an effect on their last bits, and which worker has the chunk none. The outer loss is
-    the first worker's.
+    `push` takes a worker's chunks, `variate` the number of a control variate. Which numbers share a chunk has an effect
+    on their last bits, and which worker has the chunk none. The outer loss is the first worker's.
     """
-    starts = range(0, count, chunk)
 
-    def mine() -> Slopes:
-        chunks = [range(starts[i], min(starts[i] + chunk, count)) for i in workers.share(len(starts))]
+    def mine() -> tuple[Slopes, dict[int, list[Tensor]]]:
+        computed = {number: variate(number) for number in deal.variates_of(workers.rank)}
+        chunks = deal.chunks_of(workers.rank)
         if not chunks:  # more workers than chunks
-            return Slopes(*run.value(), trees.leaves(run.meta)[0].new_zeros(0), False)
+            return Slopes(*run.value(), trees.leaves(run.meta)[0].new_zeros(0), False), computed
         pushed = push(chunks)
         if workers.size > 1:  # while it is known whose they are
             require_finite(run, pushed.value, pushed.state, pushed.slopes)
-        return pushed
+        return pushed, computed
 
-    pushed = workers.together("directions", mine)
+    pushed, computed = workers.together("directions", mine)
+    variates = everybodys_variates(run, deal, computed, workers)
     if workers.size == 1:
-        return pushed
-    most = -(-len(starts) // workers.size) * chunk
-    sent = torch.zeros(2 + most, dtype=torch.float64)
-    sent[0], sent[1], sent[2 : 2 + len(pushed.slopes)] = pushed.value, pushed.moved, pushed.slopes.cpu()
-    received = workers.gather("slopes", sent)
-    slopes = received.new_empty(count)
-    taken = [2] * workers.size
-    for number, start in enumerate(starts):
-        owner, length = number % workers.size, min(chunk, count - start)
-        slopes[start : start + length] = received[owner, taken[owner] : taken[owner] + length]
-        taken[owner] += length
-    return Slopes(received[0, 0].to(pushed.value), pushed.state, slopes.to(pushed.slopes), bool(received[:, 1].any()))
+        return pushed, variates
+    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64)
+    numbers = _padded(pushed.slopes.cpu().double(), deal, workers)
+    received = workers.gather("slopes", torch.cat([first_two, numbers]))
+    slopes = _in_order(workers, deal, received[:, 2:])
+    value, moved = received[0, 0].to(pushed.value), bool(received[:, 1].any())
+    return Slopes(value, pushed.state, slopes.to(pushed.slopes), moved), variates
 
 
-def all_rows(
-    what: str, count: int, chunk: int, mine: Sequence[list[Tensor]], state: Tree, workers: Workers
-) -> list[Tensor]:
-    """Tangents `[count, *leaf.shape]` of all directions, a stack for each leaf of a state, from everybody's chunks."""
+def everybodys_variates(
+    run: Unroll, deal: Deal, computed: dict[int, list[Tensor]], workers: Workers
+) -> list[list[Tensor]]:
+    """The control variates' gradients, each from the worker that computed it."""
+    found = []
+    for number, owner in enumerate(deal.variates):
+        mine = computed.get(number) or trees.leaves(run.meta)  # of the same shapes, to be filled
+        found.append(mine if owner is None else workers.broadcast_tensors("control variates", mine, owner))
+    return found
+
+
+def everybodys_numbers(what: str, deal: Deal, mine: Tensor, workers: Workers) -> Tensor:
+    """A number for each direction `[b]`, in their order, from each worker's for its own."""
+    return _in_order(workers, deal, workers.gather(what, _padded(mine, deal, workers)))
+
+
+def everybodys_rows(what: str, deal: Deal, mine: Sequence[list[Tensor]], state: Tree, workers: Workers) -> list[Tensor]:
+    """Tangents `[b, *leaf.shape]` of all directions, a stack for each leaf of a state, from everybody's chunks."""
     leaves = trees.split(state).differentiable
     if workers.size > 1 and any(map(trees.is_spread, leaves)):
         raise ValueError(
@@ -64,17 +79,21 @@ def all_rows(
     )
     if workers.size == 1:
         return own
-    starts = range(0, count, chunk)
-    most = -(-len(starts) // workers.size) * chunk
-    result = []
-    for rows in own:
-        received = workers.gather_rows(what, torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])]))
-        # Worker r's chunks are r, r + size, …: taken in turns they come in their order.
-        turns = received.unflatten(1, (-1, chunk)).transpose(0, 1)
-        pieces = [
-            turns[i // workers.size, i % workers.size, : min(chunk, count - start)] for i, start in enumerate(starts)
-        ]
-        result.append(torch.cat(pieces))
+    return [_in_order(workers, deal, workers.gather_rows(what, _padded(rows, deal, workers))) for rows in own]
+
+
+def _padded(rows: Tensor, deal: Deal, workers: Workers) -> Tensor:
+    """With zeros up to the length of the longest share."""
+    most = max(len(deal.numbers_of(rank)) for rank in range(workers.size))
+    return torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+
+
+def _in_order(workers: Workers, deal: Deal, received: Tensor) -> Tensor:
+    """Shares `[size, most, ...]` as the rows `[b, ...]` of all directions."""
+    shares = [deal.numbers_of(rank) for rank in range(workers.size)]
+    result = received.new_empty(sum(map(len, shares)), *received.shape[2:])
+    for share, rows in zip(shares, received, strict=True):
+        result[share] = rows[: len(share)]
     return result
 
 
@@ -88,12 +107,3 @@ def agreed_state(state: Tree, workers: Workers) -> Tree:
     tensors = [trees.spread_like(t, like) for t, like in zip(firsts, mine, strict=True)]
     count = len(parts.differentiable)
     return parts.rebuild(tensors[:count], tensors[count:])
-
-
-def gathered(what: str, count: int, mine: Sequence[Tensor], workers: Workers) -> Tensor:
-    """All `[count]` numbers from each worker's share of them."""
-    if workers.size == 1:
-        return torch.stack(list(mine))
-    sent = torch.zeros(-(-count // workers.size), dtype=torch.float64)
-    sent[: len(mine)] = torch.tensor([float(value) for value in mine])
-    return workers.gather(what, sent).T.reshape(-1)[:count]

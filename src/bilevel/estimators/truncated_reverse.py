@@ -43,6 +43,9 @@ class TruncatedReverse(Estimator):
     def __post_init__(self) -> None:
         checks.whole_number(self.steps, "steps")
 
+    def units(self, steps: int) -> float:
+        return steps + 3.0 * self.steps
+
     def _estimate(self, run: Unroll) -> Estimate:
         if self.steps > run.steps:
             raise ValueError(

@@ -11,15 +11,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, checks, diagnosis, distributed, exchange, trees
+from bilevel import checks, diagnosis, distributed, exchange, trees
 from bilevel import directions as random_directions
 from bilevel.directions import Directions
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
-from bilevel.estimators.control_variates import ControlVariate
-from bilevel.estimators.spreading import gathered
+from bilevel.estimators.control_variates import ControlVariate, Variate
+from bilevel.estimators.dealing import deal
+from bilevel.estimators.spreading import everybodys_numbers, everybodys_variates
 from bilevel.exchange import EXCHANGES, Exchange
-from bilevel.modules import modules_in
 from bilevel.problem import BlackBox
 from bilevel.trees import Tree
 from bilevel.unroll import Unroll
@@ -56,7 +56,7 @@ class ZerothOrder(Estimator):
     Bias: O(μ²) central, O(μ) forward; apart from it the relative variance is that of `ForwardGradient`, which is what
     `standard_error` estimates.
 
-    Workers share the directions; the solve at φ itself, each makes for itself.
+    Workers share the directions and the control variates; the solve at φ itself, each makes for itself.
 
     Reference: Shen et al., NeurIPS 2024, eq. 16, Appendix D; Nesterov and Spokoiny, 2017.
 
@@ -94,9 +94,18 @@ class ZerothOrder(Estimator):
         )
         directions.require_count("ZerothOrder(distribution='coordinate') differences every one of them")
         workers = distributed.current()
-        mine = workers.share(self.directions)
-        value, state, slopes = workers.together("slopes", lambda: self._slopes(run, directions, mine))
-        slopes = gathered("slopes", self.directions, slopes, workers).to(value)
+        variates = control_variates.as_tuple(self.control_variate)
+        self._require_variates(run, variates)
+        shares = deal(self.directions, workers.size, 1, control_variates.costs(variates, run), 0.0, self._solves_each)
+        value, state, mine, computed = workers.together(
+            "slopes",
+            lambda: (
+                *self._slopes(run, directions, shares.numbers_of(workers.rank)),
+                {i: control_variates.gradient_of(variates[i], run) for i in shares.variates_of(workers.rank)},
+            ),
+        )
+        gradients = everybodys_variates(run, shares, computed, workers)
+        slopes = everybodys_numbers("slopes", shares, mine, workers).to(value)
         if not bool(slopes.any()):
             warnings.warn(
                 f"ZerothOrder: the outer loss is {value.item():.6g} to the last bit wherever meta moved by "
@@ -107,11 +116,11 @@ class ZerothOrder(Estimator):
             )
         among = exchange.partners(self.exchange, directions, workers)
         chunk = min(_DRAWN_AT_ONCE, -(-self.directions // among.size))
-        found = control_variates.combine(directions, slopes, self._variates(run, state), chunk, among)
+        found = control_variates.combine(directions, slopes, control_variates.scaled(gradients, run), chunk, among)
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}
         return Estimate(value, like_meta(run, found.grad), state, found.standard_error, left)
 
-    def _slopes(self, run: Unroll, directions: Directions, numbers: Sequence[int]) -> tuple[Tensor, Tree, list[Tensor]]:
+    def _slopes(self, run: Unroll, directions: Directions, numbers: Sequence[int]) -> tuple[Tensor, Tree, Tensor]:
         """The outer loss and the final state at φ, and ∇h · v for the directions of those numbers, by differences."""
         offsets = (self.step_size, -self.step_size) if self.scheme == "central" else (self.step_size,)
         places = [(number, offset) for number in numbers for offset in offsets]
@@ -120,18 +129,21 @@ class ZerothOrder(Estimator):
         diagnosis.require_finite(run, value, state)
         shifted = [self._finite(run, directions, place, *next(solved)) for place in places]  # holds no state but θ_T
         if self.scheme == "forward":
-            return value, state, [(ahead - value) / self.step_size for ahead in shifted]
-        pairs = zip(shifted[::2], shifted[1::2], strict=True)
-        return value, state, [(ahead - behind) / (2 * self.step_size) for ahead, behind in pairs]
+            slopes = [(ahead - value) / self.step_size for ahead in shifted]
+        else:
+            pairs = zip(shifted[::2], shifted[1::2], strict=True)
+            slopes = [(ahead - behind) / (2 * self.step_size) for ahead, behind in pairs]
+        return value, state, torch.stack(slopes) if slopes else value.new_zeros(0)
 
-    def _variates(self, run: Unroll, state: Tree) -> list[Tensor]:
-        if isinstance(run.problem, BlackBox):
-            for each in control_variates.as_tuple(self.control_variate):
-                if not isinstance(each, control_variates.Constant):
-                    raise TypeError(f"control_variate={each!r} differentiates the inner loop, and a BlackBox cannot be")
-            return control_variates.gradients(self.control_variate, run)
-        with autodiff.differentiable_kernels(modules_in([run.meta, state])):
-            return control_variates.gradients(self.control_variate, run)
+    @property
+    def _solves_each(self) -> float:
+        return 2.0 if self.scheme == "central" else 1.0
+
+    @staticmethod
+    def _require_variates(run: Unroll, variates: Sequence[Estimator | Variate]) -> None:
+        for each in variates if isinstance(run.problem, BlackBox) else ():
+            if not isinstance(each, control_variates.Constant):
+                raise TypeError(f"control_variate={each!r} differentiates the inner loop, and a BlackBox cannot be")
 
     @staticmethod
     def _finite(run: Unroll, directions: Directions, place: tuple[int, float], value: Tensor, state: Tree) -> Tensor:
