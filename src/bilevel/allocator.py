@@ -2,8 +2,7 @@
 
 glibc returns large blocks, and what is free at the top of its heap, as soon as they lie beyond two thresholds, which
 start at 128 KiB. An inner loop frees the temporaries of one step and wants as much for the next one, so the system
-clears the same pages thousands of times over: a third of the time of (FG)²U on a small model, and more with several
-workers, who wait for each other in the kernel.
+clears the same pages thousands of times over: a third of the time of (FG)²U on a small model.
 """
 
 from __future__ import annotations
