@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -304,6 +305,42 @@ def test_the_command_says_how_to_go_on_after_sigterm(base: Path, happened: dict[
     assert checkpoints.load(base / "for ever" / CHECKPOINT)["counters"]["outer_step"] == len(
         steps_of(base / "for ever")
     )
+
+
+LEAVING = """
+import os, sys
+import torch
+import bilevel
+from bilevel import distributed
+
+workers = bilevel.join_workers()
+problem = bilevel.GradientDescent(
+    lambda theta, phi, batch: (theta - phi).square().sum(), lambda theta, phi, batch: theta.sum(),
+    torch.zeros(3), bilevel.optimizer(torch.optim.SGD, lr=0.1),
+)
+bilevel.fit(problem, torch.ones(3), bilevel.no_batches(2), phases=[bilevel.Phase(bilevel.ForwardGradient(2), 1)],
+            workers=workers, progress=False)
+
+def gloos_threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+
+before = gloos_threads()
+distributed._leave()
+print(before > 0, gloos_threads())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are told apart by their names in /proc")
+def test_whoever_leaves_takes_gloos_threads_along() -> None:
+    """Left running, they abort one process in ten when Python ends, and torchrun takes it for a failure."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-W", "ignore", "-c", LEAVING]
+    ended = subprocess.run(command, env={**os.environ, **group}, capture_output=True, text=True, timeout=120)
+    assert ended.stdout.split() == ["True", "0"], ended.stderr
 
 
 # -- who does what -----------------------------------------------------------------------------------------------------

@@ -1,15 +1,16 @@
 """Several processes at one estimate: who does which part, and how the parts come together, over `torch.distributed`.
 
-Workers are equals that run the same program on the same arguments. Who does what follows from numbers that all of them
-have (`share`, `estimators.dealing`), so nobody has to tell anybody what to do. Before anything is exchanged, the workers *meet*: each says where
-it is and whether it failed. So an error of one becomes an error of all, with its message, and workers that have lost
-step are told so instead of reading each other's numbers as something else. A worker that does not come at all ends the
-wait of the others after `timeout` seconds.
+Workers are equals that run the same program on the same arguments. Who does what follows from numbers that all of
+them have (`share`, `estimators.dealing`), so nobody has to tell anybody what to do. Before anything is exchanged, the
+workers *meet*: each says where it is and whether it failed. So an error of one becomes an error of all, with its message,
+and workers that have lost step are told so instead of reading each other's numbers as something else. A worker that does
+not come at all ends the wait of the others after `timeout` seconds.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import time
 import uuid
@@ -246,6 +247,7 @@ def join_workers(timeout: float = TIMEOUT) -> Workers:
         wait = timedelta(seconds=timeout)
         store, rank, size = next(rendezvous("env://", timeout=wait))
         store = PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
+        _import_what_would_hold_the_group()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
         atexit.register(_leave)
     return Workers.of()
@@ -293,9 +295,22 @@ def joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _import_what_would_hold_the_group() -> None:
+    """Import the module of torch whose functions have the group as a default argument, while there is none.
+
+    Imported later, as an estimate does by itself, it holds the group for ever, and `_leave` doesn't end gloo's threads.
+    One that lets go of its last tensors while Python is shutting down then aborts the process ("terminate called
+    without an active exception"): every tenth worker or so that left soon after its last collective, and torchrun took
+    it for a failure of the whole group.
+    """
+    importlib.import_module("torch.distributed.nn.functional")
+
+
 def _leave() -> None:
+    """End the group's threads, before Python ends."""
     if joined():
         dist.destroy_process_group()
+        time.sleep(0.05)  # where something else holds a group, a device mesh say, its threads let go of tensors now
 
 
 def _announced(error: Exception) -> Exception:
