@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
-import statistics
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import randomness
-from bilevel.progress import bar
 from bilevel.tasks.cleaning.config import Cleaning
+from bilevel.tasks.cleaning.pictures import NAMES
 from bilevel.tasks.cleaning.problem import NoisyLabels, inner_batches, network, weighted_loss, weights
 from bilevel.tasks.image_data import LabelledImages
+from bilevel.tasks.trials import accuracies_of
 
 _NETWORK, _BATCHES = range(400, 402)
 SHOWN = 20
@@ -50,25 +51,14 @@ def accuracies(
     """
     images, labels, right, alike = noisy.images, noisy.labels, ~noisy.wrong, torch.ones_like(phi)
     trusted_alike = torch.ones_like(noisy.trusted_labels, dtype=phi.dtype)
-    trials = {
+    examples = {
         "cleaned": (weights(phi), images, labels),
         "everything": (alike, images, labels),
         "clean_part": (alike[right], images[right], labels[right]),
         "trusted_alone": (trusted_alike, noisy.trusted_images, noisy.trusted_labels),
     }
-    results = {}
-    with bar("evaluation", len(trials) * config.evaluation_runs, show=progress) as shown:
-        for name, examples in trials.items():
-            runs = []
-            for number in range(config.evaluation_runs):
-                runs.append(_trained_accuracy(config, data, examples, seed, number))
-                shown.advance(f"{name} {runs[-1]:.1%}")
-            results[name] = {
-                "mean": statistics.fmean(runs),
-                "std": statistics.stdev(runs) if len(runs) > 1 else 0.0,
-                "runs": runs,
-            }
-    return results
+    trials = {name: partial(_trained_accuracy, config, data, those, seed) for name, those in examples.items()}
+    return accuracies_of(trials, NAMES, config.evaluation_runs, progress)
 
 
 def _trained_accuracy(

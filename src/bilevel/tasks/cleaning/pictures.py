@@ -34,19 +34,6 @@ def roc(curve: Mapping[str, Sequence[float]], auc: float) -> str:
     return report.as_picture(fig)
 
 
-def accuracies(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every evaluation run as a point, over a bar at the mean."""
-    fig, axis = report.figure(figsize=(6, 2.4))
-    for position, found in enumerate(results.values()):
-        axis.barh(position, 100 * found["mean"], color="0.88")
-        axis.plot([100 * run for run in found["runs"]], [position] * len(found["runs"]), "o", alpha=0.7, color="C0")
-    axis.set_yticks(range(len(results)), [NAMES[name] for name in results])
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 100), xlabel="test accuracy, %")
-    axis.spines[["top", "right"]].set_visible(False)
-    return report.as_picture(fig)
-
-
 def suspects(examples: Sequence[Mapping[str, Any]]) -> str:
     """The images with the smallest weights, each with the label it was given and the one it should have."""
     columns = min(10, len(examples))

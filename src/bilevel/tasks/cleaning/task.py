@@ -19,6 +19,7 @@ from bilevel.tasks.cleaning.config import Cleaning
 from bilevel.tasks.cleaning.evaluation import evaluate
 from bilevel.tasks.cleaning.problem import noisy_labels, setup
 from bilevel.tasks.task import Preset, Setup, Task
+from bilevel.tasks.trials import picture_of_accuracies
 
 
 class CleaningTask(Task[Cleaning]):
@@ -87,7 +88,7 @@ class CleaningTask(Task[Cleaning]):
             Section(
                 "Test accuracy",
                 "Fresh networks, trained alike, judged on test images with right labels. Mean ± standard deviation.",
-                pictures.accuracies(accuracy),
+                picture_of_accuracies(accuracy, pictures.NAMES),
                 ("trained on", "test accuracy, %", "each run"),
                 rows,
             ),

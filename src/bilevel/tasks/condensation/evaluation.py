@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bilevel import randomness
-from bilevel.progress import bar
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.pictures import NAMES
 from bilevel.tasks.condensation.problem import condensed_labels, network, random_real_images
 from bilevel.tasks.image_data import LabelledImages
+from bilevel.tasks.trials import accuracies_of
 
 _NETWORK, _ORDER = range(200, 202)
 
@@ -52,19 +51,7 @@ def accuracies(
         "random_real": random_real,
         "whole_set": whole_set,
     }
-    results = {}
-    with bar("evaluation", len(trials) * config.evaluation_runs, show=progress) as shown:
-        for name, trial in trials.items():
-            runs = []
-            for number in range(config.evaluation_runs):
-                runs.append(trial(number))
-                shown.advance(f"{NAMES[name]}: {runs[-1]:.1%}")
-            results[name] = {
-                "mean": statistics.fmean(runs),
-                "std": statistics.stdev(runs) if len(runs) > 1 else 0.0,
-                "runs": runs,
-            }
-    return results
+    return accuracies_of(trials, NAMES, config.evaluation_runs, progress)
 
 
 def _trained_accuracy(

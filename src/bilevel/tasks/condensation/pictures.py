@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,19 +37,6 @@ def final(images: Tensor, ipc: int) -> str:
             if row == 0:
                 axes[row, column].set_title(str(column), fontsize=9)
     fig.subplots_adjust(wspace=0.08, hspace=0.08)
-    return report.as_picture(fig)
-
-
-def accuracies(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every evaluation run as a point, over a bar at the mean."""
-    fig, axis = report.figure(figsize=(6, 2.2))
-    for position, found in enumerate(results.values()):
-        axis.barh(position, 100 * found["mean"], color="0.88")
-        axis.plot([100 * run for run in found["runs"]], [position] * len(found["runs"]), "o", alpha=0.7, color="C0")
-    axis.set_yticks(range(len(results)), [NAMES[name] for name in results])
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 100), xlabel="test accuracy, %")
-    axis.spines[["top", "right"]].set_visible(False)
     return report.as_picture(fig)
 
 

@@ -27,6 +27,7 @@ from bilevel.tasks.condensation.evaluation import accuracies
 from bilevel.tasks.condensation.problem import setup
 from bilevel.tasks.run_folder import CONFIG, read_json
 from bilevel.tasks.task import Preset, Setup, Task
+from bilevel.tasks.trials import picture_of_accuracies
 
 _SNAPSHOTS = 8
 
@@ -98,7 +99,7 @@ class CondensationTask(Task[Condensation]):
                 "Test accuracy",
                 "Fresh networks trained on these images alone, judged on real test images. Mean ± standard deviation. "
                 + _verdict(accuracy),
-                pictures.accuracies(accuracy),
+                picture_of_accuracies(accuracy, pictures.NAMES),
                 ("trained on", "test accuracy, %", "each run"),
                 rows,
             ),

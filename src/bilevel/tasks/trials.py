@@ -1,0 +1,42 @@
+"""Test accuracies after several kinds of training, each repeated with fresh networks: measured, and as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bilevel import report
+from bilevel.progress import bar
+
+
+def accuracies_of(
+    trials: Mapping[str, Callable[[int], float]], names: Mapping[str, str], runs: int, progress: bool
+) -> dict[str, dict[str, Any]]:
+    """Mean, standard deviation and every run of each trial, which gives the accuracy from the number of the run."""
+    results = {}
+    with bar("evaluation", len(trials) * runs, show=progress) as shown:
+        for name, trial in trials.items():
+            found = []
+            for number in range(runs):
+                found.append(trial(number))
+                shown.advance(f"{names[name]}: {found[-1]:.1%}")
+            results[name] = {
+                "mean": statistics.fmean(found),
+                "std": statistics.stdev(found) if len(found) > 1 else 0.0,
+                "runs": found,
+            }
+    return results
+
+
+def picture_of_accuracies(results: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """Every run as a point, over a bar at the mean."""
+    fig, axis = report.figure(figsize=(6, 0.8 + 0.4 * len(results)))
+    for position, found in enumerate(results.values()):
+        axis.barh(position, 100 * found["mean"], color="0.88")
+        axis.plot([100 * run for run in found["runs"]], [position] * len(found["runs"]), "o", alpha=0.7, color="C0")
+    axis.set_yticks(range(len(results)), [names[name] for name in results])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 100), xlabel="test accuracy, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    return report.as_picture(fig)
