@@ -35,6 +35,7 @@ from torch.nn.functional import cross_entropy
 import bilevel
 from bilevel import exchange, planner
 from bilevel.directions import DISTRIBUTIONS, Directions
+from bilevel.estimators import control_variates
 from bilevel.files import write_text
 from bilevel.progress import bar
 from bilevel.unroll import Unroll
@@ -165,13 +166,14 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
     limit = [2 * a[0] / u for a, u in zip(alone, unrelated, strict=True)] if workers.first else []
     how = exchange.chosen("auto", getattr(estimator, "directions", 1), meta.numel(), 2)
     directions = getattr(estimator, "directions", 0)
-    gradient = exchange.reduced_bytes(meta.numel(), 2, 4)
+    variates = len(control_variates.as_tuple(getattr(estimator, "control_variate", None)))
+    sent = exchange.sent_bytes(how, directions, meta.numel(), 2, variates=variates)
     return {
         "name": name,
         "alone": statistics.median(a[0] for a in alone) if workers.first else 0.0,
         "speedups": [sorted(r) for r in [*ratios, limit]],
         "exchange": how if directions else "gradient",
-        "bytes": exchange.sent_bytes(how, directions, meta.numel(), 2) if directions else gradient,
+        "bytes": sent if directions else exchange.reduced_bytes(meta.numel(), 2, 4),
         "waiting": statistics.median(waiting),
     }
 

@@ -57,14 +57,21 @@ def reduced_bytes(numbers: int, workers: int, bytes_per_number: int) -> float:
     return 2 * bytes_per_number * numbers * (workers - 1) / workers
 
 
-def sent_bytes(how: str, directions: int, meta_size: int, workers: int, bytes_per_number: int = 4) -> float:
+def sent_bytes(
+    how: str, directions: int, meta_size: int, workers: int, bytes_per_number: int = 4, variates: int = 0
+) -> float:
     """What a worker sends for one estimate; see `chosen` for `how`.
+
+    Control variates that were dealt out go from whoever computed them to all the others; the mean over the workers.
 
     >>> sent_bytes("slopes", 16, 640, 2), sent_bytes("gradient", 16, 640, 2)
     (64.0, 2624.0)
+    >>> sent_bytes("slopes", 16, 640, 2, variates=2)
+    2624.0
     """
     gradient = reduced_bytes(meta_size, workers, bytes_per_number) if how == "gradient" else 0.0
-    return gathered_bytes(directions, workers) + gradient
+    computed_elsewhere = variates * bytes_per_number * meta_size * (workers - 1) / workers
+    return gathered_bytes(directions, workers) + gradient + computed_elsewhere
 
 
 def partners(exchange: Exchange, directions: Directions, workers: Workers) -> Workers:

@@ -137,24 +137,8 @@ def fit(
     )
     try:
         record.share(workers)
-        total, done = loop.progress.total_steps, loop.progress.outer_step
-        with (
-            stopping_raises() as stop,
-            workers.sharing(),
-            bar("outer steps", total, done, progress and workers.first) as shown,
-        ):
-            while not loop.progress.finished:
-                step = workers.together(
-                    f"outer step {loop.progress.outer_step}",
-                    lambda: _outer_step(loop, record, callbacks if workers.first else (), checkpoint_every, stop),
-                )
-                numbers = struct.pack("dd", step.row["outer_loss"], step.row["grad_norm"])
-                workers.require_same(f"the numbers of outer step {loop.progress.outer_step - 1}", numbers)
-                shown.advance(
-                    f"outer loss {step.row['outer_loss']:.4g}",
-                    f"phase {step.row['phase'] + 1} of {len(phases)}" if len(phases) > 1 else None,
-                    loop.progress.total_steps,
-                )
+        with stopping_raises() as stop, workers.sharing():
+            _to_the_end(loop, record, workers, callbacks, checkpoint_every, stop, progress)
     except BaseException as error:
         # A first step that fails, on its arguments for instance, leaves nothing behind.
         if record.rows or isinstance(error, KeyboardInterrupt | Terminated | NonFiniteError | SolverError):
@@ -189,6 +173,32 @@ def _require_settings(
         raise ValueError("stream=True needs inner steps to go on with, and a BlackBox solves from the beginning")
     if stream and retreats:
         raise ValueError(f"retreats={retreats} with stream=True: the steps of a stream are not taken twice; take one")
+
+
+def _to_the_end(
+    loop: OuterLoop,
+    record: RunRecord,
+    workers: Workers,
+    callbacks: Sequence[Callable[[OuterStep], None]],
+    checkpoint_every: int,
+    stop: Stop,
+    progress: bool,
+) -> None:
+    """All outer steps that are left, each made and recorded by all workers together."""
+    phases = len(loop.progress.phases)
+    with bar("outer steps", loop.progress.total_steps, loop.progress.outer_step, progress and workers.first) as shown:
+        while not loop.progress.finished:
+            step = workers.together(
+                f"outer step {loop.progress.outer_step}",
+                lambda: _outer_step(loop, record, callbacks if workers.first else (), checkpoint_every, stop),
+            )
+            numbers = struct.pack("dd", step.row["outer_loss"], step.row["grad_norm"])
+            workers.require_same(f"the numbers of outer step {loop.progress.outer_step - 1}", numbers)
+            shown.advance(
+                f"outer loss {step.row['outer_loss']:.4g}",
+                f"phase {step.row['phase'] + 1} of {phases}" if phases > 1 else None,
+                loop.progress.total_steps,
+            )
 
 
 def _outer_step(
