@@ -25,9 +25,9 @@ import torch
 from models import MODELS
 
 import bilevel
-from bilevel.files import write_text
-from bilevel.peak_memory import PeakMemory
-from bilevel.progress import bar
+from bilevel.report.files import write_text
+from bilevel.report.peak_memory import PeakMemory
+from bilevel.report.progress import bar
 
 RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, bilevel.Estimator] = {

@@ -34,9 +34,9 @@ from models import MODELS
 
 import bilevel
 from bilevel import ForwardGradient, Reverse
-from bilevel.files import write_json, write_text
-from bilevel.peak_memory import PeakMemory
-from bilevel.progress import bar
+from bilevel.report.files import write_json, write_text
+from bilevel.report.peak_memory import PeakMemory
+from bilevel.report.progress import bar
 
 RESULTS = Path(__file__).parent / "results"
 SUBJECTS = ("mlp-adam", "convnet-momentum", "gpt2-adam")

@@ -25,8 +25,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bilevel.files import write_json, write_text
-from bilevel.progress import bar
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -34,10 +34,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import checkpoints, metrics
-from bilevel.files import write_text
-from bilevel.progress import bar
-from bilevel.run_record import CHECKPOINT, PREVIOUS
+from bilevel.report.files import write_text
+from bilevel.report.progress import bar
+from bilevel.training import checkpoint_files, metrics
+from bilevel.training.run_record import CHECKPOINT, PREVIOUS
 
 RESULTS = Path(__file__).parent / "results"
 WORKERS, STEPS, EVERY = 2, 15, 4
@@ -181,7 +181,7 @@ def torchrun_run(folder: Path, rank: int, after: float) -> int:
 
 def numbers_of(folder: Path) -> tuple[Any, Any]:
     """What must be the same: the checkpoint and the metrics, without seconds."""
-    checkpoint = checkpoints.load(folder / CHECKPOINT)
+    checkpoint = checkpoint_files.load(folder / CHECKPOINT)
     del checkpoint["counters"]["seconds"]
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.read(folder / metrics.FILE)]
     return _plain(checkpoint), rows

@@ -41,7 +41,7 @@ from torch.nn.functional import cross_entropy
 
 import bilevel
 from bilevel.estimators import Estimator
-from bilevel.unroll import unroll
+from bilevel.unrolling.unroll import unroll
 
 FLATNESS = 0.05
 CLAIM_TOLERANCE = 0.3

@@ -33,9 +33,8 @@ from scipy.stats import t as student
 
 import bilevel
 from bilevel.estimators import Estimator
-from bilevel.files import write_json, write_text
-from bilevel.outer_loop import OuterStep
-from bilevel.progress import bar
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
 from bilevel.tasks.online_lm import data
 from bilevel.tasks.online_lm.adaptation import learned
 from bilevel.tasks.online_lm.config import OnlineLM
@@ -45,6 +44,7 @@ from bilevel.tasks.online_lm.problem import setup as make_setup
 from bilevel.tasks.online_lm.stages import tuned_model
 from bilevel.tasks.online_lm.weight_model import WeightModel
 from bilevel.tasks.running import versions
+from bilevel.training.outer_loop import OuterStep
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -33,8 +33,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import bilevel
 from bilevel import trees
 from bilevel.estimators import Estimator
-from bilevel.files import write_json, write_text
-from bilevel.progress import bar
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
 from bilevel.tasks.online_lm.config import OnlineLM
 from bilevel.tasks.online_lm.problem import OuterBatch, problem
 from bilevel.tasks.online_lm.tokens import padded

@@ -27,17 +27,19 @@ from torch.optim.lr_scheduler import LinearLR
 from variance import ROOT, learning_rates
 
 import bilevel
-from bilevel import CoarserProblem, ForwardGradient, HessianFree, Reverse, RunningMean, TruncatedReverse, report
-from bilevel.estimators import control_variates, names
-from bilevel.files import write_bytes, write_json, write_text
-from bilevel.progress import bar
+from bilevel import CoarserProblem, ForwardGradient, HessianFree, Reverse, RunningMean, TruncatedReverse
+from bilevel.estimators import control_variates
+from bilevel.planning import names
+from bilevel.report import page
+from bilevel.report.files import write_bytes, write_json, write_text
+from bilevel.report.progress import bar
 from bilevel.tasks import image_data
 from bilevel.tasks.cleaning.problem import setup as cleaning_setup
 from bilevel.tasks.cleaning.task import CleaningTask
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.problem import setup as condensation_setup
 from bilevel.tasks.task import Setup
-from bilevel.unroll import unroll
+from bilevel.unrolling.unroll import unroll
 
 FRESH = 1_000_000
 """The number of the first draw on which results are judged."""
@@ -122,7 +124,7 @@ def keep(name: str, measured: dict[str, Any]) -> None:
     found: dict[str, Any] = json.loads(stored.read_text())["problems"] if stored.exists() else {}
     found[name] = measured
     write_json(stored, {"torch": torch.__version__, "problems": found})
-    write_text(ROOT / "results" / "outer_loss.md", page(found))
+    write_text(ROOT / "results" / "outer_loss.md", as_markdown(found))
     pictures = ROOT.parent / "docs" / "pictures"
     write_bytes(pictures / f"outer_loss_{name}.png", picture(measured["rows"], name))
 
@@ -207,7 +209,7 @@ def _seconds(function: Any) -> float:
 
 def picture(rows: list[dict[str, Any]], name: str) -> bytes:
     """The outer loss over what was spent, each estimator at its best learning rate; a dot for the final one."""
-    figure, axis = report.figure(figsize=(8, 4.5))
+    figure, axis = page.figure(figsize=(8, 4.5))
     for row in rows:
         run = row["best"]["runs"][0]
         losses = run["losses"]
@@ -220,10 +222,10 @@ def picture(rows: list[dict[str, Any]], name: str) -> bytes:
     axis.set_xlabel("spent, in plain inner loops; dots: final outer loss on fresh draws, mean over the seeds")
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
-    return report.as_png(figure)
+    return page.as_png(figure)
 
 
-def page(found: dict[str, Any]) -> str:
+def as_markdown(found: dict[str, Any]) -> str:
     """All results, in markdown."""
     lines = [
         "# The outer loss after the same compute",

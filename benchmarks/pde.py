@@ -22,8 +22,8 @@ from typing import Any
 
 import tyro
 
-from bilevel.files import write_json, write_text
-from bilevel.progress import bar
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
 
 RESULTS = Path(__file__).parent / "results"
 EQUATIONS = ("burgers", "allen-cahn", "kdv")

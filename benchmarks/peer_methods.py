@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import bilevel
 from bilevel import autodiff
-from bilevel.modules import modules_in
-from bilevel.unroll import unroll
+from bilevel.models.module_view import modules_in
+from bilevel.unrolling.unroll import unroll
 
 # pyright: reportMissingImports=false
 # ruff: noqa: ARG002  (other libraries' methods take arguments that are not needed here)

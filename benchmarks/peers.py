@@ -39,9 +39,9 @@ from models import MODELS, Subject, with_recomputed_layers
 from torch import Tensor
 
 import bilevel
-from bilevel.files import write_json, write_text
-from bilevel.progress import bar
-from bilevel.unroll import unroll
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
+from bilevel.unrolling.unroll import unroll
 
 RESULTS = Path(__file__).parent / "results"
 NOTES = Path(__file__).parent / "peers_notes.md"

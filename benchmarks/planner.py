@@ -24,11 +24,11 @@ import torch
 from models import MODELS
 
 import bilevel
-from bilevel import costs
-from bilevel.estimators.names import describe
-from bilevel.files import write_json, write_text
-from bilevel.live_bytes import counting
-from bilevel.progress import bar
+from bilevel.planning import step_costs
+from bilevel.planning.live_memory import counting
+from bilevel.planning.names import describe
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = {"mlp-adam": 100, "convnet-momentum": 50, "gpt2-sgd": 10, "gpt2-adam": 10}
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     wanted = parser.parse_args().models
     torch.set_num_threads(1)
-    costs._clock = time.process_time
+    step_costs._clock = time.process_time
     warnings.simplefilter("ignore")  # conjugate gradients on untrained networks meet negative curvature
     path = RESULTS / "planner.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -24,12 +24,12 @@ from torch import Tensor
 
 import bilevel
 from bilevel import autodiff, trees
-from bilevel.files import write_json, write_text
-from bilevel.live_bytes import counting
-from bilevel.modules import modules_in
-from bilevel.progress import bar
-from bilevel.step_products import Product, faster_product, pull_back_step
-from bilevel.unroll import unroll
+from bilevel.models.module_view import modules_in
+from bilevel.planning.live_memory import counting
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
+from bilevel.unrolling.step_products import Product, faster_product, pull_back_step
+from bilevel.unrolling.unroll import unroll
 
 RESULTS = Path(__file__).parent / "results"
 SUBJECTS = {**MODELS, "gpt2-sgd, layers recomputed": gpt2_recomputed}

@@ -23,11 +23,12 @@ import tyro
 from torch import Tensor
 
 import bilevel
-from bilevel import randomness, report
-from bilevel.directions import Directions
+from bilevel import randomness
+from bilevel.directions.distributions import Directions
 from bilevel.estimators.control_variates import combine
-from bilevel.files import write_bytes, write_json, write_text
-from bilevel.progress import bar
+from bilevel.report import page
+from bilevel.report.files import write_bytes, write_json, write_text
+from bilevel.report.progress import bar
 
 ROOT = Path(__file__).parent
 N, M, T, B = 64, 8, 40, 4
@@ -141,7 +142,7 @@ def main() -> None:
         row["predicted"] = (1 + 1 / RHO) / (1 + row["q"] / RHO)
     versions = {"bilevel": bilevel.__version__, "torch": torch.__version__, "python": platform.python_version()}
     write_json(ROOT / "results" / "rate.json", {"versions": versions, "rows": rows})
-    write_text(ROOT / "results" / "rate.md", page(rows, options, versions))
+    write_text(ROOT / "results" / "rate.md", as_markdown(rows, options, versions))
     write_bytes(ROOT.parent / "docs" / "pictures" / "rate.png", picture(rows))
 
 
@@ -171,7 +172,7 @@ def summary(problem: Regression, name: str, q: float, runs: list[dict[str, Any]]
 
 def picture(rows: list[dict[str, Any]]) -> bytes:
     """H over the outer steps, and over the outer steps divided by (1 + q/ρ), where all should fall together."""
-    figure, axes = report.figure(1, 2, figsize=(10, 3.8), sharey=True)
+    figure, axes = page.figure(1, 2, figsize=(10, 3.8), sharey=True)
     for row in rows:
         steps = row["stride"] * np.arange(len(row["values"]))
         for axis, unit in zip(axes, (1.0, 1 + row["q"] / RHO), strict=True):
@@ -181,10 +182,10 @@ def picture(rows: list[dict[str, Any]]) -> bytes:
     axes[0].legend(frameon=False, fontsize=8)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    return report.as_png(figure)
+    return page.as_png(figure)
 
 
-def page(rows: list[dict[str, Any]], options: Options, versions: dict[str, str]) -> str:
+def as_markdown(rows: list[dict[str, Any]], options: Options, versions: dict[str, str]) -> str:
     """The table with the command that made it."""
     lines = [
         "# The rate with a control variate",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bilevel.files import write_text
-from bilevel.progress import bar
+from bilevel.report.files import write_text
+from bilevel.report.progress import bar
 
 N, DRAWS = 64, 4000
 COUNTS, LEFT = (2, 3, 5, 8, 18), (0.0, 0.02, 0.1, 0.5, 1.0)

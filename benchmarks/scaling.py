@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import exchange, planner
-from bilevel.directions import DISTRIBUTIONS, Directions
+from bilevel.directions.distributions import DISTRIBUTIONS, Directions
+from bilevel.distributed import communication
 from bilevel.estimators import control_variates
-from bilevel.files import write_text
-from bilevel.progress import bar
-from bilevel.unroll import Unroll
+from bilevel.planning import planner
+from bilevel.report.files import write_text
+from bilevel.report.progress import bar
+from bilevel.unrolling.unroll import Unroll
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, STEPS, TARGET = 7, 4, 1.85
@@ -164,16 +165,16 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
         [[a[i] / t[i] for a, t in zip(alone, together, strict=True)] for i in range(2)] if workers.first else [[], []]
     )
     limit = [2 * a[0] / u for a, u in zip(alone, unrelated, strict=True)] if workers.first else []
-    how = exchange.chosen("auto", getattr(estimator, "directions", 1), meta.numel(), 2)
+    how = communication.chosen("auto", getattr(estimator, "directions", 1), meta.numel(), 2)
     directions = getattr(estimator, "directions", 0)
     variates = len(control_variates.as_tuple(getattr(estimator, "control_variate", None)))
-    sent = exchange.sent_bytes(how, directions, meta.numel(), 2, variates=variates)
+    sent = communication.sent_bytes(how, directions, meta.numel(), 2, variates=variates)
     return {
         "name": name,
         "alone": statistics.median(a[0] for a in alone) if workers.first else 0.0,
         "speedups": [sorted(r) for r in [*ratios, limit]],
         "exchange": how if directions else "gradient",
-        "bytes": sent if directions else exchange.reduced_bytes(meta.numel(), 2, 4),
+        "bytes": sent if directions else communication.reduced_bytes(meta.numel(), 2, 4),
         "waiting": statistics.median(waiting),
     }
 
@@ -280,10 +281,10 @@ def paper() -> list[str]:
             carried = min(share, 4)  # at once, in chunks
             seconds = (share // carried + 2 * share) * steps * unit
             memory = 2 * size * (1 + carried + 3) + activations
-            sent = exchange.sent_bytes("gradient", directions, meta_size, workers) if workers > 1 else 0.0
+            sent = communication.sent_bytes("gradient", directions, meta_size, workers) if workers > 1 else 0.0
             lines.append(
                 f"| {size:.2g} | {workers} | {share} | {planner.size_text(memory)} | {seconds:,.0f} | "
-                f"{planner.size_text(sent)} | {sent / exchange.BYTES_PER_SECOND:.1f} |"
+                f"{planner.size_text(sent)} | {sent / communication.BYTES_PER_SECOND:.1f} |"
             )
     return lines
 

@@ -20,10 +20,10 @@ from models import MODELS
 
 import bilevel
 from bilevel import ForwardGradient
-from bilevel.files import write_json, write_text
-from bilevel.live_bytes import counting
-from bilevel.progress import bar
-from bilevel.unroll import unroll
+from bilevel.planning.live_memory import counting
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
+from bilevel.unrolling.unroll import unroll
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, DIRECTIONS, CHUNKS, REPEATS = 3, 8, (1, 2, 4, 8), 3

@@ -23,10 +23,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import ForwardGradient, HessianFree, Reverse, TruncatedReverse, comparison, comparison_plot
+from bilevel import ForwardGradient, HessianFree, Reverse, TruncatedReverse
+from bilevel.comparison import compare, plot
 from bilevel.estimators.control_variates import ControlVariate
-from bilevel.files import write_json, write_text
-from bilevel.progress import bar
+from bilevel.report.files import write_json, write_text
+from bilevel.report.progress import bar
 from bilevel.tasks import image_data
 from bilevel.tasks.cleaning.problem import setup as cleaning_setup
 from bilevel.tasks.cleaning.task import CleaningTask
@@ -133,15 +134,15 @@ def main() -> None:
             make, budget = PROBLEMS[name]
             problem, meta, inner, outer = make(options.data_dir)
             wanted = estimators(budget, len(inner), meta, name != "learning_rates")
-            rows = comparison.compare(problem, meta, inner, outer, estimators=wanted, repeats=options.repeats)
+            rows = compare.compare(problem, meta, inner, outer, estimators=wanted, repeats=options.repeats)
             found[name] = {
                 "sizes": f"N = {meta.numel()}, T = {len(inner)}, budget {budget} inner loops, {options.repeats} draws",
-                "rows": comparison.as_dicts(rows),
+                "rows": compare.as_dicts(rows),
             }
             shown.advance(name)
     for name, content in found.items():
         rows = [bilevel.Compared(**row) for row in content["rows"]]
-        comparison_plot.write(ROOT.parent / "docs" / "pictures" / f"equal_compute_{name}.png", rows, name)
+        plot.write(ROOT.parent / "docs" / "pictures" / f"equal_compute_{name}.png", rows, name)
     write_json(stored, {"torch": torch.__version__, "problems": found})
     write_text(ROOT / "results" / "variance.md", page(found))
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bilevel import checkpoints, cli, metrics
-from bilevel.run_record import CHECKPOINT
+from bilevel import cli
+from bilevel.training import checkpoint_files, metrics
+from bilevel.training.run_record import CHECKPOINT
 
 SMALL = [
     *("--model", "mlp", "--width", "16", "--inner-steps", "3", "--outer-batch", "64"),
@@ -34,9 +35,9 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def numbers_of(folder: Path) -> dict[str, Any]:
     """Everything that a run with the same settings must give again, tensors as lists; times are left out."""
-    checkpoint = checkpoints.load(folder / CHECKPOINT)
+    checkpoint = checkpoint_files.load(folder / CHECKPOINT)
     del checkpoint["counters"]["seconds"]
-    images = {path.name: _with_lists(checkpoints.load(path)) for path in sorted((folder / "images").iterdir())}
+    images = {path.name: _with_lists(checkpoint_files.load(path)) for path in sorted((folder / "images").iterdir())}
     return {
         "config": config_of(folder),
         "metrics": [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(folder)],

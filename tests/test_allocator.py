@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from small_runs import SMALL, run
 
-from bilevel import allocator, cli
+from bilevel import cli
+from bilevel.unrolling import freed_memory
 
 PROGRAM = """
 import resource, sys
@@ -32,7 +33,7 @@ step()
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
-on_glibc = pytest.mark.skipif(allocator._glibc() is None, reason="the C library is not glibc")
+on_glibc = pytest.mark.skipif(freed_memory._glibc() is None, reason="the C library is not glibc")
 
 
 def faults(how: str, **environment: str) -> tuple[str, int]:
@@ -70,18 +71,18 @@ def test_the_users_own_settings_stay(name: str, value: str) -> None:
 def test_false_where_nothing_can_be_done(without: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(allocator, "_glibc", without)
-    assert allocator.keep_freed_memory() is False
+    monkeypatch.setattr(freed_memory, "_glibc", without)
+    assert freed_memory.keep_freed_memory() is False
 
 
 def test_only_linux_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert allocator._glibc() is None
+    assert freed_memory._glibc() is None
 
 
 def test_a_run_keeps_freed_memory_and_so_does_the_plan_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr(freed_memory, "keep_freed_memory", lambda: calls.append("kept"))
     run(tmp_path / "run", "--estimator", "hessian-free", "--outer-steps", "1")
     assert calls == ["kept"]
     cli.main(["plan", "condensation", "--memory", "1GB", *SMALL])

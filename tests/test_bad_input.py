@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 import bilevel
 import bilevel.estimators
-from bilevel import autodiff, directions, unroll
+from bilevel import autodiff
+from bilevel.directions import distributions
 from bilevel.estimators import implicit
+from bilevel.unrolling import unroll
 
 NAN, INF = float("nan"), float("inf")
 RATE = 0.1
@@ -1164,7 +1166,7 @@ class TestZerothOrder:
 
 def direction_of(seed: int) -> float:
     """The first direction of a seed, for one meta parameter."""
-    return directions.Directions("rademacher", seed, 1, [torch.zeros(())]).draw([0])[0].item()
+    return distributions.Directions("rademacher", seed, 1, [torch.zeros(())]).draw([0])[0].item()
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel.buckets import Buckets
+from bilevel.optim.buckets import Buckets
 
 
 def some_tensors() -> list[Tensor]:

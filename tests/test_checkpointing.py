@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel import checkpointing, state_store
-from bilevel.checkpointing import Trail
+from bilevel.unrolling import checkpoint_schedules, state_storage
+from bilevel.unrolling.checkpoint_schedules import Trail
 
 
 class CountingLoop:
@@ -61,20 +61,20 @@ def test_every_state_comes_once_from_the_last_to_the_first_with_the_fewest_steps
                 most = max(most, len(trail._kept))
         assert found == list(reversed(range(steps)))
         assert most <= count
-        assert loop.made == fewest_repeated(steps, count) + 1 == checkpointing.steps_computed(steps, count)
+        assert loop.made == fewest_repeated(steps, count) + 1 == checkpoint_schedules.steps_computed(steps, count)
 
 
 @pytest.mark.parametrize(("checkpoints", "most"), [("all", 1), ("sqrt", 2), ("log", 5)])
 def test_what_the_words_promise(checkpoints: Any, most: int) -> None:
     for steps in (1, 2, 3, 10, 200, 1000, 2000):
-        count = checkpointing.slots(checkpoints, steps)
-        assert checkpointing.repetitions(steps, count) <= most
-        assert checkpointing.steps_computed(steps, count) <= most * steps
+        count = checkpoint_schedules.slots(checkpoints, steps)
+        assert checkpoint_schedules.repetitions(steps, count) <= most
+        assert checkpoint_schedules.steps_computed(steps, count) <= most * steps
     if checkpoints == "sqrt":
-        assert checkpointing.slots("sqrt", 2000) <= (2 * 2000) ** 0.5 + 1
-        assert checkpointing.repetitions(2000, checkpointing.slots("sqrt", 2000) - 1) == 3
+        assert checkpoint_schedules.slots("sqrt", 2000) <= (2 * 2000) ** 0.5 + 1
+        assert checkpoint_schedules.repetitions(2000, checkpoint_schedules.slots("sqrt", 2000) - 1) == 3
     if checkpoints == "log":
-        assert checkpointing.slots("log", 2000) == 11
+        assert checkpoint_schedules.slots("log", 2000) == 11
 
 
 def a_state(number: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def a_state(number: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("offload", [None, "cpu", "disk"])
-def test_a_store_gives_back_what_it_was_given(offload: state_store.Offload) -> None:
+def test_a_store_gives_back_what_it_was_given(offload: state_storage.Offload) -> None:
     def same(found: dict[str, Any], number: int) -> None:
         for name, expected in a_state(number).items():
             if isinstance(expected, Tensor):
@@ -99,7 +99,7 @@ def test_a_store_gives_back_what_it_was_given(offload: state_store.Offload) -> N
             else:
                 assert found[name] == expected
 
-    with state_store.state_store(offload) as store:
+    with state_storage.state_store(offload) as store:
         for number in range(3):
             store.push(a_state(number))
             same(store.top(), number)
@@ -116,7 +116,7 @@ def test_a_store_gives_back_what_it_was_given(offload: state_store.Offload) -> N
 def test_little_is_remembered_of_a_state_on_disk() -> None:
     """There may be thousands, whose bookkeeping must not take the memory that the disk was to save."""
     states = [[torch.zeros(3), float(number), torch.zeros(2, 2)] * 10 for number in range(300)]
-    with state_store.state_store("disk") as store:
+    with state_storage.state_store("disk") as store:
         store.push(states[0])
         tracemalloc.start()
         try:
@@ -161,8 +161,8 @@ def test_every_schedule_gives_the_same_gradient(checkpoints: Any, offload: Any) 
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(state_store.tempfile, "tempdir", str(tmp_path))
-    real = state_store.tempfile.TemporaryFile
+    monkeypatch.setattr(state_storage.tempfile, "tempdir", str(tmp_path))
+    real = state_storage.tempfile.TemporaryFile
 
     class Full:
         """A file on a disk with 1000 bytes left."""
@@ -179,7 +179,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self._file.write(content[:left])
 
-    monkeypatch.setattr(state_store.tempfile, "TemporaryFile", Full)
+    monkeypatch.setattr(state_storage.tempfile, "TemporaryFile", Full)
     with pytest.raises(OSError, match=r"no space left in .* set the environment variable TMPDIR") as caught:
         bilevel.Reverse("all", offload="disk")(*problem())
     assert caught.value.errno == errno.ENOSPC

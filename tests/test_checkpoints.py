@@ -14,7 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bilevel import CheckpointError, checkpoints, files
+from bilevel import CheckpointError
+from bilevel.report import files
+from bilevel.training import checkpoint_files
 
 
 def assert_same(left: Any, right: Any) -> None:
@@ -68,26 +70,26 @@ CONTENTS: dict[str, Any] = {
 @pytest.mark.parametrize("name", CONTENTS)
 def test_content_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    checkpoints.save(path, {name: CONTENTS[name]})
-    assert_same({name: CONTENTS[name]}, checkpoints.load(path))
+    checkpoint_files.save(path, {name: CONTENTS[name]})
+    assert_same({name: CONTENTS[name]}, checkpoint_files.load(path))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_everything_at_once(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path / "checkpoint", CONTENTS)
-    assert_same(CONTENTS, checkpoints.load(tmp_path / "checkpoint"))
+    checkpoint_files.save(tmp_path / "checkpoint", CONTENTS)
+    assert_same(CONTENTS, checkpoint_files.load(tmp_path / "checkpoint"))
 
 
 def test_subclasses_come_back_as_what_they_extend(tmp_path: Path) -> None:
     content = {"ordered": OrderedDict(a=1), "size": torch.zeros(2, 3).shape}
-    checkpoints.save(tmp_path / "checkpoint", content)
-    assert_same({"ordered": {"a": 1}, "size": (2, 3)}, checkpoints.load(tmp_path / "checkpoint"))
+    checkpoint_files.save(tmp_path / "checkpoint", content)
+    assert_same({"ordered": {"a": 1}, "size": (2, 3)}, checkpoint_files.load(tmp_path / "checkpoint"))
 
 
 def test_a_graph_is_not_stored(tmp_path: Path) -> None:
     weight = torch.ones(2, requires_grad=True)
-    checkpoints.save(tmp_path / "checkpoint", {"loss": (weight**2).sum()})
-    assert not checkpoints.load(tmp_path / "checkpoint")["loss"].requires_grad
+    checkpoint_files.save(tmp_path / "checkpoint", {"loss": (weight**2).sum()})
+    assert not checkpoint_files.load(tmp_path / "checkpoint")["loss"].requires_grad
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.NAdam, torch.optim.Adafactor])
@@ -96,14 +98,14 @@ def test_the_state_of_an_optimizer(optimizer: Any, tmp_path: Path) -> None:
     weight.grad = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     made = optimizer([weight])
     made.step()
-    checkpoints.save(tmp_path / "checkpoint", made.state_dict())
-    assert_same(made.state_dict(), checkpoints.load(tmp_path / "checkpoint"))
+    checkpoint_files.save(tmp_path / "checkpoint", made.state_dict())
+    assert_same(made.state_dict(), checkpoint_files.load(tmp_path / "checkpoint"))
 
 
 def test_what_is_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    checkpoints.save(path, {"x": torch.arange(5.0)})
-    loaded = checkpoints.load(path)["x"]
+    checkpoint_files.save(path, {"x": torch.arange(5.0)})
+    loaded = checkpoint_files.load(path)["x"]
     stored = path.read_bytes()
     path.write_bytes(b"\xff" * len(stored))  # into the same file, as a careless copy would
     assert torch.equal(loaded, torch.arange(5.0))
@@ -128,8 +130,8 @@ def test_what_cannot_be_stored_leaves_no_file(name: str, tmp_path: Path) -> None
     value, word = UNSTORABLE[name]
     content = {"fine": torch.ones(2), "deep": [({"it": value},)]}
     for attempt in (
-        lambda: checkpoints.save(tmp_path / "new" / "checkpoint", content),
-        lambda: checkpoints.require_storable(content),
+        lambda: checkpoint_files.save(tmp_path / "new" / "checkpoint", content),
+        lambda: checkpoint_files.require_storable(content),
     ):
         with pytest.raises(TypeError, match=word):
             attempt()
@@ -137,7 +139,7 @@ def test_what_cannot_be_stored_leaves_no_file(name: str, tmp_path: Path) -> None
 
 
 def test_require_storable_is_silent_otherwise() -> None:
-    checkpoints.require_storable(CONTENTS)
+    checkpoint_files.require_storable(CONTENTS)
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
@@ -151,14 +153,14 @@ def stored(tmp_path: Path) -> Path:
         "step": 12,
         "config": {"lr": 0.1},
     }
-    checkpoints.save(path, content)
+    checkpoint_files.save(path, content)
     return path
 
 
 def assert_refused(path: Path, damaged: bytes) -> None:
     path.write_bytes(damaged)
     with pytest.raises(CheckpointError, match=r"is damaged|not a checkpoint that this version"):
-        checkpoints.load(path)
+        checkpoint_files.load(path)
     assert path.read_bytes() == damaged
 
 
@@ -171,12 +173,12 @@ def test_a_file_cut_off_anywhere_is_refused(stored: Path) -> None:
 def test_a_flipped_bit_anywhere_is_refused(stored: Path) -> None:
     """Or has no effect: a safetensors header has some slack, such as the blanks that fill it up."""
     whole = stored.read_bytes()
-    original, refused = checkpoints.load(stored), 0
+    original, refused = checkpoint_files.load(stored), 0
     for place in range(len(whole)):
         for bit in (0, 5):  # 5 turns a capital letter into a small one
             stored.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
             try:
-                loaded = checkpoints.load(stored)
+                loaded = checkpoint_files.load(stored)
             except CheckpointError:
                 refused += 1
             else:
@@ -204,9 +206,9 @@ def test_a_foreign_safetensors_file_is_refused(header: Any, tmp_path: Path) -> N
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        checkpoints.load(tmp_path / "checkpoint")
+        checkpoint_files.load(tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        checkpoints.load(tmp_path)
+        checkpoint_files.load(tmp_path)
 
 
 # -- writing whole files -----------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ def test_a_failure_while_writing_changes_nothing(
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(type(error)):
-        checkpoints.save(path, {"x": torch.ones(100)})
+        checkpoint_files.save(path, {"x": torch.ones(100)})
     assert any(name.startswith(".checkpoint.") for name in seen_beside)  # else there was nothing to clear away
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == (
         [] if before is None else [("checkpoint", before)]

@@ -21,7 +21,7 @@ from test_report import Page
 
 import bilevel
 from bilevel import cli
-from bilevel.estimators import names
+from bilevel.planning import names
 from bilevel.tasks import running
 from bilevel.tasks.condensation import pictures
 from bilevel.tasks.condensation.task import CondensationTask

@@ -20,7 +20,8 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bilevel
-from bilevel import cli, compiled
+from bilevel import cli
+from bilevel.compilation import compiled_gradient
 from bilevel.tasks.condensation.models import build
 
 DOUBLE = torch.float64
@@ -291,7 +292,7 @@ def test_every_shape_and_number_is_compiled_once(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-12, atol=0)
         assert (found.compile_seconds > 0) == seconds
         assert expected.compile_seconds == 0
-    monkeypatch.setattr(compiled, "MOST_CASES", 2)
+    monkeypatch.setattr(compiled_gradient, "MOST_CASES", 2)
     with pytest.raises(bilevel.CompileError, match=r"compiled for 2 different sets of shapes.*as tensors"):
         bilevel.Reverse()(case.compiled, case.meta, batches([4], scale=2.0))
     monkeypatch.undo()

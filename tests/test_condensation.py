@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import checkpoints, randomness
+from bilevel import randomness
 from bilevel.tasks.condensation import evaluation, models
 from bilevel.tasks.condensation import problem as condensation
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.task import CondensationTask
 from bilevel.tasks.image_data import LabelledImages
+from bilevel.training import checkpoint_files
 
 SHAPE, CLASSES, PER_CLASS = (1, 6, 6), 3, 8
 TINY = Condensation(
@@ -491,7 +492,8 @@ def test_images_are_kept_from_the_start_to_the_end(outer_steps: int, tmp_path: P
         for callback in callbacks:
             callback(step)
     kept = {
-        content["step"]: content["images"] for content in map(checkpoints.load, sorted(tmp_path.rglob("*.safetensors")))
+        content["step"]: content["images"]
+        for content in map(checkpoint_files.load, sorted(tmp_path.rglob("*.safetensors")))
     }
     assert list(kept) == sorted(kept)
     assert min(kept) == 0

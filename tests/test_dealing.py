@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from bilevel.estimators.dealing import DIRECTION, WHOLE_LOOP, Deal, deal
+from bilevel.distributed.work_assignment import DIRECTION, WHOLE_LOOP, Deal, deal
 
 COUNTS, SIZES, CHUNK_SIZES = (1, 2, 7, 16, 64), (1, 2, 3, 8), (None, 1, 2, 3, 100)
 VARIATES = ((), (5.0,), (0.0, 1.0), (2.5, 40.0, 1.0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bilevel.directions import DISTRIBUTIONS, Directions
+from bilevel.directions.distributions import DISTRIBUTIONS, Directions
 
 N = 13
 """Not a multiple of 8, since Rademacher signs come from whole bytes."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, numbers_of, run
 
-from bilevel import metrics
+from bilevel.training import metrics
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--estimator", "forward-gradient", "--directions", "4", "--chunk-size", "2", "--exchange", "slopes"]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import ConjugateGradient, Neumann, Nystrom, linear_solvers
-from bilevel.linear_solvers import LinearSolver, Solution
+from bilevel import ConjugateGradient, Neumann, Nystrom
+from bilevel.solvers import linear_solvers
+from bilevel.solvers.linear_solvers import LinearSolver, Solution
 
 Array = np.ndarray
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import bilevel
 from bilevel import trees
 from bilevel.estimators import Estimator
-from bilevel.live_bytes import counting
+from bilevel.planning.live_memory import counting
 
 EXAMPLES = 12
 

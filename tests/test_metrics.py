@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from bilevel import CheckpointError, metrics, progress
-from bilevel.metrics import MetricsLog
+from bilevel import CheckpointError
+from bilevel.report import progress
+from bilevel.training import metrics
+from bilevel.training.metrics import MetricsLog
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -212,7 +214,7 @@ def test_in_a_file_there_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 0.0
-    monkeypatch.setattr("bilevel.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("bilevel.report.progress.time.monotonic", lambda: clock)
     with progress.bar("outer steps", 10) as shown:
         for step in range(10):
             clock += 11.0

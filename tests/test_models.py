@@ -26,7 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import bilevel
-from bilevel import directions, trees
+from bilevel import trees
+from bilevel.directions import distributions
 
 DOUBLE = torch.float64
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -68,7 +69,7 @@ def assert_directional_derivatives_agree(
     The offset is small because Adam and its kin turn sharply where a gradient is small; some 10 roundings of h are
     then left, 1e-15/offset.
     """
-    first, second = directions.Directions("rademacher", 0, 2, trees.leaves(case.meta)).draw([0, 1])[0]
+    first, second = distributions.Directions("rademacher", 0, 2, trees.leaves(case.meta)).draw([0, 1])[0]
     reverse = bilevel.Reverse()(problem, case.meta, case.batches)
     mixed = bilevel.Reverse("sqrt", product="mixed")(problem, case.meta, case.batches)
     one = bilevel.ForwardGradient(1)(problem, case.meta, case.batches)

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import bilevel
 from bilevel import ModuleView, trees
-from bilevel.modules import as_plain_tree, as_tree, modules_in, written_back
+from bilevel.models.module_view import as_plain_tree, as_tree, modules_in, written_back
 
 
 class Network(nn.Module):

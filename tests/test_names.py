@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import bilevel
-from bilevel.estimators import names
-from bilevel.linear_solvers import ConjugateGradient, LinearSolver, Neumann
+from bilevel.planning import names
+from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver, Neumann
 
 SETTINGS: list[Any] = [
     bilevel.Reverse(),

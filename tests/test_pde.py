@@ -16,14 +16,15 @@ from test_report import Page
 from torch import Tensor
 
 import bilevel
-from bilevel import cli, metrics
+from bilevel import cli
 from bilevel.errors import DataError, SolverError
-from bilevel.inner_loop import InnerLoop
 from bilevel.tasks.pde import evaluation, observations, problem, unknowns
 from bilevel.tasks.pde.config import PDE
 from bilevel.tasks.pde.differentiable import TERMS
 from bilevel.tasks.pde.equations import EQUATIONS
 from bilevel.tasks.pde.secant import Secant
+from bilevel.training import metrics
+from bilevel.unrolling.inner_loop import InnerLoop
 
 NAMES = tuple(EQUATIONS)
 ROUGH = ("--solver-tolerance", "1e-6")

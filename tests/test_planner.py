@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import planner, planning, step_products
-from bilevel.live_bytes import counting
+from bilevel.cli import plan_command
+from bilevel.planning import planner
+from bilevel.planning.live_memory import counting
+from bilevel.unrolling import step_products
 
 T = 30
 
@@ -161,5 +163,5 @@ def test_differences_are_never_called_exact() -> None:
     differences = next(row for row in plan.rows if isinstance(row.estimator, bilevel.ZerothOrder))
     assert differences.relative_variance == 0
     assert not differences.exact
-    assert "O(step²)" in planning.error_text(differences)
+    assert "O(step²)" in plan_command.error_text(differences)
     assert not isinstance(plan.recommended, bilevel.ZerothOrder)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel.live_bytes import counting
+from bilevel.planning.live_memory import counting
 
 
 class Block(nn.Module):

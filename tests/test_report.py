@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from bilevel import report
-from bilevel.report import Section
+from bilevel.report import page
+from bilevel.report.page import Section
 
 
 class Page(HTMLParser):
@@ -36,7 +36,7 @@ class Page(HTMLParser):
 
 def written(folder: Path, *sections: Section, title: str = "title", subtitle: str = "subtitle") -> str:
     path = folder / "report.html"
-    report.write(path, title, subtitle, [("accuracy", "98 %")], sections)
+    page.write(path, title, subtitle, [("accuracy", "98 %")], sections)
     return path.read_text(encoding="utf-8")
 
 
@@ -57,7 +57,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         plt.close(figure)
         return "data:,"
 
-    monkeypatch.setattr(report, "as_picture", keep)
+    monkeypatch.setattr(page, "as_picture", keep)
     return seen
 
 
@@ -100,9 +100,9 @@ def test_a_picture_is_in_the_page_and_its_figure_closed() -> None:
     import matplotlib.pyplot as plt
 
     open_before = plt.get_fignums()
-    figure, axis = report.figure(figsize=(1, 1))
+    figure, axis = page.figure(figsize=(1, 1))
     axis.plot([0, 1], [0, 1])
-    address = report.as_picture(figure)
+    address = page.as_picture(figure)
     kind, content = address.split(",", 1)
     assert kind == "data:image/png;base64"
     assert base64.b64decode(content, validate=True).startswith(b"\x89PNG\r\n")
@@ -110,14 +110,14 @@ def test_a_picture_is_in_the_page_and_its_figure_closed() -> None:
 
 
 def test_a_section_of_settings() -> None:
-    section = report.settings({"task": "t", "phases": ["reverse:1", "forward:2"], "nested": {"lr": 0.1, "none": None}})
+    section = page.settings({"task": "t", "phases": ["reverse:1", "forward:2"], "nested": {"lr": 0.1, "none": None}})
     assert section.rows == [("task", "t"), ("phases", "reverse:1, forward:2"), ("lr", "0.1"), ("none", "None")]
 
 
 def test_curves_of_a_short_run_are_its_numbers(figures: list[Any]) -> None:
     losses, norms, errors = [3.0, 1.0, 2.0], [0.1, 10.0, 1.0], [0.5, None, 0.25]
     rows = [row(i, loss, norm, error) for i, (loss, norm, error) in enumerate(zip(losses, norms, errors, strict=True))]
-    section = report.curves(rows, ["forward-gradient:3"])
+    section = page.curves(rows, ["forward-gradient:3"])
     assert section.words == "Estimator: forward-gradient:3."
     left, right = figures[0].axes
     (loss_line,) = left.lines
@@ -133,7 +133,7 @@ def test_curves_of_a_short_run_are_its_numbers(figures: list[Any]) -> None:
 
 def test_curves_of_a_long_run_have_a_running_mean(figures: list[Any]) -> None:
     losses = [float((7 * i) % 11) for i in range(95)]  # 95 // 30 = 3
-    report.curves([row(i, loss) for i, loss in enumerate(losses)], ["reverse:95"])
+    page.curves([row(i, loss) for i, loss in enumerate(losses)], ["reverse:95"])
     each, mean = figures[0].axes[0].lines
     assert list(each.get_ydata()) == losses
     assert mean.get_label() == "mean of the last 3"
@@ -143,7 +143,7 @@ def test_curves_of_a_long_run_have_a_running_mean(figures: list[Any]) -> None:
 
 def test_curves_mark_where_a_phase_begins(figures: list[Any]) -> None:
     rows = [row(i, phase=phase, error=1.0) for i, phase in enumerate([0, 0, 1, 1, 1, 2])]
-    section = report.curves(rows, ["a:2", "b:3", "c:1"])
+    section = page.curves(rows, ["a:2", "b:3", "c:1"])
     assert section.words == "Estimator: a:2, then b:3, then c:1. Dotted lines: the next phase begins."
     for axis in figures[0].axes:
         dotted = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"]
@@ -151,10 +151,10 @@ def test_curves_mark_where_a_phase_begins(figures: list[Any]) -> None:
 
 
 def test_curves_say_why_there_is_no_standard_error(figures: list[Any]) -> None:
-    section = report.curves([row(0)], ["reverse:1"])
+    section = page.curves([row(0)], ["reverse:1"])
     assert "no random directions" in section.words
     assert [line.get_label() for line in figures[0].axes[1].lines] == ["‖hypergradient estimate‖"]
 
 
 def test_curves_of_nothing_but_zeros_and_gaps() -> None:
-    report.curves([row(0, None, 0.0), row(1, 1.0, 0.0)], ["reverse:2"])  # a warning, such as matplotlib's, would fail
+    page.curves([row(0, None, 0.0), row(1, 1.0, 0.0)], ["reverse:2"])  # a warning, such as matplotlib's, would fail

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel import Phase, SolverError, ZerothOrder, metrics
+from bilevel import Phase, SolverError, ZerothOrder
+from bilevel.training import metrics
 
 
 def box(lowest: float, fails: str = "raises") -> bilevel.BlackBox:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import ForwardGradient, Phase, Reverse, TruncatedReverse, randomness
-from bilevel import directions as module
+from bilevel.directions import distributions as module
 
 T, WINDOWS, N = 3, 4, 3
 

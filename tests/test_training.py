@@ -41,22 +41,24 @@ from bilevel import (
     Reverse,
     TruncatedReverse,
     ZerothOrder,
-    checkpoints,
-    draws,
-    files,
     fit,
-    metrics,
     no_batches,
-    outer_loop,
-    outer_state,
-    past_estimates,
-    phases,
     randomness,
-    run_record,
-    training,
     trees,
 )
-from bilevel.unroll import Unroll
+from bilevel.report import files
+from bilevel.training import (
+    accumulation,
+    checkpoint_files,
+    metrics,
+    outer_loop,
+    outer_state,
+    phases,
+    run_record,
+    running_mean,
+)
+from bilevel.training import fit as fit_module
+from bilevel.unrolling.unroll import Unroll
 
 FLOAT = torch.float64
 
@@ -124,7 +126,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint_of(folder: Path) -> dict[str, Any]:
-    return checkpoints.load(folder / run_record.CHECKPOINT)
+    return checkpoint_files.load(folder / run_record.CHECKPOINT)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -747,14 +749,14 @@ def test_every_optimizer_and_schedule_goes_on_to_the_same_numbers(name: str, tmp
 SOURCES = {
     str(Path(module.__file__ or ""))
     for module in (
-        training,
+        fit_module,
         outer_loop,
         outer_state,
-        draws,
+        accumulation,
         phases,
-        past_estimates,
+        running_mean,
         run_record,
-        checkpoints,
+        checkpoint_files,
         metrics,
         files,
     )
@@ -953,7 +955,7 @@ def test_progress_shows_loss_and_remaining_time(
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("bilevel.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("bilevel.report.progress._SECONDS_BETWEEN_LINES", 0.0)
     result = long_run(progress=True)
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -1109,7 +1111,7 @@ def test_a_run_goes_on_from_the_previous_checkpoint_if_there_is_no_newer_one(tmp
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path / run_record.CHECKPOINT, {"step": 3, "images": torch.zeros(2)})
+    checkpoint_files.save(tmp_path / run_record.CHECKPOINT, {"step": 3, "images": torch.zeros(2)})
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=r"not one of bilevel\.fit"):
         long_run(out=tmp_path, resume=True)

@@ -18,8 +18,8 @@ from closed_forms import ClosedForm, descent, tensor
 
 import bilevel
 from bilevel import CoarserProblem, Constant, ForwardGradient, HessianFree, TruncatedReverse, ZerothOrder
-from bilevel import directions as module
-from bilevel.directions import Directions
+from bilevel.directions import distributions as module
+from bilevel.directions.distributions import Directions
 from bilevel.estimators.control_variates import combine
 
 Outcome = tuple[np.ndarray, float]

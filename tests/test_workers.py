@@ -18,9 +18,11 @@ import torch
 from worker_groups import CARRIED, ESTIMATORS, SHARDED, SIZES
 
 import bilevel
-from bilevel import checkpoints, exchange, metrics, planner
-from bilevel.distributed import Workers
-from bilevel.run_record import CHECKPOINT, PREVIOUS
+from bilevel.distributed import communication
+from bilevel.distributed.workers import Workers
+from bilevel.planning import planner
+from bilevel.training import checkpoint_files, metrics
+from bilevel.training.run_record import CHECKPOINT, PREVIOUS
 
 ROOT = Path(__file__).parent.parent
 BIT_EQUAL = {
@@ -189,7 +191,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def assert_as_undisturbed(base: Path, name: str) -> None:
-    one, other = (checkpoints.load(base / each / CHECKPOINT) for each in (name, "undisturbed"))
+    one, other = (checkpoint_files.load(base / each / CHECKPOINT) for each in (name, "undisturbed"))
     assert torch.equal(one["meta"][0], other["meta"][0])
     assert one["counters"]["outer_step"] == 6
     rows = [metrics.read(base / each / metrics.FILE) for each in (name, "undisturbed")]
@@ -210,7 +212,7 @@ def test_an_error_of_one_worker_ends_all_with_its_message(base: Path, happened: 
     assert first == "WorkerError: worker 1 of 2: the third example is not there (ZeroDivisionError)\n"
     assert second == "ZeroDivisionError: the third example is not there\n"
     assert steps_of(base / "error") == [0, 1, 2]
-    assert checkpoints.load(base / "error" / CHECKPOINT)["counters"]["outer_step"] == 3
+    assert checkpoint_files.load(base / "error" / CHECKPOINT)["counters"]["outer_step"] == 3
     first, second = printed(happened, "error of the first", [1, 1])
     assert first == "ZeroDivisionError: the third example is not there\n"
     assert second.startswith("WorkerError: worker 0 of 2: the third example")
@@ -226,13 +228,13 @@ def test_a_worker_that_hangs_is_waited_for_no_longer_than_the_timeout(base: Path
     assert "WorkerError: worker 0 of 2 waited in vain for another one at 'directions': a slow one needs" in first
     assert "WorkerError: worker 1 of 2 lost another one at 'directions': it died or was stopped" in second
     assert happened["hangs"]["ended"][0] < 8 <= happened["hangs"]["ended"][1]  # it slept for eight seconds
-    assert checkpoints.load(base / "hangs" / CHECKPOINT)["counters"]["outer_step"] == 3
+    assert checkpoint_files.load(base / "hangs" / CHECKPOINT)["counters"]["outer_step"] == 3
 
 
 def test_the_others_notice_when_a_worker_dies(base: Path, happened: dict[str, Any]) -> None:
     first, _ = printed(happened, "dies", [1, -9])
     assert first.startswith("WorkerError: worker 0 of 2 lost another one at 'directions'")
-    assert checkpoints.load(base / "dies" / CHECKPOINT)["counters"]["outer_step"] == 3
+    assert checkpoint_files.load(base / "dies" / CHECKPOINT)["counters"]["outer_step"] == 3
 
 
 @pytest.mark.parametrize("name", ["full disk", "full metrics"])
@@ -276,7 +278,7 @@ def test_sigterm_saves_and_leaves_with_code_143(base: Path, happened: dict[str, 
     assert codes[0] == 143
     assert codes[1] in (143, 1, -signal.SIGTERM)  # the last if it had left `fit` when it got the signal
     printed(happened, "terminated, restarted", [0, 0, 0])
-    one, other = (checkpoints.load(base / name / CHECKPOINT) for name in ("terminated", "trained"))
+    one, other = (checkpoint_files.load(base / name / CHECKPOINT) for name in ("terminated", "trained"))
     assert torch.equal(one["meta"][0], other["meta"][0])
     assert steps_of(base / "terminated") == steps_of(base / "trained") == list(range(15))
 
@@ -302,7 +304,7 @@ def test_the_command_says_how_to_go_on_after_sigterm(base: Path, happened: dict[
     codes, (first, second) = (happened["command terminated"][key] for key in ("codes", "printed"))
     assert (codes[0], second) == (143, "")
     assert f"terminated; {base / 'for ever'} holds a checkpoint: go on with --resume" in first
-    assert checkpoints.load(base / "for ever" / CHECKPOINT)["counters"]["outer_step"] == len(
+    assert checkpoint_files.load(base / "for ever" / CHECKPOINT)["counters"]["outer_step"] == len(
         steps_of(base / "for ever")
     )
 
@@ -365,27 +367,27 @@ def test_alone_nothing_is_exchanged() -> None:
 
 
 def test_the_exchange_follows_from_time_and_bytes() -> None:
-    assert exchange.chosen("slopes", 10**6, 10**9, 64) == "slopes"
-    assert exchange.chosen("gradient", 1, 1, 2) == "gradient"
-    assert exchange.chosen("auto", 16, 640, 2) == "slopes"
-    assert exchange.chosen("auto", 16, 10**8, 2) == "gradient"
+    assert communication.chosen("slopes", 10**6, 10**9, 64) == "slopes"
+    assert communication.chosen("gradient", 1, 1, 2) == "gradient"
+    assert communication.chosen("auto", 16, 640, 2) == "slopes"
+    assert communication.chosen("auto", 16, 10**8, 2) == "gradient"
     for workers in (2, 8, 64):
-        slopes, gradient = (exchange.sent_bytes(how, 64, 1000, workers) for how in ("slopes", "gradient"))
+        slopes, gradient = (communication.sent_bytes(how, 64, 1000, workers) for how in ("slopes", "gradient"))
         assert slopes == 8 * 64 * (workers - 1) / workers
         assert gradient - slopes == 2 * 4 * 1000 * (workers - 1) / workers
 
 
 def test_the_planner_shows_what_is_exchanged(capsys: pytest.CaptureFixture[str]) -> None:
-    from bilevel import planning
+    from bilevel.cli import plan_command
 
     sizes = {"params": 1e9, "meta_params": 1e8, "steps": 10, "memory": "80GB", "directions": 64}
     plan = bilevel.on_paper(**sizes, workers=64)  # pyright: ignore[reportArgumentType]
     rows = {type(row.estimator).__name__: row for row in plan.rows}
     assert (rows["ForwardGradient"].exchange, rows["Reverse"].exchange) == ("gradient", None)
-    assert rows["ForwardGradient"].sent_bytes == exchange.sent_bytes("gradient", 64, 10**8, 64)
-    planning.show(plan, "on paper", in_units=True)
+    assert rows["ForwardGradient"].sent_bytes == communication.sent_bytes("gradient", 64, 10**8, 64)
+    plan_command.show(plan, "on paper", in_units=True)
     shown = capsys.readouterr().out
     assert "for each of 64 workers" in shown
     assert planner.size_text(rows["ForwardGradient"].sent_bytes or 0) in shown
-    planning.show(bilevel.on_paper(**sizes), "on paper", in_units=True)  # pyright: ignore[reportArgumentType]
+    plan_command.show(bilevel.on_paper(**sizes), "on paper", in_units=True)  # pyright: ignore[reportArgumentType]
     assert "exchange" not in capsys.readouterr().out

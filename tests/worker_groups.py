@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel import cli, distributed, metrics, trees
+from bilevel import cli, distributed, trees
+from bilevel.training import metrics
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from kills import fork_group, train, wait_for_group  # pyright: ignore[reportMissingImports]

@@ -4,10 +4,9 @@ Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`), then
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `ZerothOrder`, `Implicit`, `HessianFree`.
 """
 
-from bilevel.allocator import keep_freed_memory
 from bilevel.batches import batches, no_batches
-from bilevel.comparison import Compared, compare
-from bilevel.distributed import Workers, join_workers
+from bilevel.comparison.compare import Compared, compare
+from bilevel.distributed.workers import Workers, join_workers
 from bilevel.errors import (
     BilevelError,
     CheckpointError,
@@ -22,7 +21,6 @@ from bilevel.errors import (
     WorkerError,
 )
 from bilevel.estimators import (
-    Auto,
     Estimate,
     Estimator,
     Forward,
@@ -34,17 +32,19 @@ from bilevel.estimators import (
     ZerothOrder,
 )
 from bilevel.estimators.control_variates import CoarserProblem, Constant, RunningMean
-from bilevel.inner_loop import Carried
-from bilevel.linear_solvers import ConjugateGradient, Neumann, Nystrom
-from bilevel.modules import ModuleView
-from bilevel.optim import Optimizer, optimizer
-from bilevel.outer_loop import OuterStep
-from bilevel.outside_program import FailedAttempt, OutsideProgram
-from bilevel.phases import Phase
-from bilevel.planner import Plan, Planned, on_paper, plan
+from bilevel.integrations.outside_program import FailedAttempt, OutsideProgram
+from bilevel.models.module_view import ModuleView
+from bilevel.models.recomputed import Recomputed
+from bilevel.optim.update_rule import Optimizer, optimizer
+from bilevel.planning.auto import Auto
+from bilevel.planning.planner import Plan, Planned, on_paper, plan
 from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
-from bilevel.recomputing import Recomputed
-from bilevel.training import FitResult, fit
+from bilevel.solvers.linear_solvers import ConjugateGradient, Neumann, Nystrom
+from bilevel.training.fit import FitResult, fit
+from bilevel.training.outer_loop import OuterStep
+from bilevel.training.phases import Phase
+from bilevel.unrolling.freed_memory import keep_freed_memory
+from bilevel.unrolling.inner_loop import Carried
 
 __version__ = "0.1.0"
 

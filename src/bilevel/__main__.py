@@ -1,5 +1,5 @@
 """`python -m bilevel` is the command `bilevel`."""
 
-from bilevel.cli import main
+from bilevel.cli.command import main
 
 main()

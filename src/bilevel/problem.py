@@ -16,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
-from bilevel.compiled import CompiledGradient, backend_named
+from bilevel.compilation.compiled_gradient import CompiledGradient, backend_named
 from bilevel.errors import NoDependenceError
-from bilevel.modules import ModuleView, as_tree, convertible, left_as_they_were, refuse_running_statistics, standing_in
-from bilevel.optim import Optimizer, OptimizerState, described
+from bilevel.models.module_view import (
+    ModuleView,
+    as_tree,
+    convertible,
+    left_as_they_were,
+    refuse_running_statistics,
+    standing_in,
+)
+from bilevel.optim.update_rule import Optimizer, OptimizerState, described
 from bilevel.trees import Tree
 
 

@@ -1,6 +1,5 @@
 """The methods, one a file, all called `estimator(problem, meta, inner_batches, outer_batch, seed) -> Estimate`."""
 
-from bilevel.estimators.auto import Auto
 from bilevel.estimators.base import Estimate, Estimator
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
@@ -11,7 +10,6 @@ from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
 
 __all__ = [
-    "Auto",
     "Estimate",
     "Estimator",
     "Forward",

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bilevel import autodiff, diagnosis, trees
+from bilevel import autodiff, trees
 from bilevel.batches import Batches
-from bilevel.compiled import compile_seconds
-from bilevel.inner_loop import Carried
-from bilevel.modules import as_plain_tree, modules_in
+from bilevel.compilation.compiled_gradient import compile_seconds
+from bilevel.models.module_view import as_plain_tree, modules_in
 from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.trees import Tree
-from bilevel.unroll import Unroll, unroll
+from bilevel.unrolling import diagnosis
+from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.unroll import Unroll, unroll
 
 
 @dataclass(frozen=True)

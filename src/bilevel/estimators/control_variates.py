@@ -35,13 +35,13 @@ from torch import Tensor
 
 from bilevel import autodiff, checks, trees
 from bilevel.batches import batches
-from bilevel.directions import Directions
-from bilevel.distributed import Workers
+from bilevel.directions.distributions import Directions
+from bilevel.distributed.workers import Workers
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.reverse import Reverse
-from bilevel.modules import modules_in
+from bilevel.models.module_view import modules_in
 from bilevel.trees import Tree
-from bilevel.unroll import Unroll
+from bilevel.unrolling.unroll import Unroll
 
 _ALONE = Workers()
 AnyEstimator = TypeVar("AnyEstimator", bound=Estimator)

@@ -8,7 +8,7 @@ import torch
 
 from bilevel import checks, trees
 from bilevel.estimators.base import Estimate, Estimator, like_meta
-from bilevel.unroll import Slopes, Unroll
+from bilevel.unrolling.unroll import Slopes, Unroll
 
 
 @dataclass(frozen=True)

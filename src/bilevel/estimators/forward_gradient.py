@@ -10,20 +10,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, checks, distributed, exchange, trees
-from bilevel import directions as random_directions
-from bilevel.differences import push_forward_by_differences
-from bilevel.directions import Directions
-from bilevel.estimators import carried, control_variates
+from bilevel import autodiff, checks, distributed, trees
+from bilevel.directions import distributions as random_directions
+from bilevel.directions.distributed_slopes import spread_slopes
+from bilevel.directions.distributions import Directions
+from bilevel.directions.support import touched
+from bilevel.distributed import communication
+from bilevel.distributed.communication import EXCHANGES, Exchange
+from bilevel.distributed.work_assignment import Deal, deal
+from bilevel.estimators import control_variates, uoro
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
-from bilevel.estimators.dealing import Deal, deal
-from bilevel.estimators.spreading import spread_slopes
-from bilevel.exchange import EXCHANGES, Exchange
-from bilevel.modules import modules_in
-from bilevel.shared_steps import push_forward_sharing_steps
-from bilevel.touched import touched
-from bilevel.unroll import Slopes, Unroll
+from bilevel.models.module_view import modules_in
+from bilevel.unrolling.finite_differences import push_forward_by_differences
+from bilevel.unrolling.hessian_vector_products import push_forward_sharing_steps
+from bilevel.unrolling.unroll import Slopes, Unroll
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ForwardGradient(Estimator):
         directions: b, at most the number of meta parameters N (at N, `Forward` is exact for the same price).
         distribution: `"rademacher"` (the paper's choice), `"gaussian"`, `"coordinate"` (√N e_j, the j distinct),
             `"orthogonal"` (rows of a random orthogonal basis), `"low-rank"` (outer products for matrices) or `"block"`
-            (one leaf of φ at a time); see `bilevel.directions` for what each is good for.
+            (one leaf of φ at a time); see `bilevel.directions.distributions` for what each is good for.
         chunk_size: directions carried at once; `None` for all. Each chunk runs the inner loop again, unless
             `tangents="shared"`. 1 also avoids `torch.vmap`, for models that it does not take.
         control_variate: a cheap biased gradient that takes variance away and adds no bias: a deterministic estimator
@@ -56,7 +57,7 @@ class ForwardGradient(Estimator):
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.
         carry: for streams (`fit(..., stream=True)`, or `carried=` in a call): `"tangents"` go on from one window of
             inner steps to the next along the same directions, or `"fresh"` directions join them in each window. See
-            `bilevel.estimators.carried` for what is unbiased then. The tangents of all b directions are kept, in
+            `bilevel.estimators.uoro` for what is unbiased then. The tangents of all b directions are kept, in
             whatever chunks they are pushed.
         exchange: what several workers send each other: `"slopes"`, one number for each direction, from which each of
             them adds up the gradient, or also the `"gradient"`, by an all-reduce; `"auto"` takes what costs less time.
@@ -124,9 +125,9 @@ class ForwardGradient(Estimator):
                 'carry="tangents" keeps its directions, and RunningMean() is made of estimates along them: '
                 "as a control variate it would bring a bias; take another one"
             )
-        if self.carry == "fresh" and (self.control_variate is not None or self.distribution not in carried.SYMMETRIC):
+        if self.carry == "fresh" and (self.control_variate is not None or self.distribution not in uoro.SYMMETRIC):
             raise ValueError(
-                f'carry="fresh" takes no control_variate, and independent directions ({", ".join(carried.SYMMETRIC)}); '
+                f'carry="fresh" takes no control_variate, and independent directions ({", ".join(uoro.SYMMETRIC)}); '
                 'carry="tangents" takes any'
             )
 
@@ -137,7 +138,7 @@ class ForwardGradient(Estimator):
 
     def _estimate(self, run: Unroll) -> Estimate:
         if self.carry != "nothing":
-            return carried.estimate(self, run)
+            return uoro.estimate(self, run)
         workers = distributed.current()
         variates = control_variates.as_tuple(self.control_variate)
         support = None
@@ -172,7 +173,7 @@ class ForwardGradient(Estimator):
         """The estimate from all slopes and all control variates."""
         workers = distributed.current()
         share = -(-self.directions // workers.size)
-        among = exchange.partners(self.exchange, directions, workers)
+        among = communication.partners(self.exchange, directions, workers)
         chunk = min(self.chunk_size or share, share)
         found = control_variates.combine(directions, pushed.slopes, variates, chunk, among)
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}

@@ -11,7 +11,7 @@ from bilevel import autodiff, checks, trees
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
 from bilevel.estimators.implicit import stationarity_transpose, subtract_mixed_product
 from bilevel.problem import Descent, GradientDescent
-from bilevel.unroll import Unroll
+from bilevel.unrolling.unroll import Unroll
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, checks, diagnosis, trees
+from bilevel import autodiff, checks, trees
 from bilevel.errors import NoDependenceError, NonFiniteError
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
-from bilevel.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel.problem import Descent, GradientDescent
-from bilevel.unroll import Unroll
+from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver
+from bilevel.unrolling import diagnosis
+from bilevel.unrolling.unroll import Unroll
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-from bilevel import autodiff, checkpointing, checks
-from bilevel.checkpointing import Checkpoints, Trail
+from bilevel import autodiff, checks
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
-from bilevel.state_store import OFFLOADS, Offload
-from bilevel.step_products import Product, faster_product
 from bilevel.trees import Tree
-from bilevel.unroll import Unroll
+from bilevel.unrolling import checkpoint_schedules
+from bilevel.unrolling.checkpoint_schedules import Checkpoints, Trail
+from bilevel.unrolling.state_storage import OFFLOADS, Offload
+from bilevel.unrolling.step_products import Product, faster_product
+from bilevel.unrolling.unroll import Unroll
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Reverse(Estimator):
     product: Product | Literal["auto"] = "reverse"
 
     def __post_init__(self) -> None:
-        checkpointing.check(self.checkpoints)
+        checkpoint_schedules.check(self.checkpoints)
         checks.one_of(self.product, "product", ("reverse", "mixed", "auto"))
         if self.checkpoints == "graph" and self.product != "reverse":
             raise ValueError(f'product={self.product!r} goes back step by step, and checkpoints="graph" does not')
@@ -80,7 +81,7 @@ class Reverse(Estimator):
     def units(self, steps: int) -> float:
         if self.checkpoints == "graph":
             return 3.0 * steps
-        made = checkpointing.steps_computed(steps, checkpointing.slots(self.checkpoints, steps))
+        made = checkpoint_schedules.steps_computed(steps, checkpoint_schedules.slots(self.checkpoints, steps))
         return made + 3.0 * steps
 
     def _estimate(self, run: Unroll) -> Estimate:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bilevel import checks
 from bilevel.estimators.base import Estimate, Estimator, like_meta
-from bilevel.unroll import Unroll
+from bilevel.unrolling.unroll import Unroll
 
 
 @dataclass(frozen=True)

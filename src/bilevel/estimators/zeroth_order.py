@@ -11,18 +11,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bilevel import checks, diagnosis, distributed, exchange, trees
-from bilevel import directions as random_directions
-from bilevel.directions import Directions
+from bilevel import checks, distributed, trees
+from bilevel.directions import distributions as random_directions
+from bilevel.directions.distributed_slopes import everybodys_numbers, everybodys_variates
+from bilevel.directions.distributions import Directions
+from bilevel.distributed import communication
+from bilevel.distributed.communication import EXCHANGES, Exchange
+from bilevel.distributed.work_assignment import deal
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate, Variate
-from bilevel.estimators.dealing import deal
-from bilevel.estimators.spreading import everybodys_numbers, everybodys_variates
-from bilevel.exchange import EXCHANGES, Exchange
 from bilevel.problem import BlackBox
 from bilevel.trees import Tree
-from bilevel.unroll import Unroll
+from bilevel.unrolling import diagnosis
+from bilevel.unrolling.unroll import Unroll
 
 _DRAWN_AT_ONCE = 64
 """Directions added up at a time."""
@@ -114,7 +116,7 @@ class ZerothOrder(Estimator):
                 "angles to the gradient",
                 stacklevel=4,
             )
-        among = exchange.partners(self.exchange, directions, workers)
+        among = communication.partners(self.exchange, directions, workers)
         chunk = min(_DRAWN_AT_ONCE, -(-self.directions // among.size))
         found = control_variates.combine(directions, slopes, control_variates.scaled(gradients, run), chunk, among)
         left = {} if found.variance_left is None else {"variance_left": found.variance_left}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bilevel import checks, distributed, randomness
-from bilevel.estimators import names
-from bilevel.phases import Phase
+from bilevel.planning import names
 from bilevel.tasks.task import Preset
+from bilevel.training.phases import Phase
 
 
 @dataclass(frozen=True)

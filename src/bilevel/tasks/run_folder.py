@@ -8,12 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bilevel import metrics
 from bilevel.errors import CheckpointError, DataError
-from bilevel.files import remove_leftovers, write_json
-from bilevel.run_record import CHECKPOINT
+from bilevel.report.files import remove_leftovers, write_json
 from bilevel.tasks.options import RunOptions
 from bilevel.tasks.task import Task
+from bilevel.training import metrics
+from bilevel.training.run_record import CHECKPOINT
 
 CONFIG, RESULTS, REPORT, STAGES = "config.json", "results.json", "report.html", "stages"
 

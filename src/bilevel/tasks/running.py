@@ -17,18 +17,20 @@ from typing import Any
 
 import torch
 
-from bilevel import distributed, metrics, report
-from bilevel.compiled import compile_seconds
-from bilevel.distributed import Workers
-from bilevel.estimators import names
-from bilevel.files import write_json
-from bilevel.outer_loop import OuterStep
-from bilevel.phases import Phase
+from bilevel import distributed
+from bilevel.compilation.compiled_gradient import compile_seconds
+from bilevel.distributed.workers import Workers
+from bilevel.planning import names
 from bilevel.problem import BlackBox, GradientDescent
+from bilevel.report import page
+from bilevel.report.files import write_json
 from bilevel.tasks.options import RunOptions, describe, make_phases
 from bilevel.tasks.run_folder import CONFIG, REPORT, RESULTS, claimed, folder_of, read_json
 from bilevel.tasks.task import Preset, Setup, Task, Trained
-from bilevel.training import FitResult, fit
+from bilevel.training import metrics
+from bilevel.training.fit import FitResult, fit
+from bilevel.training.outer_loop import OuterStep
+from bilevel.training.phases import Phase
 
 
 def run(
@@ -191,13 +193,13 @@ def write_report(task: Task[Any], folder: Path) -> Path:
     ]
     sections = [
         *task.sections(folder, results),
-        report.curves(rows, config["phases"]),
-        report.settings({**config, **{f"version of {k}": v for k, v in results["versions"].items()}}),
+        page.curves(rows, config["phases"]),
+        page.settings({**config, **{f"version of {k}": v for k, v in results["versions"].items()}}),
     ]
     subtitle = (
         f"Task: {task.summary}. {len(rows)} outer steps, seed {config['seed']}: {', then '.join(config['phases'])}"
     )
-    report.write(folder / REPORT, f"bilevel: {task.name}", subtitle, headline, sections)
+    page.write(folder / REPORT, f"bilevel: {task.name}", subtitle, headline, sections)
     return folder / REPORT
 
 

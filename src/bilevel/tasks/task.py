@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bilevel.draws import batch_of, batches_of
-from bilevel.optim import Optimizer
-from bilevel.outer_loop import OuterStep
+from bilevel.optim.update_rule import Optimizer
 from bilevel.problem import BlackBox, Unrollable
-from bilevel.report import Section
+from bilevel.report.page import Section
+from bilevel.training.accumulation import batch_of, batches_of
+from bilevel.training.outer_loop import OuterStep
 
 Config = TypeVar("Config")
 

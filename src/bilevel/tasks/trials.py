@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bilevel import report
-from bilevel.progress import bar
+from bilevel.report import page
+from bilevel.report.progress import bar
 
 
 def accuracies_of(
@@ -31,7 +31,7 @@ def accuracies_of(
 
 def picture_of_accuracies(results: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """Every run as a point, over a bar at the mean."""
-    fig, axis = report.figure(figsize=(6, 0.8 + 0.4 * len(results)))
+    fig, axis = page.figure(figsize=(6, 0.8 + 0.4 * len(results)))
     for position, found in enumerate(results.values()):
         axis.barh(position, 100 * found["mean"], color="0.88")
         axis.plot([100 * run for run in found["runs"]], [position] * len(found["runs"]), "o", alpha=0.7, color="C0")
@@ -39,4 +39,4 @@ def picture_of_accuracies(results: Mapping[str, Mapping[str, Any]], names: Mappi
     axis.invert_yaxis()
     axis.set(xlim=(0, 100), xlabel="test accuracy, %")
     axis.spines[["top", "right"]].set_visible(False)
-    return report.as_picture(fig)
+    return page.as_picture(fig)

@@ -8,37 +8,37 @@ from typing import Any
 
 import numpy as np
 
-from bilevel import report
+from bilevel.report import page
 
 
 def histograms(weights: Mapping[str, Sequence[float]]) -> str:
     """How many examples have which weight, wrong labels beside right ones."""
-    fig, axis = report.figure(figsize=(6, 3))
+    fig, axis = page.figure(figsize=(6, 3))
     edges = np.linspace(0, 1, 31)
     for name, colour in (("right", "C0"), ("wrong", "C3")):
         axis.hist(weights[name], edges, color=colour, alpha=0.6, label=f"{name} label ({len(weights[name])})")
     axis.set(xlabel="weight", ylabel="examples", xlim=(0, 1))
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    return report.as_picture(fig)
+    return page.as_picture(fig)
 
 
 def roc(curve: Mapping[str, Sequence[float]], auc: float) -> str:
     """Wrong labels found against right ones suspected, for every threshold on the weight."""
-    fig, axis = report.figure(figsize=(3.6, 3.6))
+    fig, axis = page.figure(figsize=(3.6, 3.6))
     axis.plot(curve["false_positives"], curve["true_positives"], color="C0", label=f"area {auc:.3f}")
     axis.plot([0, 1], [0, 1], color="0.7", linestyle=":", label="guessing: 0.5")
     axis.set(xlabel="right labels suspected, fraction", ylabel="wrong labels found, fraction", aspect="equal")
     axis.legend(frameon=False, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
-    return report.as_picture(fig)
+    return page.as_picture(fig)
 
 
 def suspects(examples: Sequence[Mapping[str, Any]]) -> str:
     """The images with the smallest weights, each with the label it was given and the one it should have."""
     columns = min(10, len(examples))
     rows = -(-len(examples) // columns)
-    fig, axes = report.figure(rows, columns, figsize=(1.0 * columns, 1.35 * rows), squeeze=False)
+    fig, axes = page.figure(rows, columns, figsize=(1.0 * columns, 1.35 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, example in zip(axes.flat, examples, strict=False):
@@ -48,7 +48,7 @@ def suspects(examples: Sequence[Mapping[str, Any]]) -> str:
         title = f"“{example['label']}”, is {example['true_label']}" if wrong else f"“{example['label']}”: right"
         axis.set_title(title, fontsize=8, color="C3" if wrong else "C0")
     fig.subplots_adjust(wspace=0.1, hspace=0.35)
-    return report.as_picture(fig)
+    return page.as_picture(fig)
 
 
 NAMES = {

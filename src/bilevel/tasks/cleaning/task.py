@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bilevel.outer_loop import OuterStep
-from bilevel.report import Section
+from bilevel.report.page import Section
 from bilevel.tasks import image_data
 from bilevel.tasks.cleaning import pictures
 from bilevel.tasks.cleaning.config import Cleaning
@@ -20,6 +19,7 @@ from bilevel.tasks.cleaning.evaluation import evaluate
 from bilevel.tasks.cleaning.problem import noisy_labels, setup
 from bilevel.tasks.task import Preset, Setup, Task
 from bilevel.tasks.trials import picture_of_accuracies
+from bilevel.training.outer_loop import OuterStep
 
 
 class CleaningTask(Task[Cleaning]):

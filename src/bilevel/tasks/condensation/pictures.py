@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bilevel import report
+from bilevel.report import page
 
 
 def over_time(snapshots: Sequence[tuple[int, Tensor]], ipc: int) -> str:
     """The first image of every class (a column each, under its number) at several outer steps (a row each)."""
     rows, columns = len(snapshots), len(snapshots[0][1]) // ipc
-    fig, axes = report.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows + 0.2), squeeze=False)
+    fig, axes = page.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows + 0.2), squeeze=False)
     for row, (step, images) in enumerate(snapshots):
         for column in range(columns):
             axis = axes[row, column]
@@ -24,20 +24,20 @@ def over_time(snapshots: Sequence[tuple[int, Tensor]], ipc: int) -> str:
             if column == 0:
                 axis.set_ylabel(f"step {step}", rotation=0, ha="right", va="center", fontsize=9)
     fig.subplots_adjust(wspace=0.08, hspace=0.08)
-    return report.as_picture(fig)
+    return page.as_picture(fig)
 
 
 def final(images: Tensor, ipc: int) -> str:
     """The condensed images, a column for each class, at most `MOST_OF_A_CLASS` of each."""
     columns, rows = len(images) // ipc, min(ipc, MOST_OF_A_CLASS)
-    fig, axes = report.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows), squeeze=False)
+    fig, axes = page.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows), squeeze=False)
     for row in range(rows):
         for column in range(columns):
             _show(axes[row, column], images[column * ipc + row])
             if row == 0:
                 axes[row, column].set_title(str(column), fontsize=9)
     fig.subplots_adjust(wspace=0.08, hspace=0.08)
-    return report.as_picture(fig)
+    return page.as_picture(fig)
 
 
 MOST_OF_A_CLASS = 20

@@ -16,10 +16,7 @@ from typing import Any
 
 import torch
 
-from bilevel import checkpoints, metrics
-from bilevel.outer_loop import OuterStep
-from bilevel.report import Section
-from bilevel.run_record import CHECKPOINT
+from bilevel.report.page import Section
 from bilevel.tasks import image_data
 from bilevel.tasks.condensation import pictures
 from bilevel.tasks.condensation.config import Condensation
@@ -28,6 +25,9 @@ from bilevel.tasks.condensation.problem import setup
 from bilevel.tasks.run_folder import CONFIG, read_json
 from bilevel.tasks.task import Preset, Setup, Task
 from bilevel.tasks.trials import picture_of_accuracies
+from bilevel.training import checkpoint_files, metrics
+from bilevel.training.outer_loop import OuterStep
+from bilevel.training.run_record import CHECKPOINT
 
 _SNAPSHOTS = 8
 
@@ -59,7 +59,9 @@ class CondensationTask(Task[Condensation]):
         wanted = {round(outer_steps * i / _SNAPSHOTS) for i in range(1, _SNAPSHOTS + 1)}
 
         def keep(number: int, images: torch.Tensor) -> None:
-            checkpoints.save(folder / "images" / f"step-{number:06d}.safetensors", {"step": number, "images": images})
+            checkpoint_files.save(
+                folder / "images" / f"step-{number:06d}.safetensors", {"step": number, "images": images}
+            )
 
         def keep_if_wanted(step: OuterStep) -> None:
             if step.number == 1:  # not before: a first step that fails leaves nothing behind
@@ -82,7 +84,7 @@ class CondensationTask(Task[Condensation]):
 
     def sections(self, folder: Path, results: Mapping[str, Any]) -> list[Section]:
         ipc = read_json(folder / CONFIG)["ipc"]
-        stored = (checkpoints.load(path) for path in sorted((folder / "images").glob("step-*.safetensors")))
+        stored = (checkpoint_files.load(path) for path in sorted((folder / "images").glob("step-*.safetensors")))
         snapshots = {content["step"]: content["images"] for content in stored}
         snapshots[len(metrics.read(folder / metrics.FILE))] = load_images(folder)  # a phase may have ended early
         accuracy = results["accuracy"]
@@ -139,7 +141,7 @@ def _all_images(images: torch.Tensor, ipc: int) -> Section:
 
 def load_images(folder: Path) -> torch.Tensor:
     """The condensed images at a run's last checkpoint, `[classes · ipc, channels, height, width]`."""
-    return checkpoints.load(folder / CHECKPOINT)["meta"][0]
+    return checkpoint_files.load(folder / CHECKPOINT)["meta"][0]
 
 
 def _data(config: Condensation, data_dir: Path | None) -> image_data.LabelledImages:

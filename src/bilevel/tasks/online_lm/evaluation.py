@@ -18,8 +18,8 @@ import numpy as np
 
 from bilevel import randomness
 from bilevel.errors import CheckpointError
-from bilevel.files import write_json
-from bilevel.progress import bar
+from bilevel.report.files import write_json
+from bilevel.report.progress import bar
 from bilevel.tasks.online_lm import baselines, tokens
 from bilevel.tasks.online_lm.adaptation import adapted, learned
 from bilevel.tasks.online_lm.answering import judged, qa_loss

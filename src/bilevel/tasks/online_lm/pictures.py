@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bilevel import report
+from bilevel.report import page
 
 NAMES = {
     "meta_learned": "meta-learned weights",
@@ -20,7 +20,7 @@ _PER_LINE = 92
 
 def methods(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Every stream as a point, over a bar at the mean."""
-    fig, axes = report.figure(1, len(_MEASURES), figsize=(11, 2.4), sharey=True)
+    fig, axes = page.figure(1, len(_MEASURES), figsize=(11, 2.4), sharey=True)
     for axis, (measure, (label, factor)) in zip(axes, _MEASURES.items(), strict=True):
         for position, scores in enumerate(found.values()):
             axis.barh(position, factor * scores[measure]["mean"], color="0.88")
@@ -30,14 +30,14 @@ def methods(found: Mapping[str, Mapping[str, Any]]) -> str:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(found)), [NAMES[name] for name in found])
     axes[0].invert_yaxis()
-    return report.as_picture(fig)
+    return page.as_picture(fig)
 
 
 def token_weights(examples: Sequence[Mapping[str, Sequence[Any]]]) -> str:
     """Documents as they are written, the darker a token, the larger its weight."""
     placed = [_lines(example["tokens"], example["weights"]) for example in examples]
     height = sum(len(lines) + 1 for lines in placed)
-    fig, axis = report.figure(figsize=(11, 0.24 * height + 0.2))
+    fig, axis = page.figure(figsize=(11, 0.24 * height + 0.2))
     row = 0
     for example, lines in zip(examples, placed, strict=True):
         largest = max(example["weights"])
@@ -60,7 +60,7 @@ def token_weights(examples: Sequence[Mapping[str, Sequence[Any]]]) -> str:
         row += 1
     axis.set(xlim=(0, 1.05), ylim=(-row + 0.4, 0.8))
     axis.axis("off")
-    return report.as_picture(fig)
+    return page.as_picture(fig)
 
 
 def _lines(tokens: Sequence[str], weights: Sequence[float]) -> list[list[tuple[str, float]]]:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from bilevel import checkpoints, randomness
+from bilevel import randomness
 from bilevel.errors import CheckpointError, NonFiniteError
-from bilevel.files import remove_leftovers
-from bilevel.progress import bar
+from bilevel.report.files import remove_leftovers
+from bilevel.report.progress import bar
 from bilevel.tasks.online_lm import losses, models, tokens
 from bilevel.tasks.online_lm.config import OnlineLM
 from bilevel.tasks.online_lm.documents import Corpus, Document
+from bilevel.training import checkpoint_files
 
 FOLDER, BASE, JUDGE = "stages", "base", "judge"
 _INIT, _BATCH = range(340, 342)
@@ -89,7 +90,7 @@ def _tuned(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.tune_lr, total_steps=config.tune_steps + 1)
     done = 0
     if path is not None and path.exists():
-        done = _restore(checkpoints.load(path), model, optimizer, schedule)
+        done = _restore(checkpoint_files.load(path), model, optimizer, schedule)
     with bar("tuning the base model", config.tune_steps, done, progress) as shown:
         for step in range(done, config.tune_steps):
             with randomness.torch_seeded(seed, _BATCH, step):
@@ -132,7 +133,7 @@ def _tuning_loss(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, s
 
 def _checkpoint(path: Path, done: int, model: Any, optimizer: Any, schedule: Any) -> None:
     state = {"done": done, "model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
-    checkpoints.save(path, {**state, "schedule": _plain(schedule.state_dict())})
+    checkpoint_files.save(path, {**state, "schedule": _plain(schedule.state_dict())})
 
 
 def _restore(content: dict[str, Any], model: Any, optimizer: Any, schedule: Any) -> int:

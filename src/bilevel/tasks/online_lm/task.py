@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from bilevel import modules, randomness
-from bilevel.outer_loop import OuterStep
-from bilevel.report import Section
+from bilevel import randomness
+from bilevel.models import module_view
+from bilevel.report.page import Section
 from bilevel.tasks.online_lm import data, models, pictures, precision, tokens
 from bilevel.tasks.online_lm.config import OnlineLM
 from bilevel.tasks.online_lm.documents import Corpus
@@ -29,6 +29,7 @@ from bilevel.tasks.online_lm.presets import PRESETS
 from bilevel.tasks.online_lm.problem import setup as make_setup
 from bilevel.tasks.online_lm.stages import BASE, FOLDER, JUDGE, tuned_model
 from bilevel.tasks.task import Preset, Setup, Task
+from bilevel.training.outer_loop import OuterStep
 
 WEIGHT_MODEL = "weight_model"
 _WEIGHT_MODEL, _LORA = range(350, 352)
@@ -70,7 +71,7 @@ class OnlineLMTask(Task[OnlineLM]):
         corpus = data.load(config.data, data_dir, seed)
         role = BASE if config.judge == "base" else JUDGE
         judge, tokenizer = tuned_model(config, corpus, seed, self._folder, progress, role)
-        weight_model = modules.written_back(meta)
+        weight_model = module_view.written_back(meta)
         store = None
         if self._folder is not None:
             weight_model.save_pretrained(self._folder / WEIGHT_MODEL)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from bilevel import report
-from bilevel.metrics import Row
-from bilevel.report import Section
+from bilevel.report import page
+from bilevel.report.page import Section
+from bilevel.training.metrics import Row
 
 
 def sections(results: Mapping[str, Any], rows: Sequence[Sequence[Row]], stored: Mapping[str, Any]) -> list[Section]:
@@ -44,7 +44,7 @@ def _table(results: Mapping[str, Any]) -> Section:
 
 def _fields(results: Mapping[str, Any], stored: Mapping[str, Any]) -> Section:
     x, t, found, true = (stored[name].numpy() for name in ("x", "t", "found", "reference"))
-    fig, axes = report.figure(1, 3, figsize=(12, 3.4), sharey=True)
+    fig, axes = page.figure(1, 3, figsize=(12, 3.4), sharey=True)
     limit = float(np.abs(true).max())
     difference = found - true
     largest = float(np.abs(difference).max()) or 1.0
@@ -57,14 +57,14 @@ def _fields(results: Mapping[str, Any], stored: Mapping[str, Any]) -> Section:
     axes[1].plot(stored["observed_t"].numpy(), stored["observed_x"].numpy(), "k.", markersize=3)
     best = results["best_start"]
     words = f"u of start {best}, the one with the lowest outer loss. Dots: where it was observed."
-    return Section("The field", words, report.as_picture(fig))
+    return Section("The field", words, page.as_picture(fig))
 
 
 def _paths(results: Mapping[str, Any], rows: Sequence[Sequence[Row]]) -> Section:
     names, truth = results["names"], results["truth"]
-    fig, axes = report.figure(1, len(names) + 1, figsize=(4.2 * len(names) + 4.2, 3.4), squeeze=False)
+    fig, axes = page.figure(1, len(names) + 1, figsize=(4.2 * len(names) + 4.2, 3.4), squeeze=False)
     if len(names) > 3:
-        fig, axes = report.figure(1, 2, figsize=(11, 3.8), squeeze=False)
+        fig, axes = page.figure(1, 2, figsize=(11, 3.8), squeeze=False)
     for i in range(axes.shape[1] - 1):
         axis = axes[0, i]
         for k in range(len(names)) if len(names) > 3 else (i,):
@@ -90,7 +90,7 @@ def _paths(results: Mapping[str, Any], rows: Sequence[Sequence[Row]]) -> Section
             " Bars: the standard error that the observations leave the coefficient on the first start's way, from the "
             "misfit there and the solution's derivative; cut off where it is larger than the coefficient."
         )
-    return Section("The way of the coefficients", words, report.as_picture(fig))
+    return Section("The way of the coefficients", words, page.as_picture(fig))
 
 
 def _error_bars(axis: Any, path: Sequence[Mapping[str, Any]], i: int) -> None:
@@ -104,7 +104,7 @@ def _error_bars(axis: Any, path: Sequence[Mapping[str, Any]], i: int) -> None:
 
 def _values(results: Mapping[str, Any], found: np.ndarray) -> Section:
     truth, names = np.array(results["truth"]), results["names"]
-    fig, axis = report.figure(figsize=(8, 3.2))
+    fig, axis = page.figure(figsize=(8, 3.2))
     if names:
         places = np.arange(len(names))
         axis.bar(places - 0.2, truth, 0.4, label="truth", color="0.75")
@@ -119,7 +119,7 @@ def _values(results: Mapping[str, Any], found: np.ndarray) -> Section:
     axis.spines[["top", "right"]].set_visible(False)
     rows = [(n, f"{a:.5g}", f"{b:.5g}") for n, a, b in zip(names, truth, found, strict=True)] if names else []
     title = f"The {results['unknown']}".replace("-", " ")
-    return Section(title, picture=report.as_picture(fig), header=("term", "truth", "found"), rows=rows)
+    return Section(title, picture=page.as_picture(fig), header=("term", "truth", "found"), rows=rows)
 
 
 def _short(value: float | None) -> str:

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ExponentialLR
 
 import bilevel
-from bilevel.outer_loop import OuterStep
 from bilevel.tasks.pde import differentiable, numerical, observations, pinn, unknowns
 from bilevel.tasks.pde.config import PDE
 from bilevel.tasks.pde.equations import EQUATIONS
 from bilevel.tasks.pde.observations import Observations, Reference
 from bilevel.tasks.pde.secant import Secant
 from bilevel.tasks.task import Setup
+from bilevel.training.outer_loop import OuterStep
 
 
 @dataclass

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import checkpoints, metrics
 from bilevel.errors import NonFiniteError, SolverError
-from bilevel.outer_loop import OuterStep
-from bilevel.progress import bar
-from bilevel.report import Section
+from bilevel.report.page import Section
+from bilevel.report.progress import bar
 from bilevel.tasks.pde import evaluation, pictures, problem, unknowns
 from bilevel.tasks.pde.config import PDE
 from bilevel.tasks.pde.equations import EQUATIONS
 from bilevel.tasks.task import Preset, Setup, Task, Trained
+from bilevel.training import checkpoint_files, metrics
+from bilevel.training.outer_loop import OuterStep
 
 FIELDS = "fields.safetensors"
 
@@ -124,7 +124,7 @@ class PDETask(Task[PDE]):
 
     def sections(self, folder: Path, results: Mapping[str, Any]) -> list[Section]:
         rows = [metrics.read(folder / _name(number) / metrics.FILE) for number in range(results["starts"])]
-        return pictures.sections(results, rows, checkpoints.load(folder / FIELDS))
+        return pictures.sections(results, rows, checkpoint_files.load(folder / FIELDS))
 
 
 def _name(number: int) -> str:
@@ -145,7 +145,7 @@ def _judged(run: Trained[PDE], found: list[Tensor | None], rows: list[list[metri
         meta = found[best]
         assert meta is not None
         fields.update(found=chosen["field"], values=unknowns.found(config, meta).numpy())
-    checkpoints.save(run.folder / FIELDS, {name: torch.from_numpy(value.copy()) for name, value in fields.items()})
+    checkpoint_files.save(run.folder / FIELDS, {name: torch.from_numpy(value.copy()) for name, value in fields.items()})
     errors = [None if each is None else each["coefficient_error"] for each in judged]
     solves = evaluation.summary([sum(row["solves"] for row in start) for start in rows])
     few = config.unknown not in ("initial-condition", "source")

@@ -1,0 +1,136 @@
+"""The command `bilevel plan`: its options and its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from bilevel.checks import whole_number
+from bilevel.estimators import ZerothOrder
+from bilevel.planning import names, planner
+
+if TYPE_CHECKING:
+    from bilevel.tasks.task import Setup
+
+ON_PAPER = "Memory and time of every estimator from numbers alone; times in units of one inner gradient."
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `bilevel plan TASK` is told besides the task's own settings."""
+
+    memory: str = "4GB"
+    """What a worker may use beyond the model and the data, such as 8GB or 512MiB."""
+    directions: int = 16
+    """Random directions, where a method has them."""
+    workers: int = 1
+    """Over how many workers directions are spread."""
+    seed: int = 0
+    """Of the inner step that is measured."""
+    data_dir: Path | None = None
+    """Folder with the data files, for presets that need any."""
+
+
+@dataclass(frozen=True)
+class PaperOptions:
+    """What `bilevel plan` is told instead of a task."""
+
+    params: float = 1e6
+    """M, inner parameters, such as 1.5e9."""
+    meta_params: float = 1e3
+    """N, meta parameters."""
+    steps: int = 100
+    """T, inner steps."""
+    memory: str = "80GB"
+    """What a worker may use beyond the model and the data."""
+    directions: int = 64
+    """Random directions, where a method has them."""
+    workers: int = 1
+    """Over how many workers directions are spread."""
+    optimizer_memory: float = 2
+    """Numbers the inner optimiser keeps for a parameter: 0 for SGD, 1 with momentum, 2 for Adam."""
+    bytes_per_number: float = 4
+    """4 for float32."""
+    activation_bytes: float = 0
+    """Of one inner forward pass."""
+
+
+def plan_task(setup: Setup, options: PlanOptions) -> planner.Plan:
+    """The plan for a task's inner loop at its starting point."""
+    return planner.plan(
+        setup.problem,
+        setup.meta,
+        setup.inner_batches_of(draw=0),
+        setup.outer_batch_of(draw=0),
+        options.seed,
+        memory=options.memory,
+        directions=options.directions,
+        workers=options.workers,
+    )
+
+
+def plan_on_paper(options: PaperOptions) -> planner.Plan:
+    """The plan from numbers alone."""
+    for name in ("params", "meta_params"):
+        if not 1 <= getattr(options, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: a number of at least 1 is needed")
+    whole_number(options.steps, "steps")
+    return planner.on_paper(
+        options.params,
+        options.meta_params,
+        options.steps,
+        memory=options.memory,
+        directions=options.directions,
+        workers=options.workers,
+        optimizer_memory=options.optimizer_memory,
+        bytes_per_number=options.bytes_per_number,
+        activation_bytes=options.activation_bytes,
+    )
+
+
+def show(plan: planner.Plan, where: str, in_units: bool = False) -> None:
+    """Print the table and the recommendation."""
+    table = Table(
+        Column("estimator", overflow="fold"),
+        "error",
+        Column("memory", justify="right"),
+        Column("units" if in_units else "seconds", justify="right"),
+        "fits",
+        *(() if plan.workers == 1 else ("exchange", Column("sent a step", justify="right"))),
+        title=f"{where}: N = {plan.costs.meta_size}, T = {plan.steps}, {planner.size_text(plan.memory)}"
+        + ("" if plan.workers == 1 else f" for each of {plan.workers} workers"),
+        title_justify="left",
+    )
+    for row in plan.rows:
+        table.add_row(
+            names.describe(row.estimator),
+            error_text(row),
+            planner.size_text(row.bytes),
+            f"{row.seconds:.3g}",
+            "yes" if row.fits else "no",
+            *(() if plan.workers == 1 else exchange_texts(row)),
+            style="bold" if row.estimator == plan.recommended else None,
+        )
+    console = Console()
+    console.print(table)
+    advice = "none" if plan.recommended is None else names.describe(plan.recommended)
+    console.print(f"recommended: {advice}: {plan.reason}.")
+
+
+def exchange_texts(row: planner.Planned) -> tuple[str, str]:
+    """What several workers exchange, and how much each of them sends."""
+    return ("nothing", "–") if row.sent_bytes is None else (str(row.exchange), planner.size_text(row.sent_bytes))
+
+
+def error_text(row: planner.Planned) -> str:
+    """What is known of a method's error."""
+    if row.relative_variance is None:
+        return "biased"
+    if row.exact:
+        return "exact"
+    noise = f"relative variance {row.relative_variance:.3g}"
+    return f"{noise}, O(step²)" if isinstance(row.estimator, ZerothOrder) else noise

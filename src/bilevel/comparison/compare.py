@@ -1,0 +1,216 @@
+"""Methods side by side: each one's hypergradient at the same point, against the exact one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bilevel import checks, trees
+from bilevel.batches import Batches
+from bilevel.estimators import Estimate, Estimator, Reverse
+from bilevel.planning.names import describe
+from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.report.peak_memory import PeakMemory
+from bilevel.report.progress import bar
+from bilevel.unrolling.unroll import unroll
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How one method did. Errors are relative to ‖exact‖, squared ones to ‖exact‖²."""
+
+    estimator: str
+    repeats: int
+    """Draws of random directions; 1 for a deterministic method."""
+    relative_error: float
+    """√ of the mean of ‖grad − exact‖²/‖exact‖² over the draws."""
+    squared_bias: float | None
+    """‖E grad − exact‖², estimated without bias (so a little below 0 at times); `None` for one random draw."""
+    variance: float | None
+    """E‖grad − E grad‖²; `None` for one random draw."""
+    cosine: float
+    """Of the angle between grad and exact, the mean over the draws."""
+    standard_error: float | None
+    """As the estimator itself reports it: the root mean square over the draws."""
+    half_widths: dict[str, float]
+    """Of the 95 % confidence intervals (jackknife over the draws) of `relative_error`, `squared_error`, its square,
+    `squared_bias`, `variance` and `cosine`; empty for fewer than three draws."""
+    units: float
+    """Process time over that of the inner loop alone, run plainly. Times are the best of up to three."""
+    seconds: float
+    peak_memory_bytes: int | None
+    """The most memory held during a call above what was held before: on a GPU that of torch, on a CPU the resident
+    memory of the process, sampled; `None` where the system does not tell."""
+    compile_seconds: float | None = None
+    """Wall time that this method took for compiling, before it was timed; `None` if the problem is not compiled."""
+
+
+def compare(
+    problem: Unrollable | BlackBox,
+    meta: Any,
+    inner_batches: Batches | None = None,
+    outer_batch: Any = None,
+    seed: int = 0,
+    *,
+    estimators: Sequence[Estimator],
+    exact: Estimator | None = None,
+    repeats: int = 1,
+    progress: bool = False,
+) -> list[Compared]:
+    """Estimate one hypergradient by several methods and compare each with the exact one.
+
+    Args:
+        problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.
+        meta: φ, the point at which to compare.
+        inner_batches: T batches by random access.
+        outer_batch: passed to the outer loss.
+        seed: the same for all methods.
+        estimators: what to compare.
+        exact: what to compare with; `Reverse("sqrt")` by default.
+        repeats: draws of random directions for each method that has any, at the same initialisation and dropout; with
+            two or more, bias and variance are told apart.
+        progress: show a progress bar.
+
+    A problem with `compile=True` is compiled for each method anew, before that is timed; the exact hypergradient, and
+    the inner loop that is the unit, are computed without.
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi) ** 2,
+    ...     outer_loss=lambda theta, phi, batch: theta,
+    ...     params=torch.tensor(0.0),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    ... )
+    >>> (row,) = bilevel.compare(
+    ...     problem, torch.tensor(1.0), bilevel.no_batches(2), estimators=[bilevel.TruncatedReverse(1)]
+    ... )
+    >>> row.estimator, round(row.relative_error, 3)  # 0.5 instead of 0.75
+    ('truncated-reverse', 0.333)
+    """
+    checks.whole_number(repeats, "repeats")
+    run = unroll(problem, meta, inner_batches, outer_batch, seed).eager
+    rows: list[Compared] = []
+    with bar("comparing", len(estimators) + 1, show=progress) as shown:
+        truth = (exact or Reverse("sqrt"))(run.problem, meta, inner_batches, outer_batch, seed)
+        length = float(trees.squared_norm(trees.leaves(truth.grad)).sqrt())
+        if length == 0:
+            raise ValueError(
+                "the exact hypergradient is zero here: relative errors have no meaning; take another point"
+            )
+        _, plain, _ = _timed(lambda: run.descend(run.start()))
+        shown.advance("exact")
+        for estimator in estimators:
+            call = partial(_call, _not_yet_compiled(problem), meta, inner_batches, outer_batch, seed)
+            compiling = call(estimator).compile_seconds if run.problem is not problem else None
+            with PeakMemory() as memory:
+                first, process, wall = _timed(partial(call, estimator))
+            draws = _draws(estimator, repeats)
+            found = [first, *(call(each) for each in draws[1:])]
+            row = _compared(describe(estimator), found, truth, length, process / plain, wall, memory.peak)
+            rows.append(replace(row, compile_seconds=compiling))
+            shown.advance(rows[-1].estimator)
+    return rows
+
+
+def as_dicts(rows: Sequence[Compared]) -> list[dict[str, Any]]:
+    """The rows as dicts, for JSON."""
+    return [asdict(row) for row in rows]
+
+
+def _call(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, estimator: Estimator) -> Estimate:
+    return estimator(problem, meta, inner_batches, outer_batch, seed)
+
+
+def _not_yet_compiled(problem: Unrollable | BlackBox) -> Unrollable | BlackBox:
+    """The problem with nothing compiled for it so far."""
+    if isinstance(problem, GradientDescent) and problem.backend is not None:
+        return problem.compiled(problem.backend)
+    return problem
+
+
+def _draws(estimator: Estimator, repeats: int) -> list[Estimator]:
+    """The estimator with other directions each time; once if it draws none."""
+    if all(field.name != "draw" for field in fields(estimator)):
+        return [estimator]
+    first: int = getattr(estimator, "draw")  # noqa: B009
+    return [replace(estimator, draw=first + number) for number in range(repeats)]  # pyright: ignore[reportCallIssue]
+
+
+def _compared(
+    name: str,
+    found: Sequence[Estimate],
+    truth: Estimate,
+    length: float,
+    units: float,
+    seconds: float,
+    peak_memory_bytes: int | None,
+) -> Compared:
+    exact = _flat(truth.grad)
+    grads = np.stack([_flat(estimate.grad) for estimate in found])
+    errors = (grads - exact) / length
+    products, own = errors @ errors.T, np.linalg.norm(grads, axis=1)
+    cosines = np.where(own > 0, grads @ exact / (length * np.where(own > 0, own, 1)), 0.0)
+    values = _statistics(products, cosines)
+    claimed = [None if e.standard_error is None else (e.standard_error / length) ** 2 for e in found]
+    known = [c for c in claimed if c is not None]
+    if not known:  # deterministic: all of the error is bias
+        values["squared_bias"], values["variance"] = values["squared_error"], 0.0
+    return Compared(
+        estimator=name,
+        repeats=len(found),
+        relative_error=values["relative_error"],
+        squared_bias=values.get("squared_bias"),
+        variance=values.get("variance"),
+        cosine=values["cosine"],
+        standard_error=float(np.mean(known)) ** 0.5 if known else None,
+        half_widths=_half_widths(products, cosines),
+        units=units,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes,
+    )
+
+
+def _flat(tree: Any) -> np.ndarray:
+    return np.concatenate([leaf.detach().double().cpu().reshape(-1).numpy() for leaf in trees.leaves(tree)])
+
+
+def _statistics(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
+    """From the inner products e_r · e_s of the errors `[R, R]`: those of different draws have the mean ‖bias‖²."""
+    count, own = len(products), float(np.trace(products)) / len(products)
+    found = {"squared_error": own, "relative_error": max(own, 0.0) ** 0.5, "cosine": float(cosines.mean())}
+    if count > 1:
+        bias = float(products.sum() - np.trace(products)) / (count * (count - 1))
+        found |= {"squared_bias": bias, "variance": own - bias}
+    return found
+
+
+def _half_widths(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
+    """1.96 jackknife standard errors of each statistic, as long as leaving one draw out leaves it defined."""
+    count = len(products)
+    if count < 3:
+        return {}
+    without = [_statistics(np.delete(np.delete(products, r, 0), r, 1), np.delete(cosines, r)) for r in range(count)]
+    table = {name: np.array([each[name] for each in without]) for name in without[0]}
+    return {name: float(1.96 * np.sqrt((count - 1) * np.var(values))) for name, values in table.items()}
+
+
+def _timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result, and the least process time and wall time of up to three calls.
+
+    A first call may pay for what torch sets up only once, so short ones are repeated.
+    """
+    process_times: list[float] = []
+    wall_times: list[float] = []
+    result = None
+    while len(wall_times) < 3 and sum(wall_times) < 2:
+        wall, process = time.perf_counter(), time.process_time()
+        result = function()
+        process_times.append(time.process_time() - process)
+        wall_times.append(time.perf_counter() - wall)
+    least = max(min(process_times), time.get_clock_info("process_time").resolution)
+    return result, least, min(wall_times)

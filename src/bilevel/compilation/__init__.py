@@ -1,0 +1,1 @@
+"""The inner gradient and its derivatives as compiled code."""

@@ -1,0 +1,311 @@
+"""The inner gradient and its derivatives as compiled code, once for each set of shapes.
+
+What a step of `GradientDescent` costs lies in the gradient of the inner loss and in that gradient's derivatives; the
+optimiser's update around it is a few operations an entry, and its step numbers would be compiled anew at every step.
+So four functions of tensors are compiled, when they are first called for:
+
+    gradient        (θ, φ, batch) ↦ ∇_θ g
+    pulled back     (θ, φ, batch), then w ↦ wᵀ ∂(∇_θ g)/∂(θ, φ): two halves, between which only what the second one
+                    needs is kept (the least that can be, by a minimal cut)
+    pushed          (θ, φ, batch, k tangents) ↦ ∇_θ g and its derivative along each
+    joint product   (θ, φ, batch, w) ↦ the derivative of ∇_{θ,φ} g along w in θ
+
+Each is traced with all its differentiation inside, by the very code that computes it uncompiled, so that what
+autograd would do (`torch.no_grad()`, custom functions) is in the trace, and nothing is differentiated afterwards.
+
+A trace holds the operations and nothing of the Python that led to them. So whatever else a loss reads is fixed when it
+is compiled: numbers, flags, the way taken at a branch. A branch on a tensor's value is refused. For the rest, the
+first call of each function in each estimate is compared with the gradient computed without compiling: a loss that has
+changed since is an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import autodiff, randomness, trees
+from bilevel.compilation.loss_call import LossCall
+from bilevel.compilation.tracing import halves, trace
+from bilevel.errors import CompileError, MissingDerivativeError
+from bilevel.trees import Tree
+
+Gradient = Callable[[Tree, Tree, Any], "list[Tensor]"]
+Tensors = Sequence[Tensor]
+
+MOST_CASES = 16
+"""Sets of shapes (and numbers) for which one function is compiled at most."""
+
+
+class _Clock:
+    seconds = 0.0
+
+
+def compile_seconds() -> float:
+    """Wall time that this process has spent on compiling so far."""
+    return _Clock.seconds
+
+
+@contextmanager
+def _timed() -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _Clock.seconds += time.perf_counter() - began
+
+
+def backend_named(compile: bool | str) -> str | None:
+    """The backend of `torch.compile` that `compile=` asks for; `None` for none."""
+    if compile is False:
+        return None
+    name = "inductor" if compile is True else compile
+    from torch._dynamo import list_backends
+
+    known = list_backends(exclude_tags=None)
+    if name not in known:
+        raise ValueError(
+            f"compile={compile!r}: write True or False, or a backend of torch.compile: {', '.join(sorted(known))}"
+        )
+    return name
+
+
+@dataclass
+class _Case:
+    """One function compiled for one set of shapes."""
+
+    run: Callable[[Tensors], Sequence[Tensor]]
+    """From all inputs to all outputs, the gradient first."""
+    back: Callable[[Tensors], Sequence[Tensor]] | None = None
+    """Of a function in two halves, the second: from what was kept and the cotangents to the products."""
+    connected: list[bool] = field(default_factory=list)
+    """Of a function in two halves: on which of θ and φ the gradient depends."""
+    checked: int = -1
+    """In which estimate it was last compared with the gradient computed without compiling."""
+    largest: float = 0.0
+    """Norm of a gradient, at the comparisons so far."""
+
+
+class CompiledGradient:
+    """What `GradientDescent(..., compile=...)` computes its gradients with."""
+
+    def __init__(self, gradient: Gradient, joint_gradient: Gradient, backend: str) -> None:
+        self._gradient, self._joint_gradient = gradient, joint_gradient
+        self.backend = backend
+        self._cases: dict[str, dict[Hashable, _Case]] = {}
+        self._estimate = 0
+
+    def check_again(self) -> None:
+        """From here on, compare every function once more with what it stands for, at its next call."""
+        self._estimate += 1
+
+    def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
+        """∇_θ g, with a graph if θ or φ have one."""
+        _require_no_transform()
+        call = LossCall(params, meta, batch)
+        if autodiff.has_graph([params, meta]):
+            case = self._case("pulled back", call, lambda: self._pulled_back(call))
+            self._check(case, call, case.run)
+            return list(_Differentiable.apply(case, call.count, call.rest, *call.theta, *call.phi))
+
+        def gradient(primals: Tensors, _: Tensors) -> list[Tensor]:
+            with call.with_inputs(primals) as (params, meta, batch):
+                return [g.detach() for g in self._gradient(params, meta, batch)]
+
+        case = self._case("gradient", call, lambda: _Case(self._compiled(gradient, call.inputs, [])))
+        self._check(case, call, case.run)
+        return _run(case.run, call.inputs)
+
+    def push(
+        self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor], along_meta: Sequence[Tensor]
+    ) -> autodiff.Pushed:
+        """∇_θ g and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ."""
+        call = LossCall(params, meta, batch)
+        tangents = [t.contiguous() for t in (*along, *along_meta)]
+
+        def pushed(primals: Tensors, tangents: Tensors) -> list[Tensor]:
+            with call.with_inputs(primals) as (params, meta, batch):
+                found = autodiff.push_forward(
+                    lambda params, meta: self._gradient(params, meta, batch),
+                    [params, meta],
+                    [tangents[: call.count], tangents[call.count :]],
+                )
+            return [*found.value, *found.tangents]
+
+        kind = f"pushed along {len(tangents[0])}"
+        case = self._case(kind, call, lambda: _Case(self._compiled(pushed, call.inputs, tangents)))
+        self._check(case, call, lambda inputs: case.run([*inputs, *tangents]))
+        found = _run(case.run, [*call.inputs, *tangents])
+        return autodiff.Pushed(found[: call.count], found[call.count :])
+
+    def joint_product(self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor]) -> list[Tensor]:
+        """The derivative of ∇_{θ,φ} g along one direction in θ."""
+        call = LossCall(params, meta, batch)
+        tangents = [t.contiguous() for t in along]
+
+        def product(primals: Tensors, tangents: Tensors) -> list[Tensor]:
+            with call.with_inputs(primals) as (params, meta, batch):
+                found = autodiff.push_forward(
+                    lambda params: self._joint_gradient(params, meta, batch),
+                    [params],
+                    [[t.unsqueeze(0) for t in tangents]],
+                )
+            return [*found.value[: call.count], *(t[0] for t in found.tangents)]
+
+        case = self._case("joint product", call, lambda: _Case(self._compiled(product, call.inputs, tangents)))
+        self._check(case, call, lambda inputs: case.run([*inputs, *tangents]))
+        return _run(case.run, [*call.inputs, *tangents])[call.count :]
+
+    def _pulled_back(self, call: LossCall) -> _Case:
+        connected: list[bool] = []
+
+        def joint(primals: Tensors, cotangents: Tensors) -> list[Tensor]:
+            with call.with_inputs(primals) as (params, meta, batch), autodiff.RefuseOnceDifferentiable():
+                value, products = autodiff.pull_back(
+                    lambda params, meta: self._gradient(params, meta, batch), [params, meta], cotangents
+                )
+            found = [part for group in products for part in group]
+            connected[:] = [part is not None for part in found]
+            return [*value, *(part for part in found if part is not None)]
+
+        traced = self._traced(joint, call.inputs, call.theta)
+        if not any(connected):
+            return _Case(self._built(traced, [*call.inputs, *call.theta]), None, connected)
+        first, second = halves(traced, call.count)
+        run = self._built(first, call.inputs)
+        kept = _run(run, call.inputs)[call.count :]
+        back = self._built(second, [*kept, *(t.contiguous() for t in call.theta)])
+        return _Case(run, back, connected)
+
+    def _compiled(
+        self, function: Callable[[Tensors, Tensors], list[Tensor]], primals: Tensors, tangents: Tensors
+    ) -> Callable[[Tensors], Sequence[Tensor]]:
+        return self._built(self._traced(function, primals, tangents), [*primals, *tangents])
+
+    def _traced(
+        self, function: Callable[[Tensors, Tensors], list[Tensor]], primals: Tensors, tangents: Tensors
+    ) -> torch.fx.GraphModule:
+        try:
+            return trace(function, primals, tangents)
+        except (CompileError, MissingDerivativeError):
+            raise
+        except Exception as error:  # whatever tracing does not take
+            raise CompileError(
+                f"inner_loss can't be compiled: {type(error).__name__}: {_first_line(error)}. A compiled loss is a "
+                "fixed sequence of operations: write torch.where for a branch on a tensor's value, no .item() or "
+                "float(), and no shapes that depend on values (x[x > 0]); or leave compile=False"
+            ) from error
+
+    def _built(self, graph: torch.fx.GraphModule, inputs: Tensors) -> Callable[[Tensors], Sequence[Tensor]]:
+        """The graph as the backend compiles it, run once."""
+        from torch._dynamo import lookup_backend
+        from torch._inductor import config
+
+        inputs = [t.detach() for t in inputs]
+        try:
+            # Random numbers are drawn as without compiling, so that they are the same.
+            with torch.no_grad(), config.patch(fallback_random=True):
+                made: Any = lookup_backend(self.backend)(graph, inputs)
+                made(*inputs)
+        except Exception as error:
+            raise CompileError(
+                f"the backend {self.backend!r} of torch.compile failed on inner_loss: {type(error).__name__}: "
+                f"{_first_line(error)}. On a CPU, inductor needs a C++ compiler (g++ or clang++ on PATH, or the "
+                "variable CXX), on a GPU Triton; compile='aot_eager' does without, at no gain in speed; or leave "
+                "compile=False"
+            ) from error
+        return lambda inputs: made(*inputs)
+
+    def _case(self, kind: str, call: LossCall, make: Callable[[], _Case]) -> _Case:
+        cases = self._cases.setdefault(kind, {})
+        key = call.key
+        if key not in cases:
+            if len(cases) == MOST_CASES:
+                raise CompileError(
+                    f"inner_loss has been compiled for {MOST_CASES} different sets of shapes, dtypes and numbers, and "
+                    "here comes another; let batches have few shapes (drop the last one, pad), and pass numbers "
+                    "that change as tensors; or leave compile=False"
+                )
+            with randomness.replayed(randomness.generator_states()):
+                self._reference(call)  # what is wrong without compiling is reported as without
+                with _timed():
+                    cases[key] = make()
+        return cases[key]
+
+    def _reference(self, call: LossCall) -> list[Tensor]:
+        with call.with_inputs(call.inputs) as (params, meta, batch):
+            return self._gradient(params, meta, batch)
+
+    @torch.no_grad()
+    def _check(self, case: _Case, call: LossCall, run: Callable[[Tensors], Sequence[Tensor]]) -> None:
+        """Compare a function with the gradient computed without compiling, once in an estimate.
+
+        Rounding differs. The fourth root of the machine epsilon, 1e-4 in float64 and 2e-2 in float32, leaves room for
+        cancellation in the gradient, and none for another loss.
+        """
+        if case.checked == self._estimate:
+            return
+        states = randomness.generator_states()
+        with randomness.replayed(states):
+            expected = self._reference(call)
+        with randomness.replayed(states):
+            found = _run(run, call.inputs)[: call.count]
+        own = float(trees.squared_norm(expected).sqrt())
+        apart = float(trees.squared_norm([a - b for a, b in zip(found, expected, strict=True)]).sqrt())
+        root = max(torch.finfo(t.dtype).eps for t in call.theta) ** 0.25
+        if own < float("inf"):  # diagnosed later otherwise
+            case.largest = max(case.largest, own)
+            if not apart <= root * max(own, root * case.largest):
+                raise CompileError(
+                    f"the compiled gradient differs from that of inner_loss by {apart:.3g}, at a norm of {own:.3g}: "
+                    "the loss reads something besides its arguments that has changed since it was compiled (a number, "
+                    "a flag, a tensor that was replaced). Pass what changes in meta or in the batch, as tensors; or "
+                    "leave compile=False"
+                )
+        case.checked = self._estimate
+
+
+class _Differentiable(torch.autograd.Function):
+    """∇_θ g(θ, φ) in two compiled halves."""
+
+    @staticmethod
+    def forward(ctx: Any, case: _Case, count: int, rest: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.case = case
+        found = case.run([t.detach() for t in (*tensors, *rest)])
+        ctx.save_for_backward(*found[count:])
+        return tuple(found[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise MissingDerivativeError(
+                "a compiled inner gradient is differentiated once, and a second derivative of it was asked for; "
+                "take compile=False"
+            )
+        case: _Case = ctx.case
+        inputs = [*ctx.saved_tensors, *(w.contiguous() for w in cotangents)]
+        found = iter(() if case.back is None else case.back(inputs))
+        return None, None, None, *(next(found) if connected else None for connected in case.connected)
+
+
+@torch.no_grad()
+def _run(function: Callable[[Tensors], Sequence[Tensor]], inputs: Tensors) -> list[Tensor]:
+    return list(function(inputs))
+
+
+def _require_no_transform() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise CompileError(
+            "a compiled inner gradient can't be differentiated by torch.func or carried by torch.vmap from outside; "
+            "take the problem without: problem.eager, or compile=False"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]

@@ -1,0 +1,119 @@
+"""One call of a loss as a function of tensors alone, and what a compiled form of it holds for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from bilevel import trees
+from bilevel.errors import CompileError
+from bilevel.models.module_view import ModuleView, as_plain_tree, left_as_they_were, views_in
+from bilevel.models.recomputed import Recomputed
+from bilevel.trees import Tree
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+class LossCall:
+    """One call of a loss, taken apart into tensors and what they stand in."""
+
+    def __init__(self, params: Tree, meta: Tree, batch: Any) -> None:
+        self._trees = (params, meta, batch)
+        self._parts = tuple(trees.split(tree) for tree in self._trees)
+        theta, phi, rest = self._parts
+        self.theta, self.phi, self.count = theta.differentiable, phi.differentiable, len(theta.differentiable)
+        self._views = views_in([params, meta])
+        self._slots = [_constant_slots(view) for view in self._views]
+        constants = [t.detach() for slots in self._slots for t in slots.values()]
+        self.rest = [*theta.other, *phi.other, *rest.differentiable, *rest.other, *constants]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """θ, φ and all other tensors."""
+        return [t.detach() for t in (*self.theta, *self.phi, *self.rest)]
+
+    @property
+    def key(self) -> Hashable:
+        """What a compiled function holds for."""
+        numbers = tuple(part.rest for part in self._parts)
+        if not all(isinstance(each, _PLAIN) for rest in numbers for each in rest):
+            self._refuse_opaque()
+        tensors = [(t.shape, t.stride(), t.dtype, t.device) for t in (*self.theta, *self.phi, *self.rest)]
+        outlines = [trees.flatten(as_plain_tree(tree))[1] for tree in self._trees]
+        types = tuple(type(each) for rest in numbers for each in rest)  # True == 1 == 1.0
+        modules = [(tuple(slots), _outline(view.module)) for view, slots in zip(self._views, self._slots, strict=True)]
+        return (*tensors, *outlines, numbers, types, *modules, *_switches())
+
+    def _refuse_opaque(self) -> None:
+        for name, tree in zip(("params", "meta", "batch"), self._trees, strict=True):
+            for place, leaf in trees.named_leaves(tree, name):
+                if not isinstance(leaf, (Tensor, *_PLAIN)):
+                    raise CompileError(
+                        f"{place} is a {type(leaf).__name__}, whose contents would be fixed by compiling; pass tensors "
+                        "in dicts, lists and tuples (dict(batch) for what a tokenizer returns), or leave compile=False"
+                    )
+
+    @contextmanager
+    def with_inputs(self, inputs: Sequence[Tensor]) -> Iterator[tuple[Tree, Tree, Any]]:
+        """Inside, the three trees with other tensors in them, and in their modules; modules are left as they were."""
+        rest = iter(inputs)
+
+        def following(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [next(rest) for _ in tensors]
+
+        theta, phi, batch = self._parts
+        differentiable = following(theta.differentiable), following(phi.differentiable)
+        params = theta.rebuild(differentiable[0], following(theta.other))
+        meta = phi.rebuild(differentiable[1], following(phi.other))
+        rebuilt = params, meta, batch.rebuild(following(batch.differentiable), following(batch.other))
+        with ExitStack() as stack:
+            stack.enter_context(left_as_they_were(params, meta))
+            for view, slots in zip(self._views, self._slots, strict=True):
+                constants = {name: next(rest) for name in slots}
+                stack.enter_context(_reparametrize_module(view.module, constants))
+            yield rebuilt
+
+
+def _constant_slots(view: ModuleView) -> dict[str, Tensor]:
+    """Every place in a module that holds a buffer or a frozen parameter: inputs, since a module may be built anew for
+    every solve, with others in it.
+    """
+    trained = view._tensor_of_each_parameter()
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, layer in view.module.named_modules()
+        for name, tensor in (*layer._parameters.items(), *layer._buffers.items())
+        if tensor is not None and not (isinstance(tensor, nn.Parameter) and tensor in trained)
+    }
+
+
+def _outline(module: nn.Module) -> Hashable:
+    """What a module computes, as far as its layers say."""
+    found = []
+    for layer in module.modules():
+        if isinstance(layer, Recomputed):
+            raise CompileError(
+                "a Recomputed layer has no effect in a compiled gradient, which decides itself what to keep; use the "
+                "layer without it, or leave compile=False"
+            )
+        found.append((type(layer), layer.training, layer.extra_repr()))
+    return tuple(found)
+
+
+def _switches() -> tuple[Hashable, ...]:
+    """What decides on the kernels that a trace holds."""
+    cuda = torch.backends.cuda
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
+        torch._C._get_mkldnn_enabled(),
+        torch.get_default_dtype(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+    )

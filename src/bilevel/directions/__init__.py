@@ -1,0 +1,1 @@
+"""Random directions and the statistics of estimates that are made from them."""

@@ -1,0 +1,1 @@
+"""Inner loops that run in other programs and libraries."""

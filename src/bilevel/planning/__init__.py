@@ -1,0 +1,1 @@
+"""What each method costs on a problem, and which one to take."""

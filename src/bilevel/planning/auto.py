@@ -1,0 +1,69 @@
+"""The method that the planner recommends for the problem at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+from bilevel import checks, distributed
+from bilevel.errors import MemoryBudgetError
+from bilevel.estimators.base import Estimate, Estimator
+from bilevel.planning import planner
+from bilevel.problem import BlackBox
+from bilevel.unrolling.unroll import Unroll
+
+_CHOSEN: WeakKeyDictionary[Any, dict[Any, Estimator]] = WeakKeyDictionary()
+"""For every problem what was recommended, so that it is measured once."""
+
+
+@dataclass(frozen=True)
+class Auto(Estimator):
+    """The estimator that `bilevel.plan` recommends: an exact one if any fits into the memory, else (FG)²U.
+
+    The choice rests on bytes counted in one inner step and on the methods' costs in units, not on timings, so it is the
+    same in every run. It is made at the first call for a problem and kept for the later ones.
+
+    Args:
+        memory: what may be used beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of bytes.
+        directions: b, where it comes to random directions; at most N.
+
+    Cost: at the first call some fifty inner steps; then that of the method. Bias: none.
+
+    Raises:
+        MemoryBudgetError: nothing fits.
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi) ** 2,
+    ...     outer_loss=lambda theta, phi, batch: theta**2,
+    ...     params=torch.tensor(0.0),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    ... )
+    >>> bilevel.Auto("1GB")(problem, torch.tensor(2.0), bilevel.no_batches(4)).grad  # 2 (1 − 0.5⁴)² φ
+    tensor(3.5156)
+    """
+
+    memory: str | float = "4GB"
+    directions: int = 16
+    needs_derivatives: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        planner.parse_bytes(self.memory)
+        checks.whole_number(self.directions, "directions")
+
+    def _estimate(self, run: Unroll) -> Estimate:
+        batches = None if isinstance(run.problem, BlackBox) else run.inner_batches
+        return self.chosen(run)(run.problem, run.meta, batches, run.outer_batch, run.seed)
+
+    def chosen(self, run: Unroll) -> Estimator:
+        """The recommendation for this inner loop."""
+        known = _CHOSEN.setdefault(run.problem, {})
+        workers = distributed.current().size
+        key = (self, run.steps, run.meta_size, workers)
+        if key not in known:
+            plan = planner.plan_of(run, self.memory, self.directions, workers)
+            if plan.recommended is None:
+                raise MemoryBudgetError(f"Auto(memory={self.memory!r}): {plan.reason}; give it more memory")
+            known[key] = plan.recommended
+        return known[key]

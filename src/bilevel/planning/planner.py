@@ -1,0 +1,303 @@
+"""Which method fits into the memory there is, what it will take, and which one to take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bilevel import checks
+from bilevel.batches import Batches
+from bilevel.distributed import communication
+from bilevel.estimators.base import Estimator
+from bilevel.estimators.forward import Forward
+from bilevel.estimators.forward_gradient import ForwardGradient
+from bilevel.estimators.hessian_free import HessianFree
+from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.reverse import Reverse
+from bilevel.estimators.truncated_reverse import TruncatedReverse
+from bilevel.estimators.zeroth_order import ZerothOrder
+from bilevel.planning import step_costs
+from bilevel.planning.step_costs import Carried, Price, StepCosts
+from bilevel.problem import BlackBox, Unrollable
+from bilevel.unrolling import checkpoint_schedules
+from bilevel.unrolling.unroll import Unroll, unroll
+
+_TRUNCATION = 10
+_FEW = 16
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One method and what it is predicted to take."""
+
+    estimator: Estimator
+    relative_variance: float | None
+    """E‖grad − ∇h‖²/‖∇h‖²: 0 for exact methods, `None` for biased ones, of whose error nothing is known beforehand."""
+    units: float
+    """Cost in inner gradients by the formulas of the estimators' docstrings."""
+    bytes: float
+    """Tensors alive at the peak, above the model and the meta parameters that were there before."""
+    seconds: float
+    fits: bool
+    exchange: str | None = None
+    """What several workers send each other (`bilevel.distributed.communication`): "slopes" or "gradient"; `None` where
+    they share nothing."""
+    sent_bytes: float | None = None
+    """What each of them sends for one estimate."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing but rounding is between this method and ∇h; differences of solves leave O(μ²)."""
+        return self.relative_variance == 0 and not isinstance(self.estimator, ZerothOrder)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All methods, and the one to take."""
+
+    rows: list[Planned]
+    steps: int
+    memory: float
+    """What there is, in bytes."""
+    recommended: Estimator | None
+    """`None` if nothing fits."""
+    reason: str
+    costs: StepCosts
+    workers: int = 1
+
+
+def plan(
+    problem: Unrollable | BlackBox,
+    meta: Any,
+    inner_batches: Batches | None = None,
+    outer_batch: Any = None,
+    seed: int = 0,
+    *,
+    memory: str | float,
+    directions: int = 16,
+    workers: int = 1,
+) -> Plan:
+    """Predict the memory and the time of every method for this problem, and recommend one.
+
+    One inner step of the problem is measured, plainly, forwards with tangents and backwards, and each method's price
+    put together from that and from T and N. Transfers to the disk are taken to be hidden behind the computing. Costs
+    some fifty inner steps. Of a problem with `compile=True` the step is measured as it is without.
+
+    Args:
+        problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.
+        meta: φ.
+        inner_batches: T batches by random access.
+        outer_batch: passed to the outer loss.
+        seed: of the measured steps.
+        memory: what a worker may use, beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of bytes.
+        directions: b of the methods with random directions, at most N.
+        workers: over how many the directions are spread; each carries ⌈b/workers⌉.
+
+    Returns:
+        A `Plan`. The recommendation is the exact method of the fewest units that fits (with states on disk only if none
+        fits without), else (FG)²U if it does, else differences of solves.
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: (theta - phi).square().sum(),
+    ...     outer_loss=lambda theta, phi, batch: theta.sum(),
+    ...     params=torch.zeros(1000),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
+    ... )
+    >>> bilevel.plan(problem, torch.zeros(1000), bilevel.no_batches(400), memory="1MB").recommended.checkpoints
+    'sqrt'
+    """
+    run = unroll(problem, meta, inner_batches, outer_batch, seed)
+    return plan_of(run, memory, directions, workers)
+
+
+def plan_of(run: Unroll, memory: str | float, directions: int, workers: int) -> Plan:
+    """The plan for an inner loop that has been checked."""
+    run = run.eager  # what compiled code allocates can't be counted
+    steps = 1 if isinstance(run.problem, BlackBox) else run.steps
+    return from_costs(step_costs.measure(run), steps, memory, directions, workers)
+
+
+def on_paper(
+    params: float,
+    meta_params: float,
+    steps: int,
+    *,
+    memory: str | float,
+    directions: int = 16,
+    workers: int = 1,
+    optimizer_memory: float = 2,
+    bytes_per_number: float = 4,
+    activation_bytes: float = 0,
+    gradient_seconds: float = 1,
+) -> Plan:
+    """The plan from numbers alone, for a machine one does not have.
+
+    Args:
+        params: M, the number of inner parameters.
+        meta_params: N.
+        steps: T.
+        memory: of one worker, beyond the model and the data.
+        directions: b.
+        workers: over how many the directions are spread.
+        optimizer_memory: numbers the inner optimiser keeps for each parameter: 0 for SGD, 1 with momentum, 2 for Adam.
+        bytes_per_number: 4 for float32.
+        activation_bytes: of one inner forward pass.
+        gradient_seconds: of one inner gradient; with 1, times are in units.
+
+    The rest follows from counting: a step redone and differentiated takes 3 units and the activations of a pass forward
+    and back three times; a direction takes 2 units and the activations once more.
+    """
+    size = params * bytes_per_number
+    state, gradient = size * (1 + optimizer_memory), gradient_seconds
+    half = Price(gradient / 2, activation_bytes)
+    step = Price(gradient, state + size + activation_bytes)
+    paper = StepCosts(
+        meta_size=int(meta_params),
+        meta_bytes=meta_params * bytes_per_number,
+        state_bytes=state,
+        plain=step,
+        outer=half,
+        outer_back=Price(gradient, size + activation_bytes),
+        back=Price(3 * gradient, 2 * state + 2 * size + 3 * activation_bytes),
+        graph=Price(3 * gradient, state + size + 3 * activation_bytes),
+        product=Price(2 * gradient, 2 * size + 3 * activation_bytes),
+        pushed=Carried(step, Price(2 * gradient, state + size + activation_bytes)),
+        outer_pushed=Carried(half, half),
+    )
+    return from_costs(paper, steps, memory, directions, workers)
+
+
+def from_costs(prices: StepCosts, steps: int, memory: str | float, directions: int, workers: int) -> Plan:
+    """The plan that follows from the prices of one step."""
+    checks.whole_number(steps, "steps")
+    checks.whole_number(directions, "directions")
+    checks.whole_number(workers, "workers")
+    available = parse_bytes(memory)
+    rows = [
+        _with_exchange(
+            Planned(estimator, variance, units, price.bytes, price.seconds, price.bytes <= available), prices, workers
+        )
+        for estimator, variance, units, price in _predictions(prices, steps, min(directions, prices.meta_size), workers)
+    ]
+    recommended, reason = _recommendation(rows, prices, available)
+    return Plan(rows, steps, available, recommended, reason, prices, workers)
+
+
+def _with_exchange(row: Planned, prices: StepCosts, workers: int) -> Planned:
+    """The row with what several workers send each other."""
+    if workers == 1 or not isinstance(row.estimator, ForwardGradient | ZerothOrder):
+        return row
+    size, directions = prices.meta_size, row.estimator.directions
+    bytes_per_number = round(prices.meta_bytes / size)
+    how = communication.chosen("auto", directions, size, workers, bytes_per_number)
+    sent = communication.sent_bytes(how, directions, size, workers, bytes_per_number)
+    return replace(row, exchange=how, sent_bytes=sent)
+
+
+def parse_bytes(text: str | float) -> float:
+    """The number of bytes that `"8GB"` or `"512MiB"` says.
+
+    >>> parse_bytes("8GB"), parse_bytes("1.5 KiB"), parse_bytes(100)
+    (8000000000.0, 1536.0, 100.0)
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?I?B)?\s*", str(text).upper().replace("E", "e"))
+    try:
+        size = float(found[1]) * _UNITS[found[2] or "B"] if found else 0.0
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise ValueError(f"memory={text!r}: write a size such as 8GB or 512MiB, or a number of bytes")
+    return size
+
+
+def _predictions(p: StepCosts, T: int, b: int, workers: int) -> Iterator[tuple[Estimator, float | None, float, Price]]:
+    """Estimator, relative variance, units, price."""
+    yield from _backward_methods(p, T)
+    share = -(-b // workers)
+    if p.pushed is not None and p.outer_pushed is not None:
+        if p.meta_size <= max(b, _FEW):
+            yield Forward(), 0.0, (1 + 2 * p.meta_size) * T, _pushed(p, T, p.meta_size)
+        yield ForwardGradient(b), (p.meta_size - 1) / b, (1 + 2 * share) * T, _pushed(p, T, share)
+    solve = T * p.plain.seconds + p.outer.seconds
+    price = Price((1 + 2 * share) * solve, 2 * p.state_bytes + 2 * p.meta_bytes + max(p.plain.bytes, p.outer.bytes))
+    yield ZerothOrder(b), (p.meta_size - 1) / b, (1 + 2 * share) * T, price
+
+
+def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float | None, float, Price]]:
+    if p.back is None or p.graph is None or p.outer_back is None:
+        return
+    S, meta = p.state_bytes, 2 * p.meta_bytes
+    outer = p.outer_back.seconds
+    graph = Price(T * p.graph.seconds + outer, T * p.graph.bytes + S + p.outer_back.bytes)
+    yield _priced(Reverse("graph"), 0.0, T, graph)
+    one_back = max(p.back.bytes, p.outer_back.bytes) + S + meta  # with the cotangent of the state
+    for name in ("all", "sqrt", "log"):
+        kept = checkpoint_schedules.slots(name, T)
+        made = checkpoint_schedules.steps_computed(T, kept)
+        held = kept if kept == T else kept + 1  # the state before last is not among those kept
+        price = Price(made * p.plain.seconds + T * p.back.seconds + outer, held * S + one_back)
+        yield _priced(Reverse(name), 0.0, T, price)
+    price = Price(T * (p.plain.seconds + p.back.seconds) + outer, 2 * S + one_back)
+    yield _priced(Reverse("all", offload="disk"), 0.0, T, price)
+    there = T * p.plain.seconds + outer
+    few = min(_TRUNCATION, T)
+    yield _priced(TruncatedReverse(few), None, T, Price(there + few * p.back.seconds, few * S + one_back))
+    if p.product is not None:
+        implicit = Implicit()
+        products = 2 + implicit.solver.products
+        held = 2 * S + meta + max(p.product.bytes, p.outer_back.bytes)
+        yield _priced(implicit, None, T, Price(there + products * p.product.seconds, held))
+        yield _priced(HessianFree(), None, T, Price(there + p.product.seconds, held))
+
+
+def _priced(
+    estimator: Estimator, variance: float | None, T: int, price: Price
+) -> tuple[Estimator, float | None, float, Price]:
+    return estimator, variance, estimator.units(T), price
+
+
+def _pushed(p: StepCosts, T: int, count: int) -> Price:
+    assert p.pushed is not None
+    assert p.outer_pushed is not None
+    step, outer = p.pushed(count), p.outer_pushed(count)
+    held = (1 + count) * (p.state_bytes + p.meta_bytes)
+    return Price(T * step.seconds + outer.seconds, held + max(step.bytes, outer.bytes))
+
+
+def _recommendation(rows: list[Planned], prices: StepCosts, memory: float) -> tuple[Estimator | None, str]:
+    fitting = [row for row in rows if row.fits]
+    exact = [row for row in fitting if row.exact]
+    exact.sort(key=lambda row: (getattr(row.estimator, "offload", None) is not None, row.units, row.bytes))
+    if exact:
+        return exact[0].estimator, (
+            f"it is exact, and of the exact methods that fit into {size_text(memory)} the one with the fewest units"
+        )
+    pushed = [row for row in fitting if isinstance(row.estimator, ForwardGradient)]
+    if pushed:
+        return pushed[0].estimator, (
+            f"no exact method fits into {size_text(memory)}; this one is unbiased, with a relative variance of "
+            f"{pushed[0].relative_variance:.3g} for {prices.meta_size} meta parameters, which more directions lower"
+        )
+    unbiased = [row for row in fitting if row.relative_variance is not None]
+    if unbiased:
+        return unbiased[0].estimator, (
+            "the inner loop has no derivatives here, or they do not fit; differences of whole solves always do"
+        )
+    least = min(rows, key=lambda row: row.bytes)
+    return None, f"nothing fits into {size_text(memory)}; the least is {size_text(least.bytes)}"
+
+
+def size_text(size: float) -> str:
+    """A number of bytes to read.
+
+    >>> size_text(8e9), size_text(250_000), size_text(12)
+    ('8 GB', '250 kB', '12 B')
+    """
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.0f} B"

@@ -1,0 +1,162 @@
+"""What one inner step costs, run plainly, forwards with tangents and backwards: measured on the user's own problem.
+
+Bytes are those of live tensors (`live_bytes`) above what lay there before, at the peak; so they are the same at every
+measurement. Seconds are wall time, the least of three.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bilevel import autodiff, trees
+from bilevel.errors import MissingDerivativeError
+from bilevel.models.module_view import modules_in
+from bilevel.planning.live_memory import counting
+from bilevel.problem import BlackBox, GradientDescent
+from bilevel.trees import Tree
+from bilevel.unrolling.step_products import pull_back_step
+from bilevel.unrolling.unroll import Unroll
+
+_REPEATS = 3
+_clock = time.perf_counter
+"""`benchmarks/planner.py` takes process time, which other work on the machine does not stretch."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """Time and memory."""
+
+    seconds: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A price that grows with the number of directions carried at once."""
+
+    shared: Price
+    each: Price
+
+    def __call__(self, count: int) -> Price:
+        """The price with that many directions."""
+        return Price(self.shared.seconds + count * self.each.seconds, self.shared.bytes + count * self.each.bytes)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """The prices of which every method's is made up; `None` where the model lacks the derivative."""
+
+    meta_size: int
+    """N."""
+    meta_bytes: float
+    """φ."""
+    state_bytes: float
+    """One inner state: parameters and the optimiser's memory."""
+    plain: Price
+    """One step; of a black box, the whole solve."""
+    outer: Price
+    """The outer loss."""
+    outer_back: Price | None = None
+    """The outer loss and its derivatives."""
+    back: Price | None = None
+    """One step redone and differentiated backwards."""
+    graph: Price | None = None
+    """One more step in a stored graph, the way back included."""
+    product: Price | None = None
+    """The graph of one inner gradient, and one product with its Jacobian."""
+    pushed: Carried | None = None
+    """One step with directions."""
+    outer_pushed: Carried | None = None
+    """The outer loss with directions."""
+
+
+def measure(run: Unroll) -> StepCosts:
+    """The prices for this inner loop: some fifty steps' work, whatever T."""
+    state = run.start()
+    meta_bytes, state_bytes = _size(run.meta), _size(state)
+    outer = _price(lambda: run.outer_loss(state, run.meta))
+    if isinstance(run.problem, BlackBox):
+        return StepCosts(run.meta_size, meta_bytes, state_bytes, _price(run.start), outer)
+    with autodiff.differentiable_kernels(modules_in([run.meta, state])):
+        plain = _price(lambda: run.descend(state, 0, 1))
+        backwards = _if_possible(lambda: _backwards(run, state)) or {}
+        forwards = _if_possible(lambda: _forwards(run, state)) or {}
+    return StepCosts(run.meta_size, meta_bytes, state_bytes, plain, outer, **backwards, **forwards)
+
+
+def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
+    d = [torch.ones_like(t) for t in trees.split(state).differentiable]
+
+    def through_graph(steps: int) -> Price:
+        def final(state: Tree, meta: Tree) -> Tree:
+            for _ in range(steps):
+                state = run.step(0, state, meta)
+            return state
+
+        return _price(lambda: autodiff.pull_back(final, [state, run.meta], d))
+
+    two, four = through_graph(2), through_graph(4)
+    prices = {
+        "outer_back": _price(lambda: run.outer_cotangents(state)),
+        "back": _price(lambda: pull_back_step(run, 0, state, d, "reverse")),
+        "graph": Price((four.seconds - two.seconds) / 2, (four.bytes - two.bytes) / 2),
+    }
+    if isinstance(problem := run.problem, GradientDescent):
+        count = len(trees.split(state.params).differentiable)
+
+        def gradient(params: Tree, meta: Tree) -> list[torch.Tensor]:
+            with run.seeded_step(0):
+                return problem.gradient(params, meta, run.inner_batches[0])
+
+        def product() -> None:
+            autodiff.Transpose(gradient, [state.params, run.meta])(d[:count])
+
+        prices["product"] = _price(product)
+    return prices
+
+
+def _forwards(run: Unroll, state: Tree) -> dict[str, Any]:
+    def carried(function: Callable[..., Tree]) -> Carried:
+        few, more = (pushed(function, count) for count in (2, 6))
+        each = Price((more.seconds - few.seconds) / 4, (more.bytes - few.bytes) / 4)
+        return Carried(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
+
+    def pushed(function: Callable[..., Tree], count: int) -> Price:
+        vectors = [t.new_ones(count, *t.shape) for t in trees.split(run.meta).differentiable]
+        tangents = [t.new_zeros(count, *t.shape) for t in trees.split(state).differentiable]
+        return _price(lambda: autodiff.push_forward(function, [state, run.meta], [tangents, vectors]))
+
+    return {
+        "pushed": carried(lambda state, meta: run.step(0, state, meta)),
+        "outer_pushed": carried(run.outer_loss),
+    }
+
+
+def _if_possible(prices: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    try:
+        return prices()
+    except MissingDerivativeError:
+        return None
+
+
+def _price(call: Callable[[], Any]) -> Price:
+    call()  # the first one pays for what torch sets up once
+    with counting() as live:
+        call()
+    seconds = []
+    for _ in range(_REPEATS):
+        start = _clock()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(_clock() - start)
+    return Price(min(seconds), live.peak)
+
+
+def _size(tree: Tree) -> float:
+    return sum(t.numel() * t.element_size() for t in trees.leaves(tree) if isinstance(t, torch.Tensor))

@@ -1,0 +1,1 @@
+"""Solvers of linear systems that are known only by products with vectors."""

@@ -1,0 +1,130 @@
+"""What a run measures, outer step by outer step: JSON lines, and TensorBoard if asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from bilevel.errors import CheckpointError
+from bilevel.report.files import remove_leftovers, write_text
+
+FILE = "metrics.jsonl"
+
+Row = dict[str, Any]
+"""One outer step's numbers by name."""
+
+
+class MetricsLog:
+    """`metrics.jsonl` in a run's folder, one line for each outer step, and TensorBoard events beside it.
+
+    Nothing is created before the first line.
+    """
+
+    def __init__(self, folder: Path, keep: int, tensorboard: bool) -> None:
+        """Read the first `keep` lines of an earlier part of the run, and drop what came after them."""
+        self._path = folder / FILE
+        self._file: FileIO | None = None
+        self._writer: Any = None
+        self._make_writer = _tensorboard_writer(folder / "tensorboard", keep) if tensorboard else None
+        self.rows = read(self._path, keep)
+        if len(self.rows) < keep:
+            raise CheckpointError(
+                f"the checkpoint was written after {keep} outer steps, but {self._path} holds {len(self.rows)} lines; "
+                "start again in another folder"
+            )
+        remove_leftovers(self._path)
+        if self._path.exists():
+            write_text(self._path, "".join(_line(row) for row in self.rows))
+
+    def append(self, row: Row) -> None:
+        """Add one outer step's numbers; they have left this process when this returns."""
+        line = _line(row).encode()
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
+        _write_whole(self._file, line)
+        if self._writer is None and self._make_writer is not None:
+            self._writer = self._make_writer()
+        if self._writer is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "outer_step":
+                    self._writer.add_scalar(name, value, row["outer_step"])
+        self.rows.append(row)
+
+    def sync(self) -> None:
+        """Wait until everything is on disk, so that a checkpoint never knows of a line that the disk does not."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _write_whole(file: FileIO, line: bytes) -> None:
+    """Add a line whole or not at all, as far as that is in our hands: a full disk takes the first part of it."""
+    before, written = file.seek(0, os.SEEK_END), 0
+    try:
+        while written < len(line):
+            written += file.write(line[written:])
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(before)
+        raise
+
+
+def exist(folder: Path) -> bool:
+    """Whether the folder holds metrics of a run."""
+    path = folder / FILE
+    return path.is_file() and path.stat().st_size > 0
+
+
+def read(path: Path, at_most: int | None = None) -> list[Row]:
+    """The (first) rows of a `metrics.jsonl`; a last line that was cut off in the middle does not count."""
+    if not path.is_file():
+        return []
+    rows: list[Row] = []
+    for line in path.read_bytes().split(b"\n")[:-1][:at_most]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:  # JSON's and Unicode's errors are ValueErrors
+            raise CheckpointError(f"line {len(rows) + 1} of {path} is damaged ({error})") from error
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(_without_non_finite(row), allow_nan=False) + "\n"
+    except TypeError as error:
+        raise TypeError(
+            f"metrics hold numbers, strings, lists and dicts ({error}); write float(...) around a tensor: {row!r}"
+        ) from error
+
+
+def _without_non_finite(value: Any) -> Any:
+    """The value with `None` for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {k: _without_non_finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard_writer(folder: Path, purge_step: int) -> Callable[[], Any]:
+    """Makes a writer; an error here and now if the package is missing."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard=True needs the package tensorboard: pip install 'bilevel[tasks]'") from error
+    return lambda: SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,0 +1,142 @@
+"""What is kept of a run: its metrics, and a checkpoint from which it goes on to the very same numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bilevel.distributed.workers import Workers
+from bilevel.errors import CheckpointError
+from bilevel.report.files import remove_leftovers
+from bilevel.training import checkpoint_files, metrics, outer_state
+from bilevel.training.metrics import MetricsLog, Row
+from bilevel.training.outer_loop import OuterLoop
+
+CHECKPOINT = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
+
+
+class RunRecord:
+    """What is kept of a run: its rows; and in its folder, if it has one, the metrics and the last two checkpoints.
+
+    A checkpoint holds the state after the last outer step that is complete, with its callbacks and its line in the
+    metrics, wherever an interruption finds the loop itself. If the newest one is damaged, the run goes on from the one
+    before, and the metrics are cut back to it.
+    """
+
+    def __init__(
+        self, loop: OuterLoop, folder: Path | None, config: Mapping[str, Any], resume: bool, tensorboard: bool
+    ) -> None:
+        """Refuse a folder that holds another run; or go on with the one in it."""
+        self.rows: list[Row] = []
+        self._loop = loop
+        self._log: MetricsLog | None = None
+        self._restored: dict[str, Any] | None = None
+        if folder is None:
+            return
+        self._path, self._previous = folder / CHECKPOINT, folder / PREVIOUS
+        self._identity = outer_state.identity(loop, config)
+        self._saved_step: int | None = None
+        self._newest_is_whole = True
+        checkpoint_files.require_storable(self._content(outer_state.state(loop)))
+        there = self._path.exists() or self._previous.exists()
+        if resume and there:
+            self._restored = self._load()
+            outer_state.restore(loop, self._restored)
+            self._saved_step = loop.progress.outer_step
+        elif not resume and (there or metrics.exist(folder)):
+            raise FileExistsError(f"{folder} already holds a run; resume it (resume=True) or take another folder")
+        self._log = MetricsLog(folder, loop.progress.outer_step, tensorboard)
+        remove_leftovers(self._path)
+        self.rows = self._log.rows
+        self._complete = outer_state.state(loop)
+
+    def share(self, workers: Workers) -> None:
+        """Put the other workers where the first one's checkpoint put it."""
+        content, rows = workers.broadcast("the checkpoint", (self._restored, self.rows))
+        self._restored = None
+        if content is not None and not workers.first:
+            outer_state.restore(self._loop, content)
+            self.rows = rows
+
+    def add(self, row: Row) -> None:
+        """The loop's last outer step is complete."""
+        if self._log is None:
+            self.rows.append(row)
+            return
+        with self._saying_where_to_go_on():
+            self._log.append(row)
+        self._complete = outer_state.state(self._loop)
+
+    def save(self) -> None:
+        """Write the checkpoint, if it is not there already."""
+        step = None if self._log is None else self._complete["counters"]["outer_step"]
+        if self._log is None or self._saved_step == step:
+            return
+        with self._saying_where_to_go_on():
+            self._log.sync()
+            previous = self._previous if self._newest_is_whole else None
+            checkpoint_files.save(self._path, self._content(self._complete), previous)
+        self._saved_step, self._newest_is_whole = step, True
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._log is not None:
+            self._log.close()
+
+    @contextmanager
+    def _saying_where_to_go_on(self) -> Iterator[None]:
+        """Errors of the file system, such as a full disk, with what the user has and can do."""
+        try:
+            yield
+        except OSError as error:
+            kept = "there is no checkpoint yet"
+            if self._saved_step is not None:
+                kept = f"the checkpoint of outer step {self._saved_step} is whole"
+            advice = f"cannot write to {self._path.parent}; {kept}. With that put right, resume (resume=True, --resume)"
+            raise OSError(error.errno, f"{error.strerror or error}: {advice}") from error
+
+    def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return {"identity": self._identity, **state}
+
+    def _load(self) -> dict[str, Any]:
+        """The newest checkpoint that is whole."""
+        if not self._path.exists():  # killed between two moves of `files.write_bytes`
+            return self._checked(self._previous, checkpoint_files.load(self._previous))
+        try:
+            content = checkpoint_files.load(self._path)
+        except CheckpointError as newest:
+            try:
+                content = checkpoint_files.load(self._previous)
+            except CheckpointError:
+                raise newest from None
+            content = self._checked(self._previous, content)
+            self._newest_is_whole = False
+            warnings.warn(
+                f"{newest}. Going on from the checkpoint before it instead, of outer step "
+                f"{content['counters']['outer_step']}",
+                stacklevel=2,
+            )
+            return content
+        return self._checked(self._path, content)
+
+    def _checked(self, path: Path, content: dict[str, Any]) -> dict[str, Any]:
+        if content.keys() != self._content(outer_state.state(self._loop)).keys():
+            raise CheckpointError(f"{path} is a checkpoint, but not one of bilevel.fit; take another folder")
+        _require_same_identity(path, content["identity"], self._identity)
+        return content
+
+
+def _require_same_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise with the settings that differ."""
+    differing: dict[str, tuple[Any, Any]] = {}
+    for old, new in (({**stored, "config": None}, {**wanted, "config": None}), (stored["config"], wanted["config"])):
+        for name in {**old, **new}:
+            if old.get(name) != new.get(name):
+                differing.setdefault(name, (old.get(name), new.get(name)))
+    if differing:
+        lines = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, (there, here) in differing.items())
+        raise CheckpointError(f"{path} belongs to a run of another configuration ({lines}); take another folder")

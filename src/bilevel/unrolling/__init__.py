@@ -1,0 +1,1 @@
+"""One inner loop, run plainly, forwards with tangents, or backwards with cotangents."""

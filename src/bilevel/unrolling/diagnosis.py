@@ -1,0 +1,146 @@
+"""Why a result is not finite, or does not depend on φ: found afterwards, by running the inner loop once more.
+
+Checking every step on the way would cost a synchronisation each on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import autodiff, trees
+from bilevel.errors import NoDependenceError, NonFiniteError
+from bilevel.problem import BlackBox, GradientDescent
+from bilevel.trees import Tree
+from bilevel.unrolling.inner_loop import InnerLoop
+
+
+def require_finite(run: InnerLoop, value: Tensor, state: Tree, derivatives: Tree = ()) -> None:
+    """Raise unless the outer loss, the final state and derivatives of either are finite.
+
+    The state of a black box is its own affair.
+    """
+    if not bool(torch.isfinite(value)):
+        raise non_finite(run, "the outer loss", value, state)
+    if not isinstance(run.problem, BlackBox) and not trees.all_finite(state):
+        raise non_finite(run, "the final inner state", value, state)
+    if not trees.all_finite(derivatives):
+        raise non_finite(run, "the hypergradient", value, state)
+
+
+@torch.enable_grad()
+def non_finite(run: InnerLoop, what: str, value: Tensor, state: Tree) -> NonFiniteError:
+    """The error for a result that is not finite: the inner loop is run again to find the step where it began."""
+    what, final = f"{what} is not finite", state
+    if isinstance(run.problem, BlackBox):
+        place = _first_not_finite("state", state)
+        found = f"{place} holds NaN or infinity already" if place else "the state is finite"
+        return NonFiniteError(f"{what}: outer_loss is {value.item()} for the state that solve returned; {found}")
+    state = run.start()
+    place = _first_not_finite("state", state)
+    if place:
+        return NonFiniteError(
+            f"{what}: {place} holds NaN or infinity before the first inner step; check the initial parameters"
+        )
+    for t in range(run.steps):
+        after = trees.detach(run.step(t, state, run.meta))
+        place = _first_not_finite("state", after)
+        if place:
+            message = f"{what}: inner step {t} of {run.steps} (counted from 0) made {place} NaN or infinite"
+            return NonFiniteError(f"{message}; {_inner_fault(run, t, state)}", t, state)
+        state = after
+    if not bool(torch.isfinite(value)):
+        message = f"{what}: outer_loss is {value.item()}, though all {run.steps} inner states are finite"
+        return NonFiniteError(f"{message}; check outer_loss and outer_batch", None, final)
+    return NonFiniteError(
+        f"{what}, though outer_loss = {value.item():.6g} and all {run.steps} inner states are: a derivative "
+        "overflows or is undefined somewhere (√ or log at 0, or an inner loop so unstable that its derivative "
+        "explodes: a smaller inner learning rate or fewer steps help)",
+        None,
+        final,
+    )
+
+
+def _inner_fault(run: InnerLoop, t: int, state: Tree) -> str:
+    """What may have gone wrong in an inner step from a finite state."""
+    if not isinstance(run.problem, GradientDescent):
+        return "the state before it is kept in last_finite_state"
+    with run.seeded_step(t):
+        loss = run.problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+    if bool(torch.isfinite(loss)):
+        return f"inner_loss was {loss.item():.6g} there: a smaller inner learning rate is the usual cure"
+    return f"inner_loss was {loss.item()} there: check the batch, or lower the inner learning rate"
+
+
+def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
+    """Raise unless the final state is connected to φ; with `from_start=False`, by other ways than through θ_0.
+
+    Followed leaf by leaf: a leaf of θ_{t+1} is connected if the step computes it from φ or from a connected leaf
+    of θ_t. A derivative that happens to be zero is a connection too. T units; so this is asked only where nothing
+    but zeros came through.
+    """
+    run, meta = run.eager, autodiff.start_graph(run.meta)  # compiled, leaves that depend on nothing look connected
+    latest = None
+    with torch.enable_grad():
+        state = run.init(meta) if from_start else run.start()
+        if autodiff.has_graph(state):
+            latest = "the initial one does"
+        for t in range(run.steps):
+            state = run.step(t, trees.map_leaves(_restart_graph, state), meta)
+            if autodiff.has_graph(state):
+                latest = f"the one after inner step {t} does"
+    if autodiff.has_graph(state):
+        require_finite_losses(run)
+        return
+    if latest is not None:
+        fault = f"the final inner state does not depend on the meta parameters: {latest}, and a later step cuts it off"
+    elif from_start:
+        fault = (
+            "the inner loop does not depend on the meta parameters: neither its initial state nor any of its "
+            f"{run.steps} steps uses them"
+        )
+    else:
+        fault = (
+            f"none of the {run.steps} inner steps uses the meta parameters, and going back through the last steps "
+            "alone does not reach the initial state; if they are used there, take Reverse()"
+        )
+    raise NoDependenceError(
+        f"{fault}; use meta in inner_loss (in a term that has params in it as well) or in step, in a setting of "
+        "the optimiser, or in the initial parameters, without .detach(), .item() or torch.no_grad() on the way"
+    )
+
+
+@torch.enable_grad()
+def require_finite_losses(run: InnerLoop) -> None:
+    """Raise where an inner loss is not finite though its gradient is, as the mean over an empty batch.
+
+    T units; so this is asked only where nothing but zeros came through.
+    """
+    if not isinstance(run.problem, GradientDescent):
+        return
+    state = run.start()
+    for t in range(run.steps):
+        with run.seeded_step(t):
+            loss = run.problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                f"inner_loss was {loss.item()} at inner step {t} of {run.steps} (counted from 0), with a gradient of "
+                "zero, so no hypergradient comes through; check the batch: is it empty?",
+                t,
+                state,
+            )
+        state = run.descend(state, t, t + 1)
+
+
+def _first_not_finite(name: str, tree: Tree) -> str | None:
+    """The expression that reaches the first leaf with a NaN or an infinity."""
+    if trees.all_finite(tree):
+        return None
+    return next(place for place, leaf in trees.named_leaves(tree, name) if not trees.all_finite(leaf))
+
+
+def _restart_graph(leaf: Any) -> Any:
+    """The same value without its history, recording if it had one."""
+    return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
