@@ -1,51 +1,131 @@
-"""Imports point only downward, as docs/architecture.md says."""
+"""Imports point only downward: between modules and between packages, also inside functions and for types alone."""
 
 from __future__ import annotations
 
 import ast
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "bilevel"
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "bilevel"
+ENTRIES = {
+    *("__init__", "__main__", "py.typed"),
+    *("problem", "batches", "errors", "trees", "checks", "randomness", "experimental"),
+    *("autodiff", "models", "optim", "compilation", "solvers", "distributed", "unrolling", "directions", "estimators"),
+    *("planning", "comparison", "checking", "training", "attribution", "integrations", "report", "cli", "tasks"),
+}
+"""What may lie in `src/bilevel`."""
+SIDE_BY_SIDE = ("planning", "comparison", "checking", "training")
+"""What people do with an estimator; none of these packages needs another."""
+PUBLIC = "bilevel"
+"""The list of public names, which imports whatever is public and is imported by no module."""
 
 
-def layers() -> list[set[str]]:
-    """The modules of each layer, from the table in the documentation, top first."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")][2:]
-    return [set(re.findall(r"`([a-z_]+)/?`", row)) for row in rows]
+def name_of(path: Path) -> str:
+    parts = ("bilevel", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(module: str) -> str:
-    return module.split(".")[1] if module.count(".") else ""
+MODULES = {name_of(path): path for path in SOURCE.rglob("*.py")}
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bilevel":
-            names = [f"bilevel.{alias.name}" for alias in node.names] if node.module == "bilevel" else [node.module]
-            found.update(room_of(name) for name in names)
+def imported(text: str, modules: Mapping[str, Path]) -> set[str]:
+    """The modules of this package that a source text imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found.update(room_of(alias.name) for alias in node.names if alias.name.startswith("bilevel."))
-    return found
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that they can be searched for"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(name if name in modules else str(node.module) for name in inside)
+    return {name for name in found if name in modules}
 
 
-def test_every_module_has_a_room() -> None:
-    rooms = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in SOURCE.rglob("*.py")}
-    documented = set().union(*layers())
-    assert rooms - {"__init__", "__main__"} == documented
+def package_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else PUBLIC
 
 
-def test_imports_point_downward() -> None:
-    level = {name: number for number, names in enumerate(layers()) for name in names}
-    upward = []
-    for path in SOURCE.rglob("*.py"):
-        here = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if here in ("__init__", "__main__"):
-            continue
-        for there in imports(path) & level.keys():
-            if level[there] < level[here]:
-                upward.append(f"{path.relative_to(SOURCE)} imports {there}")
-    assert not upward
+GRAPH = {name: imported(path.read_text(encoding="utf-8"), MODULES) - {name} for name, path in MODULES.items()}
+
+
+def cycle_in(graph: Mapping[str, set[str]]) -> list[str]:
+    """The nodes of one cycle, in order; empty if there is none."""
+    finished: set[str] = set()
+
+    def visit(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in finished:
+            return []
+        for following in sorted(graph[node]):
+            if found := visit(following, [*way, node]):
+                return found
+        finished.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
+
+
+def test_no_two_modules_import_each_other() -> None:
+    # A package's own list of names is read with any of its modules, but no name in it is needed for that.
+    lists = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    graph = {
+        name: {there for there in targets if not (there in lists and name.startswith(f"{there}."))}
+        for name, targets in GRAPH.items()
+    }
+    assert cycle_in(graph) == []
+
+
+def test_packages_are_imported_in_one_direction() -> None:
+    graph: dict[str, set[str]] = {package_of(name): set() for name in MODULES}
+    for name, targets in GRAPH.items():
+        graph[package_of(name)] |= {package_of(there) for there in targets} - {package_of(name)}
+    assert cycle_in(graph) == []
+
+
+def test_only_the_command_imports_tasks() -> None:
+    importing = {name for name, targets in GRAPH.items() if any(package_of(there) == "tasks" for there in targets)}
+    assert {package_of(name) for name in importing} <= {"tasks", "cli"}
+
+
+@pytest.mark.parametrize("package", SIDE_BY_SIDE)
+def test_uses_of_an_estimator_do_not_import_each_other(package: str) -> None:
+    others = {
+        f"{name} imports {there}"
+        for name, targets in GRAPH.items()
+        if package_of(name) == package
+        for there in targets
+        if package_of(there) in SIDE_BY_SIDE and package_of(there) != package
+    }
+    assert not others
+
+
+def test_the_source_folder_holds_the_documented_entries() -> None:
+    found = {
+        path.name if path.suffix == ".typed" else path.stem for path in SOURCE.iterdir() if path.name != "__pycache__"
+    }
+    assert found <= ENTRIES
+    text = (SOURCE.parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    undocumented = {name for name in found if f"`{name}" not in text} - {"__init__", "__main__", "py.typed"}
+    assert not undocumented
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from bilevel import trees",
+        "import bilevel.trees",
+        "from bilevel.trees import Tree",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from bilevel.trees import Tree",
+        "def lazily():\n    from bilevel.trees import Tree",
+    ],
+)
+def test_imports_are_found_wherever_they_stand(text: str) -> None:
+    assert imported(text, MODULES) == {"bilevel.trees"}
+
+
+def test_cycles_are_found() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

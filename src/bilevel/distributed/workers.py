@@ -1,7 +1,8 @@
 """Several processes at one estimate: who does which part, and how the parts come together, over `torch.distributed`.
 
 Workers are equals that run the same program on the same arguments. Who does what follows from numbers that all of them
-have (`share`, `estimators.dealing`), so nobody has to tell anybody what to do. Before anything is exchanged, the
+have (`share`, `bilevel.distributed.work_assignment`), so nobody has to tell anybody what to do. Before anything is
+exchanged, the
 workers *meet*: each says where it is and whether it failed. So an error of one becomes an error of all, with its
 message, and workers that have lost step are told so instead of reading each other's numbers as something else. A
 worker that does not come at all ends the wait of the others after `timeout` seconds.

@@ -74,7 +74,8 @@ class ForwardGradient(Estimator):
     Departures from the paper: coordinates are drawn without replacement, which makes them exact at b = N; direction i
     is a function of (seed, i) alone.
 
-    Workers share the control variates and the directions, chunk by chunk, by what they cost (`estimators.dealing`);
+    Workers share the control variates and the directions, chunk by chunk, by what they cost (see
+    `bilevel.distributed.work_assignment`);
     `support` each works out for itself.
 
     Reference: Shen et al., NeurIPS 2024, eq. 7 to 10, Algorithm 1, Lemma 3.1; Baydin et al., 2022.

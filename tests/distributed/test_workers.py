@@ -24,7 +24,7 @@ from bilevel.planning import planner
 from bilevel.training import checkpoint_files, metrics
 from bilevel.training.run_record import CHECKPOINT, PREVIOUS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIT_EQUAL = {
     "one at a time",
     "chunks",
@@ -45,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which everything has happened."""
     folder = tmp_path_factory.mktemp("groups")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])}
-    command = [sys.executable, str(Path(__file__).parent / "worker_groups.py"), str(folder)]
+    command = [sys.executable, str(ROOT / "tests" / "worker_groups.py"), str(folder)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return folder

@@ -5,33 +5,14 @@ from __future__ import annotations
 import base64
 import math
 import os
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import Page
 
 from bilevel.report import page
 from bilevel.report.page import Section
-
-
-class Page(HTMLParser):
-    """What a page holds: its tags with their attributes, its text by tag, and every address in it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.texts: dict[str, list[str]] = {}
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.setdefault(self.tags[-1], []).append(data.strip())
 
 
 def written(folder: Path, *sections: Section, title: str = "title", subtitle: str = "subtitle") -> str:

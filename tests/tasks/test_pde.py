@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pages import Page
 from scipy.io import savemat
-from test_report import Page
 from torch import Tensor
 
 import bilevel

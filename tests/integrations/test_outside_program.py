@@ -126,7 +126,7 @@ def test_one_failure_ends_the_others(tmp_path: Path) -> None:
 
 
 def test_the_example_finds_the_coefficient_in_spite_of_failures() -> None:
-    path = Path(__file__).parent.parent / "examples" / "outside_program.py"
+    path = Path(__file__).parents[2] / "examples" / "outside_program.py"
     spec = importlib.util.spec_from_file_location("outside_program_example", path)
     assert spec is not None
     assert spec.loader is not None

@@ -15,7 +15,7 @@ from small_runs import SMALL, numbers_of, run
 
 from bilevel.training import metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = ["--estimator", "forward-gradient", "--directions", "4", "--chunk-size", "2", "--exchange", "slopes"]
 MORE = ["--outer-steps", "20", "--checkpoint-every", "5"]
 

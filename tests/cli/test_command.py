@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from idx_files import write as write_idx_files
+from pages import Page
 from small_runs import SMALL, config_of, numbers_of, results_of, rows_of, run
-from test_image_data import write as write_idx_files
-from test_report import Page
 
 import bilevel
 from bilevel import cli
@@ -566,7 +566,7 @@ def test_resuming_what_was_killed(undisturbed: dict[str, Any], tmp_path: Path) -
         "test_cli.CondensationTask.callbacks = test_cli.stop_after(3, kill)\n"
         "test_cli.run(pathlib.Path(sys.argv[1]), *test_cli.LONG)"
     )
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=here, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (tmp_path / "results.json").exists()
