@@ -561,12 +561,12 @@ def test_resuming_gives_the_very_same_numbers(
 
 def test_resuming_what_was_killed(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys, pathlib, test_cli\n"
+        "import os, signal, sys, pathlib, test_command\n"
         "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "test_cli.CondensationTask.callbacks = test_cli.stop_after(3, kill)\n"
-        "test_cli.run(pathlib.Path(sys.argv[1]), *test_cli.LONG)"
+        "test_command.CondensationTask.callbacks = test_command.stop_after(3, kill)\n"
+        "test_command.run(pathlib.Path(sys.argv[1]), *test_command.LONG)"
     )
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=here, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (tmp_path / "results.json").exists()

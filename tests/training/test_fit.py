@@ -853,8 +853,8 @@ def run_until_killed(folder: str) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL as POSIX has it")
 def test_a_killed_process_is_resumed_by_another(tmp_path: Path) -> None:
-    program = f"import test_training; test_training.run_until_killed({str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    program = f"import test_fit; test_fit.run_until_killed({str(tmp_path)!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert checkpoint_of(tmp_path)["counters"]["outer_step"] == 3
