@@ -39,7 +39,7 @@ from bilevel.optim.update_rule import Optimizer, optimizer
 from bilevel.planning.auto import Auto
 from bilevel.planning.planner import Plan, Planned, on_paper, plan
 from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
-from bilevel.solvers.linear_solvers import ConjugateGradient, Neumann, Nystrom
+from bilevel.solvers import ConjugateGradient, Neumann, Nystrom
 from bilevel.training.fit import FitResult, fit
 from bilevel.training.outer_loop import OuterStep
 from bilevel.training.phases import Phase

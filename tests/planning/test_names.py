@@ -11,7 +11,7 @@ import pytest
 
 import bilevel
 from bilevel.planning import names
-from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver, Neumann
+from bilevel.solvers import ConjugateGradient, LinearSolver, Neumann
 
 SETTINGS: list[Any] = [
     bilevel.Reverse(),

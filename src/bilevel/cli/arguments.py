@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_type_hints
 
 from bilevel.planning import names
-from bilevel.solvers.linear_solvers import LinearSolver
+from bilevel.solvers import LinearSolver
 
 
 def parse(program: str, description: str, arguments: Sequence[str], **defaults: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from bilevel import autodiff, checks, trees
 from bilevel.errors import NoDependenceError, NonFiniteError
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
 from bilevel.problem import Descent, GradientDescent
-from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver
+from bilevel.solvers import ConjugateGradient, LinearSolver
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.unroll import Unroll
 

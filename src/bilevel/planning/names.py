@@ -21,7 +21,7 @@ from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.planning.auto import Auto
-from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
+from bilevel.solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
 
 
 def kebab(name: str) -> str:
