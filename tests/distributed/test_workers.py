@@ -225,15 +225,21 @@ def test_a_slow_worker_is_waited_for(base: Path, happened: dict[str, Any]) -> No
 
 def test_a_worker_that_hangs_is_waited_for_no_longer_than_the_timeout(base: Path, happened: dict[str, Any]) -> None:
     first, second = printed(happened, "hangs", [1, 1])
-    assert "WorkerError: worker 0 of 2 waited in vain for another one at 'directions': a slow one needs" in first
-    assert "WorkerError: worker 1 of 2 lost another one at 'directions': it died or was stopped" in second
+    assert (
+        "WorkerError: worker 0 of 2 waited for another worker until the time limit at 'directions': a slow worker needs"
+        in first
+    )
+    assert (
+        "WorkerError: worker 1 of 2 lost the connection to another worker at 'directions': it died or was stopped"
+        in second
+    )
     assert happened["hangs"]["ended"][0] < 8 <= happened["hangs"]["ended"][1]  # it slept for eight seconds
     assert checkpoint_files.load(base / "hangs" / CHECKPOINT)["counters"]["outer_step"] == 3
 
 
 def test_the_others_notice_when_a_worker_dies(base: Path, happened: dict[str, Any]) -> None:
     first, _ = printed(happened, "dies", [1, -9])
-    assert first.startswith("WorkerError: worker 0 of 2 lost another one at 'directions'")
+    assert first.startswith("WorkerError: worker 0 of 2 lost the connection to another worker at 'directions'")
     assert checkpoint_files.load(base / "dies" / CHECKPOINT)["counters"]["outer_step"] == 3
 
 
@@ -269,7 +275,7 @@ def test_workers_that_do_not_agree_are_told_so(name: str, place: str, happened: 
 
 def test_workers_that_make_different_calls_are_told_so(happened: dict[str, Any]) -> None:
     for text in printed(happened, "lost step", [1, 1]):
-        assert "lost step: worker 0 is at 'apples', worker 1 is at 'pears'" in text
+        assert "the workers are at different places: worker 0 is at 'apples', worker 1 is at 'pears'" in text
 
 
 def test_sigterm_saves_and_leaves_with_code_143(base: Path, happened: dict[str, Any]) -> None:

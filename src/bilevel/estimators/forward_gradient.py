@@ -17,7 +17,7 @@ from bilevel.directions.distributions import Directions
 from bilevel.directions.support import touched
 from bilevel.distributed import communication
 from bilevel.distributed.communication import EXCHANGES, Exchange
-from bilevel.distributed.work_assignment import Deal, deal
+from bilevel.distributed.work_assignment import Assignment, assign
 from bilevel.estimators import control_variates, uoro
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate
@@ -165,10 +165,10 @@ class ForwardGradient(Estimator):
         scaled = control_variates.scaled(found, run, support)
         return self._combined(run, directions, pushed, scaled)
 
-    def _deal(self, run: Unroll) -> Deal:
+    def _deal(self, run: Unroll) -> Assignment:
         """Which worker pushes which directions, and computes which control variates."""
         costs = control_variates.costs(self.control_variate, run)
-        return deal(self.directions, distributed.current().size, self.chunk_size, costs)
+        return assign(self.directions, distributed.current().size, self.chunk_size, costs)
 
     def _combined(self, run: Unroll, directions: Directions, pushed: Slopes, variates: list[Tensor]) -> Estimate:
         """The estimate from all slopes and all control variates."""

@@ -17,7 +17,7 @@ from bilevel.directions.distributed_slopes import everybodys_numbers, everybodys
 from bilevel.directions.distributions import Directions
 from bilevel.distributed import communication
 from bilevel.distributed.communication import EXCHANGES, Exchange
-from bilevel.distributed.work_assignment import deal
+from bilevel.distributed.work_assignment import assign
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate, Variate
@@ -98,7 +98,7 @@ class ZerothOrder(Estimator):
         workers = distributed.current()
         variates = control_variates.as_tuple(self.control_variate)
         self._require_variates(run, variates)
-        shares = deal(self.directions, workers.size, 1, control_variates.costs(variates, run), 0.0, self._solves_each)
+        shares = assign(self.directions, workers.size, 1, control_variates.costs(variates, run), 0.0, self._solves_each)
         value, state, mine, computed = workers.together(
             "slopes",
             lambda: (
