@@ -30,15 +30,15 @@ from bilevel import (
     TruncatedReverse,
     ZerothOrder,
 )
-from bilevel.differences import push_forward_by_differences
-from bilevel.directions import Directions
+from bilevel.directions.distributions import Directions
+from bilevel.directions.support import touched
 from bilevel.estimators.control_variates import combine, fitted_scales
-from bilevel.noise_watch import NoiseWatch
-from bilevel.past_estimates import PastEstimates
 from bilevel.randomness import DRAW, derive
-from bilevel.touched import touched
+from bilevel.training.noise_warning import NoiseWatch
+from bilevel.training.running_mean import PastEstimates
 from bilevel.trees import flatten, leaves, map_leaves, unflatten
-from bilevel.unroll import Unroll, unroll
+from bilevel.unrolling.finite_differences import push_forward_by_differences
+from bilevel.unrolling.unroll import Unroll, unroll
 
 BIG = affine("many parameters", T=2, M=3, N=64)
 
