@@ -47,7 +47,7 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def solve(self, product: Product, b: Sequence[Tensor]) -> Solution:
-        """X with Hx ≈ b, given v ↦ Hv."""
+        """x with Hx ≈ b, given v ↦ Hv."""
 
 
 @dataclass(frozen=True)
