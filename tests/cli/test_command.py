@@ -702,15 +702,49 @@ def test_compare_with_settings(capsys: Capture) -> None:
         assert text in shown
 
 
-def test_compare_numbers_long_names_in_a_narrow_terminal(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    estimators = ["implicit(solver=neumann(iterations=3, step_size=0.02))", "reverse"]
-    cli.main([*COMPARE, "--estimators", *estimators])
+LONG_NAME = "forward-gradient(directions=4, control_variate=truncated-reverse(steps=2))"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 160, 200])
+def test_names_stay_whole_in_tables(columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal of any width each name stands on one line, fit to be copied into --estimator."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    paper = ["plan", "--params", "1.5e9", "--meta-params", "8e7", "--steps", "48", "--memory", "80GB"]
+    planned = ["reverse(checkpoints='graph')", "reverse(offload='disk')", "truncated-reverse(steps=10)"]
+    planned += ["forward-gradient(directions=64)", "zeroth-order(directions=64)"]
+    tables = {
+        ("list",): [*names.ESTIMATORS, *TASKS] if columns >= 60 else [],
+        tuple(paper): planned,
+        (*paper, "--workers", "64"): planned,
+        (*COMPARE, "--repeats", "3", "--estimators", LONG_NAME, "reverse"): [LONG_NAME, "reverse"],
+    }
+    for argv, expected in tables.items():
+        cli.main(argv)
+        lines = capsys.readouterr().out.splitlines()
+        for name in expected:
+            assert any(name in line for line in lines), (name, lines)
+        for line in lines:
+            assert len(line) <= columns or line.split(maxsplit=1)[1] in expected or line in expected
+    for name in [*planned, LONG_NAME]:
+        assert names.describe(names.parse(name)) == name
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_compare_numbers_names_that_do_not_fit(columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    cli.main([*COMPARE, "--estimators", LONG_NAME, "reverse"])
     lines = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in lines) <= 80
-    for number, text in enumerate(estimators, 1):
+    for number, text in enumerate([LONG_NAME, "reverse"], 1):
         assert f"{number}  {text}" in lines
         assert sum(line.split()[:1] == [str(number)] for line in lines) == 2  # in the table, and below
+
+
+def test_the_recommendation_has_a_line_of_its_own(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.main(["plan", "--params", "1.5e9", "--meta-params", "8e7", "--steps", "48", "--memory", "80GB"])
+    shown = capsys.readouterr().out
+    assert "recommended: hessian-free" in shown.splitlines()
+    assert "because no exact method fits into 80 GB; an estimate by ZerothOrder along 64 of 80,000,000" in words(shown)
 
 
 def test_compare_writes_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from bilevel import __version__, distributed, trees
 from bilevel.cli import arguments
+from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
 from bilevel.planning import names
@@ -112,12 +112,25 @@ def _list(rest: list[str]) -> None:
     if rest:
         raise ValueError(f"bilevel list takes no arguments, but was given {' '.join(rest)}")
     console = Console()
-    tasks = Table("task", "preset", "what it is", title="tasks", title_justify="left")
+    tasks = Table(
+        Column("task", no_wrap=True),
+        Column("preset", no_wrap=True),
+        "what it is",
+        title="tasks",
+        title_justify="left",
+    )
     for task in TASKS.values():
         for i, (name, preset) in enumerate(task.presets.items()):
             tasks.add_row(task.name if i == 0 else "", name, preset.summary)
     console.print(tasks)
-    estimators = Table("estimator", "settings", "what it is", title="estimators", title_justify="left")
+    settings = [f"{setting}," for kind in names.ESTIMATORS.values() for setting in names.settings_of(kind)]
+    estimators = Table(
+        Column("estimator", no_wrap=True),
+        Column("settings", min_width=max(map(len, settings))),
+        "what it is",
+        title="estimators",
+        title_justify="left",
+    )
     for name, kind in names.ESTIMATORS.items():
         summary = (kind.__doc__ or "").split(". ")[0].split("\n")[0]
         estimators.add_row(name, ", ".join(names.settings_of(kind)), summary)
@@ -196,11 +209,8 @@ def _compare(rest: list[str]) -> None:
         write_json(options.out, {"task": task.name, "rows": compare.as_dicts(rows), "versions": running.versions()})
     console = Console()
     point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
-    numbered = console.width < _WIDE
     title = point if inner_batches is None else f"{point}, T = {len(inner_batches)}"
-    console.print(_comparison_table(rows, title, numbered))
-    for number, row in enumerate(rows if numbered else (), 1):
-        console.print(f"{number}  {row.estimator}", highlight=False)
+    print_methods(console, title, *_comparison_table(rows))
     console.print(
         "relative error: ‖estimate − exact‖/‖exact‖; standard error: what the estimator expects of itself, likewise "
         "relative; ±: 95 % intervals, from --repeats 3 on; units: "
@@ -209,36 +219,29 @@ def _compare(rest: list[str]) -> None:
     )
 
 
-_WIDE = 140
-"""Columns of a terminal from which on names fit into the table; in a narrower one they are numbered."""
-
-
-def _comparison_table(rows: Sequence[compare.Compared], title: str, numbered: bool) -> Table:
-    """Numbers of each method; in a narrow terminal with numbers for the long names as well."""
-    numbers = ("relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB")
-    compiles = any(row.compile_seconds is not None for row in rows)
-    table = Table(
-        Column("" if numbered else "estimator", overflow="fold"),
-        *(Column(name, justify="right") for name in (*numbers, *(["compiling, s"] if compiles else []))),
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD if numbered else box.HEAVY_HEAD,
-        padding=(0, 0) if numbered else (0, 1),
-    )
-    for number, row in enumerate(rows, 1):
-        table.add_row(
-            str(number) if numbered else row.estimator,
-            _with_interval(row, "relative_error"),
-            _with_interval(row, "squared_bias"),
-            _with_interval(row, "variance"),
-            _with_interval(row, "cosine"),
-            "–" if row.standard_error is None else f"{row.standard_error:.3g}",
-            f"{row.units:.1f}",
-            f"{row.seconds:.2f}",
-            "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}",
-            *([] if row.compile_seconds is None else [f"{row.compile_seconds:.1f}"]),
+def _comparison_table(compared: Sequence[compare.Compared]) -> tuple[list[Field], list[Row]]:
+    """The columns and the numbers of each method."""
+    headers = ["relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB"]
+    if any(row.compile_seconds is not None for row in compared):
+        headers.append("compiling, s")
+    rows = [
+        Row(
+            row.estimator,
+            [
+                _with_interval(row, "relative_error"),
+                _with_interval(row, "squared_bias"),
+                _with_interval(row, "variance"),
+                _with_interval(row, "cosine"),
+                "–" if row.standard_error is None else f"{row.standard_error:.3g}",
+                f"{row.units:.1f}",
+                f"{row.seconds:.2f}",
+                "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}",
+                *([] if row.compile_seconds is None else [f"{row.compile_seconds:.1f}"]),
+            ],
         )
-    return table
+        for row in compared
+    ]
+    return [Field(header) for header in headers], rows
 
 
 def _with_interval(row: compare.Compared, name: str) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.text import Text
 
 from bilevel.checks import whole_number
+from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.estimators import ZerothOrder
 from bilevel.planning import names, planner
 
@@ -94,31 +95,34 @@ def plan_on_paper(options: PaperOptions) -> planner.Plan:
 
 def show(plan: planner.Plan, where: str, in_units: bool = False) -> None:
     """Print the table and the recommendation."""
-    table = Table(
-        Column("estimator", overflow="fold"),
-        "error",
-        Column("memory", justify="right"),
-        Column("units" if in_units else "seconds", justify="right"),
-        "fits",
-        *(() if plan.workers == 1 else ("exchange", Column("sent a step", justify="right"))),
-        title=f"{where}: N = {plan.costs.meta_size}, T = {plan.steps}, {planner.size_text(plan.memory)}"
-        + ("" if plan.workers == 1 else f" for each of {plan.workers} workers"),
-        title_justify="left",
-    )
-    for row in plan.rows:
-        table.add_row(
+    shared = plan.workers > 1
+    title = f"{where}: N = {plan.costs.meta_size}, T = {plan.steps}, {planner.size_text(plan.memory)}"
+    fields = [
+        Field("error", "left", wraps=True),
+        Field("memory"),
+        Field("units" if in_units else "seconds"),
+        Field("fits", "left"),
+        *([Field("exchange", "left"), Field("sent a step")] if shared else []),
+    ]
+    rows = [
+        Row(
             names.describe(row.estimator),
-            error_text(row),
-            planner.size_text(row.bytes),
-            f"{row.seconds:.3g}",
-            "yes" if row.fits else "no",
-            *(() if plan.workers == 1 else exchange_texts(row)),
-            style="bold" if row.estimator == plan.recommended else None,
+            [
+                error_text(row),
+                planner.size_text(row.bytes),
+                f"{row.seconds:.3g}",
+                "yes" if row.fits else "no",
+                *(exchange_texts(row) if shared else ()),
+            ],
+            bold=row.estimator == plan.recommended,
         )
+        for row in plan.rows
+    ]
     console = Console()
-    console.print(table)
+    print_methods(console, f"{title} for each of {plan.workers} workers" if shared else title, fields, rows)
     advice = "none" if plan.recommended is None else names.describe(plan.recommended)
-    console.print(f"recommended: {advice}: {plan.reason}.")
+    console.print(Text(f"recommended: {advice}"), soft_wrap=True)
+    console.print(Text(f"because {plan.reason}." if plan.recommended else f"{plan.reason}."))
 
 
 def exchange_texts(row: planner.Planned) -> tuple[str, str]:

@@ -125,7 +125,7 @@ def subtract_mixed_product(
     jacobian: autodiff.Transpose,
     vector: Sequence[Tensor],
 ) -> list[Tensor]:
-    """C − vᵀY, with an error if the inner loss does not depend on φ on any batch."""
+    """c − vᵀY, with an error if the inner loss does not depend on φ on any batch."""
     mixed = jacobian(vector, of=[1], keep=False)[0]
     if all(part is None for part in mixed):
         _require_dependence_of_loss(run, problem, state)

@@ -26,6 +26,12 @@ from bilevel.unrolling.unroll import Unroll, unroll
 
 _TRUNCATION = 10
 _FEW = 16
+_USABLE = 0.1
+"""The signal-to-noise ratio from which on a random estimate is preferred to a biased one. An outer optimiser with the
+usual momentum of 0.9 averages some ten estimates, and ten of this ratio have as much signal as noise."""
+_BIASED = (TruncatedReverse, HessianFree, Implicit)
+"""Biased methods in the order of recommendation. Truncation needs neither convergence nor curvature, and its bias falls
+with its steps; `HessianFree` needs neither either; `Implicit` is wrong unless the inner loop has come to rest."""
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -47,6 +53,18 @@ class Planned:
     they share nothing."""
     sent_bytes: float | None = None
     """What each of them sends for one estimate."""
+
+    @property
+    def biased(self) -> bool:
+        """Whether more random directions would leave an error, of which nothing is known beforehand."""
+        return self.relative_variance is None
+
+    @property
+    def signal_to_noise(self) -> float | None:
+        """‖∇h‖²/E‖grad − ∇h‖² of one estimate: infinite for exact methods, `None` for biased ones."""
+        if self.relative_variance is None:
+            return None
+        return 1 / self.relative_variance if self.relative_variance else float("inf")
 
     @property
     def exact(self) -> bool:
@@ -97,8 +115,16 @@ def plan(
         workers: over how many the directions are spread; each carries ⌈b/workers⌉.
 
     Returns:
-        A `Plan`. The recommendation is the exact method of the fewest units that fits (with states on disk only if none
-        fits without), else (FG)²U if it does, else differences of solves.
+        A `Plan`. Of the methods that fit it recommends, in this order:
+
+        1. the exact method of the fewest units (with states on disk only if none fits without);
+        2. (FG)²U, or else differences of solves, if the signal-to-noise ratio ‖∇h‖²/E‖grad − ∇h‖² = b/(N − 1) of an
+           estimate is at least 0.1, so that ten estimates together have as much signal as noise;
+        3. a biased method: `TruncatedReverse`, `HessianFree`, `Implicit`, as far as the problem depends on φ in a way
+           that they see;
+        4. (FG)²U or differences of solves, whatever their noise.
+
+        `Plan.reason` gives the ratio, and the number of directions at which it would reach 1.
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -245,7 +271,9 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
     yield _priced(Reverse("all", offload="disk"), 0.0, T, price)
     there = T * p.plain.seconds + outer
     few = min(_TRUNCATION, T)
-    yield _priced(TruncatedReverse(few), None, T, Price(there + few * p.back.seconds, few * S + one_back))
+    if p.step_depends_on_meta or few == T:
+        variance = 0.0 if few == T else None  # through all steps it is exact
+        yield _priced(TruncatedReverse(few), variance, T, Price(there + few * p.back.seconds, few * S + one_back))
     if p.product is not None:
         implicit = Implicit()
         products = 2 + implicit.solver.products
@@ -276,19 +304,40 @@ def _recommendation(rows: list[Planned], prices: StepCosts, memory: float) -> tu
         return exact[0].estimator, (
             f"it is exact, and of the exact methods that fit into {size_text(memory)} the one with the fewest units"
         )
-    pushed = [row for row in fitting if isinstance(row.estimator, ForwardGradient)]
-    if pushed:
-        return pushed[0].estimator, (
-            f"no exact method fits into {size_text(memory)}; this one is unbiased, with a relative variance of "
-            f"{pushed[0].relative_variance:.3g} for {prices.meta_size} meta parameters, which more directions lower"
-        )
-    unbiased = [row for row in fitting if row.relative_variance is not None]
-    if unbiased:
-        return unbiased[0].estimator, (
-            "the inner loop has no derivatives here, or they do not fit; differences of whole solves always do"
+    noisy = [row for row in fitting if not row.biased]
+    usable = [row for row in noisy if (row.signal_to_noise or 0) >= _USABLE]
+    if usable:
+        return usable[0].estimator, f"{_without_exact(memory, prices)}; {_worth(usable[0], prices)}"
+    biased = sorted((row for row in fitting if row.biased), key=lambda row: _BIASED.index(type(row.estimator)))
+    if biased:
+        noise = f"; {_worth(noisy[0], prices)}, so it is mostly noise" if noisy else ""
+        bias = "the recommended method is biased, by an amount that is not known beforehand"
+        others = any(isinstance(row.estimator, Implicit) for row in biased[1:])
+        hint = "; Implicit, which fits too, is better where the inner loop converges" if others else ""
+        return biased[0].estimator, f"{_without_exact(memory, prices)}{noise}; {bias}{hint}"
+    if noisy:
+        return noisy[0].estimator, (
+            f"{_without_exact(memory, prices)}, and no biased one; {_worth(noisy[0], prices)}, so it is mostly noise"
         )
     least = min(rows, key=lambda row: row.bytes)
     return None, f"nothing fits into {size_text(memory)}; the least is {size_text(least.bytes)}"
+
+
+def _without_exact(memory: float, prices: StepCosts) -> str:
+    """Why no exact method is recommended."""
+    if prices.back is None and prices.pushed is None:
+        return "the inner loop has no derivatives here"
+    return f"no exact method fits into {size_text(memory)}"
+
+
+def _worth(row: Planned, prices: StepCosts) -> str:
+    """What an estimate along random directions is worth."""
+    assert isinstance(row.estimator, ForwardGradient | ZerothOrder)
+    directions, size = row.estimator.directions, prices.meta_size
+    return (
+        f"an estimate by {type(row.estimator).__name__} along {directions:,} of {size:,} dimensions has a "
+        f"signal-to-noise ratio of {row.signal_to_noise:.2g}, and {max(1, size - 1):,} directions would give 1"
+    )
 
 
 def size_text(size: float) -> str:

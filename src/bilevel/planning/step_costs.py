@@ -68,11 +68,14 @@ class StepCosts:
     graph: Price | None = None
     """One more step in a stored graph, the way back included."""
     product: Price | None = None
-    """The graph of one inner gradient, and one product with its Jacobian."""
+    """The graph of one inner gradient, and one product with its Jacobian; `None` also where that gradient does not
+    depend on φ, so that implicit methods see nothing of φ."""
     pushed: Carried | None = None
     """One step with directions."""
     outer_pushed: Carried | None = None
     """The outer loss with directions."""
+    step_depends_on_meta: bool = True
+    """Whether a step depends on φ, and not the initial state alone, of which truncation sees nothing."""
 
 
 def measure(run: Unroll) -> StepCosts:
@@ -101,7 +104,9 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
         return _price(lambda: autodiff.pull_back(final, [state, run.meta], d))
 
     two, four = through_graph(2), through_graph(4)
+    _, across = pull_back_step(run, 0, state, d, "reverse")
     prices = {
+        "step_depends_on_meta": any(part is not None for part in across),
         "outer_back": _price(lambda: run.outer_cotangents(state)),
         "back": _price(lambda: pull_back_step(run, 0, state, d, "reverse")),
         "graph": Price((four.seconds - two.seconds) / 2, (four.bytes - two.bytes) / 2),
@@ -116,7 +121,10 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
         def product() -> None:
             autodiff.Transpose(gradient, [state.params, run.meta])(d[:count])
 
-        prices["product"] = _price(product)
+        with torch.enable_grad(), run.seeded_step(0):
+            stationarity = problem.stationarity(state, autodiff.start_graph(run.meta), run.inner_batches[0])
+        if autodiff.has_graph(stationarity):
+            prices["product"] = _price(product)
     return prices
 
 

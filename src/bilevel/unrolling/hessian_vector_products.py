@@ -80,5 +80,5 @@ def _push_step(
 
 
 def _products(cotangent: Tensor, tangents: Tensor) -> Tensor:
-    """Cotangent · tangent for each of k, `[k]`."""
+    """cotangent · tangent for each of k tangents, `[k]`."""
     return tangents.reshape(len(tangents), -1) @ cotangent.reshape(-1).to(tangents)

@@ -43,7 +43,7 @@ def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[
 def pull_back_step(
     run: InnerLoop, t: int, state: Tree, d: list[Tensor], product: Product
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """D A_t and d B_t for the step from θ_t.
+    """d A_t and d B_t for the step from θ_t.
 
     `"reverse"`: one backward pass through the step, which contains a backward pass of its own (reverse over reverse).
 
