@@ -169,6 +169,14 @@ def test_fresh_labels_are_the_old_ones_rescaled_by_the_lengths_and_new_signs(dra
     assert max(lengths) > 1.05 * min(lengths)  # so that it matters whose length is taken
 
 
+@pytest.mark.parametrize("carry", ["tangents", "fresh"])
+def test_other_draws_of_a_stream_are_other_directions_of_the_same_history(carry: Any) -> None:
+    first, again, other = (windows(ForwardGradient(2, carry=carry, draw=draw)) for draw in (1, 1, 2))
+    assert torch.equal(first.grad, again.grad)
+    assert not torch.equal(first.grad, other.grad)
+    assert torch.equal(first.value, other.value)
+
+
 def test_a_stream_keeps_counting_its_steps_through_estimators() -> None:
     """Dropout of a step goes by its place in the whole history, also where another estimator takes over."""
     carried, values = None, []
