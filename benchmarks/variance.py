@@ -3,8 +3,9 @@
     python benchmarks/variance.py
 
 Units are counted as in the docstrings: 1 + 2b inner loops for b directions, and for a control variate what it costs by
-itself (1 + 4s/T for `TruncatedReverse(s)`); what is left of the budget goes into directions. Measured units are beside
-them. Writes `benchmarks/results/variance.json` and `.md`, and `docs/pictures/equal_compute_*.png`. One thread.
+itself (1 + 4s/T for `TruncatedReverse(s)`, a little more than the 1 + 3s/T of its docstring); what is left of the
+budget goes into directions. Measured units are beside them. Writes `benchmarks/results/variance.json` and `.md`, and
+`docs/pictures/equal_compute_*.png`. One thread.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ class Forward(Estimator):
     Args:
         chunk_size: columns carried at once; `None` for all N. Each chunk runs the inner loop again.
 
-    Cost: (1 + 2N)·T units, and T more for every further chunk. Memory: 1 + N states (1 + chunk_size), whatever T.
+    Cost: (1 + 2N)·T units in one chunk, (2N + ⌈N/chunk_size⌉)·T in several. Memory: 1 + N states (1 + chunk_size),
+    whatever T.
     Bias: none. For a handful of meta parameters (learning rates, coefficients of an equation).
 
     Reference: Franceschi et al., ICML 2017; Shen et al., NeurIPS 2024, eq. 4.

@@ -53,7 +53,7 @@ class ForwardGradient(Estimator):
             first-order gradients: for fused attention and activation checkpointing, with relative errors of about 1e-10
             in float64 and 1e-4 in float32.
         support: `"touched"` restricts the directions to entries that the inner loop depends on at all (weights of
-            examples that came up in a mini-batch), found with about 3T units; N is then their number.
+            examples that came up in a mini-batch), found with at most 3T units; N is then their number.
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.
         carry: for streams (`fit(..., stream=True)`, or `carried=` in a call): `"tangents"` go on from one window of
             inner steps to the next along the same directions, or `"fresh"` directions join them in each window. See
@@ -63,13 +63,13 @@ class ForwardGradient(Estimator):
             them adds up the gradient, or also the `"gradient"`, by an all-reduce; `"auto"` takes what costs less time.
             With `"slopes"`, the estimate is the same to the last bit on any number of workers up to b/chunk_size.
 
-    Cost: (1 + 2b)·T units, and T more for every further chunk that does not share; up to twice that where layers are
-    large and batches small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size
-    states and the activations of as many tangents, about 4 states for each; with shared steps 1 + b states, one graph
-    of a step, and chunk_size backward passes. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for
-    Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate and orthogonal directions; with a control variate c,
-    that times ‖∇h − s·c‖²/‖∇h‖². `standard_error` estimates the root of the variance from the spread of w, and
-    `diagnostics["variance_left"]` what of the variance the control variate left.
+    Cost: (1 + 2b)·T units in one chunk or with shared steps, (2b + ⌈b/chunk_size⌉)·T in several chunks. The time is up
+    to twice that where layers are large and batches small, so that moving the tangents costs more than computing them.
+    Memory: 1 + chunk_size states and the activations of as many tangents, about 4 states for each; with shared steps
+    1 + b states, one graph of a step, and chunk_size backward passes. Bias: none. Relative variance
+    E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate and orthogonal
+    directions; with a control variate c, that times ‖∇h − s·c‖²/‖∇h‖². `standard_error` estimates the root of the
+    variance from the spread of w, and `diagnostics["variance_left"]` what of the variance the control variate left.
 
     Departures from the paper: coordinates are drawn without replacement, which makes them exact at b = N; direction i
     is a function of (seed, i) alone.

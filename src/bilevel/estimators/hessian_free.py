@@ -30,9 +30,10 @@ class HessianFree(Estimator):
         scale: α > 0. Without explicit dependence (c = 0) it scales the result and nothing else.
         preconditioner: P: `"identity"`, or `"optimizer"` for the scales that the optimiser gives each entry of d.
 
-    Cost: T + 3 units, T + 4 with the optimiser's scale. Memory: the graph of one inner gradient. Bias: of the order of
-    the hypergradient itself, unless the inner Hessian is close to I/α. Dependence on φ through the initial state or the
-    learning rate is not seen.
+    Cost: at most T + 3 units: T for the inner loop, 1 for a gradient with its graph, 2 for the product with Y; 1 more
+    with the optimiser's scale. Memory: the graph of one inner gradient. Bias: of the order of the hypergradient itself,
+    unless the inner Hessian is close to I/α. Dependence on φ through the initial state or the learning rate is not
+    seen.
 
     Reference: Luketina et al., ICML 2016 (T1–T2); Choe et al., NeurIPS 2023 (SAMA); Shen et al., NeurIPS 2024, App. B.
 

@@ -35,8 +35,9 @@ class Implicit(Estimator):
             `Nystrom(...)`.
         batches: g is the mean over the last so many inner batches.
 
-    Cost: T units for the inner loop, one gradient with its graph, and 2 units per product with H. Memory: the graph
-    of one inner gradient, whatever T.
+    Cost: T + 3 + 2·products units: T for the inner loop, 1 for a gradient with its graph, 2 for each of the solver's
+    products with H, and at most 2 for the product with Y. All but the first T are multiplied by `batches`. Memory:
+    the graph of one inner gradient, whatever T.
     Bias: the inner loop must have come to rest; what is missing, d(dθ_T/dφ + H⁻¹Y), is not measured by the method (the
     diagnostic `gradient_norm`, ‖∇g(θ_T)‖, says how far from rest it is). The solver adds its own error. Dependence on φ
     through the initial state or the learning rate does not move the solution and is not seen.

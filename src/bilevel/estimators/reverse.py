@@ -44,9 +44,9 @@ class Reverse(Estimator):
             again, could then differ by rounding. And there was nothing to gain by it: on an MLP, a convnet and a GPT-2
             `"reverse"` is 1.5 to 2 times faster (`benchmarks/results/products.md`).
 
-    Cost: in units of one inner gradient, about 3T for `"graph"`, (3 + r)·T or a little more otherwise: 4T to 5T for
-    `"all"` (r = 1), 5T to 6T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held, of which layers
-    wrapped in `bilevel.Recomputed` keep their inputs alone. Bias: none.
+    Cost: in units of one inner gradient, 3T for `"graph"`, else 3T and the steps computed, at most (3 + r)·T: 4T for
+    `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). With `product="mixed"`, T more. Besides the states, the graph of
+    one step is held, of which layers wrapped in `bilevel.Recomputed` keep their inputs alone. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
     schedule: Griewank and Walther, ACM TOMS 2000.

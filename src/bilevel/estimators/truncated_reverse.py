@@ -21,7 +21,7 @@ class TruncatedReverse(Estimator):
         steps: s, at most the number of inner steps T. At s = T the result is exact (the initial state's dependence on
             φ is then included).
 
-    Cost: T + 3s to T + 4s units. Memory: s states and the graph of one step.
+    Cost: T + 3s units. Memory: s states and the graph of one step.
     Bias: at most (1 − ηα)^s/(ηα) · ‖d_T‖ · max_{t ≤ T−s} ‖B_t‖, with B_0 = dθ_0/dφ, for gradient descent with rate
     η ≤ 2/(α + L) on an inner loss that is α-strongly convex and L-smooth; it does not shrink with more outer batches.
 

@@ -53,8 +53,8 @@ class ZerothOrder(Estimator):
         exchange: as in `ForwardGradient`; with `"slopes"` the estimate is the same to the last bit on any number of
             workers.
 
-    Cost: 1 + 2b solves (central) or 1 + b (forward); at once, if a `BlackBox` has `solve_all`. Memory: one solve,
-    whatever T and N.
+    Cost: 1 + 2b solves (central) or 1 + b (forward), each of T units; at once, if a `BlackBox` has `solve_all`.
+    Memory: one solve, whatever T and N.
     Bias: O(μ²) central, O(μ) forward; apart from it the relative variance is that of `ForwardGradient`, which is what
     `standard_error` estimates.
 
