@@ -34,11 +34,11 @@ from bilevel import (
     TruncatedReverse,
     ZerothOrder,
 )
-from bilevel.checkpointing import slots, steps_computed
-from bilevel.estimators.names import describe
-from bilevel.files import write_text
-from bilevel.progress import bar
-from bilevel.unroll import unroll
+from bilevel.planning.names import describe
+from bilevel.report.files import write_text
+from bilevel.report.progress import bar
+from bilevel.unrolling.checkpoint_schedules import slots, steps_computed
+from bilevel.unrolling.unroll import unroll
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, META = 24, 8

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bilevel.estimators import names
+from bilevel.planning import names
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import units  # noqa: E402  # pyright: ignore[reportMissingImports]
