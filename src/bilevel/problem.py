@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
+from bilevel.batches import Batches, no_batches, require_batches
 from bilevel.compilation.compiled_gradient import CompiledGradient, backend_named
 from bilevel.errors import NoDependenceError
 from bilevel.models.module_view import (
@@ -32,7 +33,7 @@ from bilevel.trees import Tree
 
 @runtime_checkable
 class Unrollable(Protocol):
-    """An inner loop that can be run step by step: `Problem` and `GradientDescent`."""
+    """A class of the user's own with the three functions of a `Problem` as methods. Estimators accept it as well."""
 
     def init(self, meta: Tree, /) -> Tree: ...
 
@@ -41,8 +42,83 @@ class Unrollable(Protocol):
     def outer_loss(self, state: Tree, meta: Tree, batch: Any, /) -> Tensor: ...
 
 
+class BilevelProblem:
+    """Base class of `Problem`, `GradientDescent` and `BlackBox`: it answers what other code asks about a problem.
+
+    The answers of this class are those of a problem that has inner steps and nothing else. A subclass states what is
+    different about it. No other code tests of which class a problem is, so a new kind of problem is one class.
+    """
+
+    init: Callable[[Tree], Tree]
+    """`init(meta)` returns the inner state before the first step."""
+    step: Callable[[Tree, Tree, Any], Tree]
+    """`step(state, meta, batch)` returns the inner state after one more step."""
+    outer_loss: Callable[[Tree, Tree, Any], Tensor]
+    """`outer_loss(state, meta, batch)` returns the outer loss at a state."""
+
+    solve_all: Callable[[Sequence[Tree]], Sequence[Tree]] | None = None
+    """A function that runs the inner loop at several meta parameters at once, if there is one."""
+    is_black_box: ClassVar[bool] = False
+    """Whether the inner loop is a single call without steps, batches or derivatives."""
+
+    @property
+    def as_gradient_descent(self) -> GradientDescent | None:
+        """The problem itself if its steps are those of an optimiser on an inner loss, otherwise `None`."""
+        return None
+
+    def require_inner_loss(self, who: str, because: str, instead: str) -> GradientDescent:
+        """Return the problem as `GradientDescent`, for a method that differentiates the inner loss.
+
+        Args:
+            who: the method, the subject of the error's sentence.
+            because: a relative clause that says what the method needs the inner loss for.
+            instead: what to take if there is no inner loss.
+
+        Raises:
+            TypeError: the problem has no inner loss.
+        """
+        problem = self.as_gradient_descent
+        if problem is None:
+            raise TypeError(
+                f"{who} needs the inner loss, {because}; a {type(self).__name__} has only steps. Describe the problem "
+                f"with bilevel.GradientDescent, or take {instead}"
+            )
+        return problem
+
+    def batches_of(self, inner_batches: Any) -> Batches:
+        """Check what a user passed as `inner_batches`, and return one batch for each inner step.
+
+        Raises:
+            TypeError, ValueError: it cannot be used; the message says what to pass.
+        """
+        return require_batches(inner_batches)
+
+    def steps_of(self, inner_batches: Batches) -> int:
+        """T, the number of inner steps that these batches stand for."""
+        return len(inner_batches)
+
+    # -- compiled code -----------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of `torch.compile` that compiles the inner gradient; `None` if it is not compiled."""
+        return None
+
+    @property
+    def eager(self) -> BilevelProblem:
+        """The same problem without compiled code."""
+        return self
+
+    def not_yet_compiled(self) -> BilevelProblem:
+        """The same problem, with the same backend, for which nothing has been compiled so far."""
+        return self
+
+    def check_compiled_again(self) -> None:
+        """Compare compiled functions once more with the functions that they stand for, each at its next call."""
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(BilevelProblem):
     """A bilevel problem in its general form, given by three pure functions.
 
     Args:
@@ -75,7 +151,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class BlackBox:
+class BlackBox(BilevelProblem):
     """A bilevel problem whose inner loop is a program without derivatives. Only `ZerothOrder` takes it.
 
     Args:
@@ -97,12 +173,31 @@ class BlackBox:
     solve: Callable[[Tree], Tree]
     outer_loss: Callable[[Tree, Tree, Any], Tensor]
     solve_all: Callable[[Sequence[Tree]], Sequence[Tree]] | None = None
+    is_black_box: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.a_function(self.solve, "solve", "solve(meta)")
         checks.a_function(self.outer_loss, "outer_loss", "outer_loss(state, meta, batch)")
         if self.solve_all is not None:
             checks.a_function(self.solve_all, "solve_all", "solve_all(metas)")
+
+    def init(self, meta: Tree) -> Tree:
+        """Run the whole inner loop, `solve(meta)`: no step follows."""
+        return self.solve(meta)
+
+    def step(self, state: Tree, meta: Tree, batch: Any) -> Tree:  # noqa: ARG002
+        """Raise, because there are no steps."""
+        raise TypeError("a BlackBox has no inner steps: its solve(meta) is the whole inner loop")
+
+    def batches_of(self, inner_batches: Any) -> Batches:
+        """Return one empty batch; `inner_batches` must be `None`."""
+        if inner_batches is not None:
+            raise ValueError("a BlackBox takes no inner_batches: its solve(meta) is the whole inner loop; pass None")
+        return no_batches(1)
+
+    def steps_of(self, inner_batches: Batches) -> int:  # noqa: ARG002
+        """Return 0."""
+        return 0
 
 
 class Descent(NamedTuple):
@@ -113,7 +208,7 @@ class Descent(NamedTuple):
     steps: int
 
 
-class GradientDescent:
+class GradientDescent(BilevelProblem):
     """A bilevel problem whose inner loop is a `torch.optim` optimiser on an inner loss.
 
     Args:
@@ -168,17 +263,26 @@ class GradientDescent:
 
     def _compile_by(self, backend: str | None) -> None:
         self._compiled: CompiledGradient | None = None
-        self.eager = self
-        """The same problem, not compiled."""
+        self._eager = self
         if backend is not None:
-            self.eager = copy.copy(self)
-            self.eager.eager = self.eager
-            self._compiled = CompiledGradient(self.eager.gradient, self.eager.joint_gradient, backend)
+            self._eager = copy.copy(self)
+            self._eager._eager = self._eager
+            self._compiled = CompiledGradient(self._eager.gradient, self._eager.joint_gradient, backend)
+
+    @property
+    def as_gradient_descent(self) -> GradientDescent:
+        """The problem itself."""
+        return self
 
     @property
     def backend(self) -> str | None:
         """The backend of `torch.compile` that compiles the inner gradient; `None` if it is not compiled."""
         return None if self._compiled is None else self._compiled.backend
+
+    @property
+    def eager(self) -> GradientDescent:
+        """The same problem without compiled code."""
+        return self._eager
 
     def compiled(self, backend: str = "inductor") -> GradientDescent:
         """The same problem with its inner gradient compiled, and nothing compiled yet."""
@@ -186,8 +290,12 @@ class GradientDescent:
         twin._compile_by(backend_named(backend))
         return twin
 
+    def not_yet_compiled(self) -> GradientDescent:
+        """The same problem, with the same backend, for which nothing has been compiled so far."""
+        return self if self.backend is None else self.compiled(self.backend)
+
     def check_compiled_again(self) -> None:
-        """From here on, compare compiled functions once more with what they stand for, each at its next call."""
+        """Compare compiled functions once more with the functions that they stand for, each at its next call."""
         if self._compiled is not None:
             self._compiled.check_again()
 
@@ -293,6 +401,25 @@ class GradientDescent:
         """The user's outer loss at the state's parameters."""
         with left_as_they_were(state.params, meta):
             return self._outer_loss(state.params, meta, batch)
+
+
+def as_problem(value: Any) -> BilevelProblem:
+    """Return the problem as one that answers questions about itself.
+
+    An object of the user's own class with the methods `init`, `step` and `outer_loss` becomes a `Problem`.
+
+    Raises:
+        TypeError: the value describes no problem.
+    """
+    if isinstance(value, BilevelProblem):
+        return value
+    if isinstance(value, Unrollable) and not isinstance(value, type):
+        return Problem(value.init, value.step, value.outer_loss)
+    what = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    raise TypeError(
+        f"problem is {what}; an instance of bilevel.Problem, GradientDescent or BlackBox is needed: estimators are "
+        "called as estimator(problem, meta, inner_batches, outer_batch)"
+    )
 
 
 def require_scalar(value: Any, name: str) -> Tensor:

@@ -21,7 +21,6 @@ from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
 from bilevel.planning import names
-from bilevel.problem import BlackBox
 from bilevel.report.files import write_json
 from bilevel.training.run_record import CHECKPOINT
 from bilevel.unrolling import freed_memory
@@ -188,7 +187,7 @@ def _compare(rest: list[str]) -> None:
         raise ValueError(f"--estimators needs at least one; there are {', '.join(names.ESTIMATORS)}")
     estimators = [names.parse(text) for text in options.estimators]
     setup = task.setup(config, options.data_dir, 1, options.seed)
-    if isinstance(setup.problem, BlackBox):
+    if setup.problem.is_black_box:
         raise ValueError(
             f"with these settings the inner loop of {task.name} is a black box, without the exact hypergradient that "
             "estimators are compared with; choose settings with which it can be differentiated"

@@ -14,7 +14,7 @@ from bilevel import checks, trees
 from bilevel.batches import Batches
 from bilevel.estimators import Estimate, Estimator, Reverse
 from bilevel.planning.names import describe
-from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.report.peak_memory import PeakMemory
 from bilevel.report.progress import bar
 from bilevel.unrolling.unroll import unroll
@@ -51,7 +51,7 @@ class Compared:
 
 
 def compare(
-    problem: Unrollable | BlackBox,
+    problem: BilevelProblem | Unrollable,
     meta: Any,
     inner_batches: Batches | None = None,
     outer_batch: Any = None,
@@ -93,6 +93,7 @@ def compare(
     ('truncated-reverse', 0.333)
     """
     checks.whole_number(repeats, "repeats")
+    problem = as_problem(problem)
     run = unroll(problem, meta, inner_batches, outer_batch, seed).eager
     rows: list[Compared] = []
     with bar("comparing", len(estimators) + 1, show=progress) as shown:
@@ -105,7 +106,7 @@ def compare(
         _, plain, _ = _timed(lambda: run.descend(run.start()))
         shown.advance("exact")
         for estimator in estimators:
-            call = partial(_call, _not_yet_compiled(problem), meta, inner_batches, outer_batch, seed)
+            call = partial(_call, problem.not_yet_compiled(), meta, inner_batches, outer_batch, seed)
             compiling = call(estimator).compile_seconds if run.problem is not problem else None
             with PeakMemory() as memory:
                 first, process, wall = _timed(partial(call, estimator))
@@ -124,13 +125,6 @@ def as_dicts(rows: Sequence[Compared]) -> list[dict[str, Any]]:
 
 def _call(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, estimator: Estimator) -> Estimate:
     return estimator(problem, meta, inner_batches, outer_batch, seed)
-
-
-def _not_yet_compiled(problem: Unrollable | BlackBox) -> Unrollable | BlackBox:
-    """The problem with nothing compiled for it so far."""
-    if isinstance(problem, GradientDescent) and problem.backend is not None:
-        return problem.compiled(problem.backend)
-    return problem
 
 
 def _draws(estimator: Estimator, repeats: int) -> list[Estimator]:

@@ -13,7 +13,7 @@ from bilevel import autodiff, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.models.module_view import as_plain_tree, modules_in
-from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.inner_loop import Carried
@@ -49,7 +49,7 @@ class Estimator(ABC):
 
     def __call__(
         self,
-        problem: Unrollable | BlackBox,
+        problem: BilevelProblem | Unrollable,
         meta: Any,
         inner_batches: Batches | None = None,
         outer_batch: Any = None,
@@ -74,7 +74,8 @@ class Estimator(ABC):
             MissingDerivativeError: an operation lacks the derivative this method needs.
             TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
         """
-        if isinstance(problem, BlackBox) and self.needs_derivatives:
+        problem = as_problem(problem)
+        if problem.is_black_box and self.needs_derivatives:
             raise TypeError(
                 f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
@@ -125,10 +126,8 @@ def like_meta(run: Unroll, tensors: list[Tensor]) -> Tree:
 
 def require_gradient_descent(run: Unroll, estimator: Estimator) -> GradientDescent:
     """The problem, if it is a `GradientDescent`, for methods that differentiate its inner loss."""
-    if not isinstance(run.problem, GradientDescent):
-        raise TypeError(
-            f"{type(estimator).__name__} needs the inner loss, whose gradient vanishes at the inner solution; a "
-            f"{type(run.problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take "
-            "Reverse, Forward or ForwardGradient"
-        )
-    return run.problem
+    return run.problem.require_inner_loss(
+        type(estimator).__name__,
+        "whose gradient vanishes at the inner solution",
+        instead="Reverse, Forward or ForwardGradient",
+    )

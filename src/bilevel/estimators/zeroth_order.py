@@ -21,7 +21,6 @@ from bilevel.distributed.work_assignment import assign
 from bilevel.estimators import control_variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.control_variates import ControlVariate, Variate
-from bilevel.problem import BlackBox
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.unroll import Unroll
@@ -143,7 +142,7 @@ class ZerothOrder(Estimator):
 
     @staticmethod
     def _require_variates(run: Unroll, variates: Sequence[Estimator | Variate]) -> None:
-        for each in variates if isinstance(run.problem, BlackBox) else ():
+        for each in variates if run.problem.is_black_box else ():
             if not isinstance(each, control_variates.Constant):
                 raise TypeError(f"control_variate={each!r} differentiates the inner loop, and a BlackBox cannot be")
 

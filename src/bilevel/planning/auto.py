@@ -11,7 +11,6 @@ from bilevel import checks, distributed
 from bilevel.errors import MemoryBudgetError
 from bilevel.estimators.base import Estimate, Estimator
 from bilevel.planning import planner
-from bilevel.problem import BlackBox
 from bilevel.unrolling.unroll import Unroll
 
 _CHOSEN: WeakKeyDictionary[Any, dict[Any, Estimator]] = WeakKeyDictionary()
@@ -58,7 +57,7 @@ class Auto(Estimator):
         checks.whole_number(self.directions, "directions")
 
     def _estimate(self, run: Unroll) -> Estimate:
-        batches = None if isinstance(run.problem, BlackBox) else run.inner_batches
+        batches = None if run.problem.is_black_box else run.inner_batches
         return self.chosen(run)(run.problem, run.meta, batches, run.outer_batch, run.seed)
 
     def chosen(self, run: Unroll) -> Estimator:

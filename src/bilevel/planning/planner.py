@@ -20,7 +20,7 @@ from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.planning import step_costs
 from bilevel.planning.step_costs import Carried, Price, StepCosts
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.problem import BilevelProblem, Unrollable
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.unroll import Unroll, unroll
 
@@ -88,7 +88,7 @@ class Plan:
 
 
 def plan(
-    problem: Unrollable | BlackBox,
+    problem: BilevelProblem | Unrollable,
     meta: Any,
     inner_batches: Batches | None = None,
     outer_batch: Any = None,
@@ -143,8 +143,7 @@ def plan(
 def plan_of(run: Unroll, memory: str | float, directions: int, workers: int) -> Plan:
     """The plan for an inner loop that has been checked."""
     run = run.eager  # what compiled code allocates can't be counted
-    steps = 1 if isinstance(run.problem, BlackBox) else run.steps
-    return from_costs(step_costs.measure(run), steps, memory, directions, workers)
+    return from_costs(step_costs.measure(run), len(run.inner_batches), memory, directions, workers)
 
 
 def on_paper(

@@ -17,7 +17,6 @@ from bilevel import autodiff, trees
 from bilevel.errors import MissingDerivativeError
 from bilevel.models.module_view import modules_in
 from bilevel.planning.live_memory import counting
-from bilevel.problem import BlackBox, GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.step_products import pull_back_step
 from bilevel.unrolling.unroll import Unroll
@@ -83,7 +82,7 @@ def measure(run: Unroll) -> StepCosts:
     state = run.start()
     meta_bytes, state_bytes = _size(run.meta), _size(state)
     outer = _price(lambda: run.outer_loss(state, run.meta))
-    if isinstance(run.problem, BlackBox):
+    if run.problem.is_black_box:
         return StepCosts(run.meta_size, meta_bytes, state_bytes, _price(run.start), outer)
     with autodiff.differentiable_kernels(modules_in([run.meta, state])):
         plain = _price(lambda: run.descend(state, 0, 1))
@@ -111,7 +110,7 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
         "back": _price(lambda: pull_back_step(run, 0, state, d, "reverse")),
         "graph": Price((four.seconds - two.seconds) / 2, (four.bytes - two.bytes) / 2),
     }
-    if isinstance(problem := run.problem, GradientDescent):
+    if (problem := run.problem.as_gradient_descent) is not None:
         count = len(trees.split(state.params).differentiable)
 
         def gradient(params: Tree, meta: Tree) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ from bilevel import distributed
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.distributed.workers import Workers
 from bilevel.planning import names
-from bilevel.problem import BlackBox, GradientDescent
+from bilevel.problem import BilevelProblem
 from bilevel.report import page
 from bilevel.report.files import write_json
 from bilevel.tasks.options import RunOptions, describe, make_phases
@@ -159,26 +159,26 @@ def _prepared(
     return made if workers.first else prepare(False)
 
 
-def _require_derivatives(problem: Any, phases: Sequence[Phase]) -> None:
+def _require_derivatives(problem: BilevelProblem, phases: Sequence[Phase]) -> None:
     """Raise before anything is written for an estimator that cannot take this problem."""
     for phase in phases:
-        if isinstance(problem, BlackBox) and phase.estimator.needs_derivatives:
+        if problem.is_black_box and phase.estimator.needs_derivatives:
             raise ValueError(
                 f"{names.describe(phase.estimator)} differentiates the inner loop, and here that is a black box "
                 "without derivatives: take zeroth-order, or settings of the task with which it can be differentiated"
             )
 
 
-def compiled(problem: Any, backend: str | None) -> Any:
+def compiled(problem: BilevelProblem, backend: str | None) -> BilevelProblem:
     """The problem, compiled if a backend is named."""
     if backend is None:
         return problem
-    if not isinstance(problem, GradientDescent):
+    if (descent := problem.as_gradient_descent) is None:
         raise ValueError(
             f"--compile {backend}: the gradient of an inner loss is what is compiled, and with these settings the task "
             f"has none: its inner loop is a {type(problem).__name__}"
         )
-    return problem.compiled(backend)
+    return descent.compiled(backend)
 
 
 def write_report(task: Task[Any], folder: Path) -> Path:

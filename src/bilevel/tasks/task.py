@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from bilevel.optim.update_rule import Optimizer
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.problem import BilevelProblem
 from bilevel.report.page import Section
 from bilevel.training.accumulation import batch_of, batches_of
 from bilevel.training.outer_loop import OuterStep
@@ -33,7 +33,7 @@ class Preset(Generic[Config]):
 class Setup:
     """A bilevel problem ready for `fit`; the fields are its arguments."""
 
-    problem: Unrollable | BlackBox
+    problem: BilevelProblem
     meta: Any
     inner_batches: Any
     outer_batch: Any

@@ -14,7 +14,7 @@ from bilevel.directions.distributed_slopes import agreed_state
 from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator, control_variates
-from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.problem import BilevelProblem
 from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import Carried
 
@@ -47,7 +47,7 @@ class Estimates(NamedTuple):
 class Draws:
     """What estimates are made from: the problem, its batches and seeds, and in a stream where the inner loop is."""
 
-    problem: Unrollable | BlackBox
+    problem: BilevelProblem
     inner_batches: Any
     outer_batch: Any
     seed: int
@@ -60,7 +60,7 @@ class Draws:
     @property
     def backend(self) -> str | None:
         """What compiles the inner gradient."""
-        return self.problem.backend if isinstance(self.problem, GradientDescent) else None
+        return self.problem.backend
 
     def batches(self, draw: int) -> tuple[Any, Any]:
         """The inner batches and the outer batch of a draw."""

@@ -16,7 +16,7 @@ from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError, Terminated
 from bilevel.optim.update_rule import Optimizer
 from bilevel.optim.update_rule import optimizer as make_optimizer
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.report.progress import bar
 from bilevel.training.accumulation import Draws
 from bilevel.training.metrics import Row
@@ -40,7 +40,7 @@ class FitResult:
 
 
 def fit(
-    problem: Unrollable | BlackBox,
+    problem: BilevelProblem | Unrollable,
     meta: Any,
     inner_batches: Any = None,
     outer_batch: Any = None,
@@ -119,6 +119,7 @@ def fit(
     >>> result.meta
     tensor(3.0029)
     """
+    problem = as_problem(problem)
     _require_settings(problem, phases, checkpoint_every, seed, out is not None, resume or tensorboard, stream, retreats)
     if optimizer is None:
         optimizer = make_optimizer(torch.optim.Adam, lr=1e-2)
@@ -152,7 +153,7 @@ def fit(
 
 
 def _require_settings(
-    problem: Unrollable | BlackBox,
+    problem: BilevelProblem,
     phases: Sequence[Phase],
     checkpoint_every: int,
     seed: int,
@@ -169,7 +170,7 @@ def _require_settings(
     randomness.check_seed(seed)
     if needs_folder and not has_folder:
         raise ValueError("resume=True and tensorboard=True need out=FOLDER")
-    if stream and isinstance(problem, BlackBox):
+    if stream and problem.is_black_box:
         raise ValueError("stream=True needs inner steps to go on with, and a BlackBox solves from the beginning")
     if stream and retreats:
         raise ValueError(f"retreats={retreats} with stream=True: the steps of a stream are not taken twice; take one")

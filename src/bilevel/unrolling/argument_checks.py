@@ -10,7 +10,6 @@ from torch import Tensor
 from bilevel import distributed, trees
 from bilevel.errors import NonFiniteError
 from bilevel.models.module_view import modules_in, refuse_running_statistics
-from bilevel.problem import BlackBox, Unrollable
 from bilevel.trees import Tree
 
 
@@ -20,16 +19,6 @@ def outside_of_inference_mode() -> None:
         raise RuntimeError(
             "called inside torch.inference_mode(), where nothing has a derivative; call estimators outside of it "
             "(torch.no_grad() does no harm)"
-        )
-
-
-def problem(problem: Any) -> None:
-    """The problem is one."""
-    if isinstance(problem, type) or not isinstance(problem, Unrollable | BlackBox):
-        what = f"the class {problem.__name__}" if isinstance(problem, type) else f"a {type(problem).__name__}"
-        raise TypeError(
-            f"problem is {what}; an instance of bilevel.Problem, GradientDescent or BlackBox is needed: estimators are "
-            "called as estimator(problem, meta, inner_batches, outer_batch)"
         )
 
 

@@ -43,8 +43,11 @@ def push_on_by_differences(
     """What `Unroll.push_on` gives: the same from a given state and its tangents."""
     vectors, state, tangents = _one_by_one(directions), pushed.value, _one_by_one(pushed.tangents)
     for t in range(run.steps):
-        push = _push_descent if isinstance(run.problem, GradientDescent) else _push_step
-        state, tangents = push(run, t, state, list(zip(tangents, vectors, strict=True)))
+        pairs = list(zip(tangents, vectors, strict=True))
+        if (problem := run.problem.as_gradient_descent) is None:
+            state, tangents = _push_step(run, t, state, pairs)
+        else:
+            state, tangents = _push_descent(run, problem, t, state, pairs)
     value, d, c = _outer_gradients(run, state)
     slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
     moved = any(bool(trees.whole(part.any())) for y in tangents for part in y)
@@ -79,10 +82,9 @@ def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tre
     return after, [_difference(lambda s, m: run.step(t, s, m), state, run.meta, pair) for pair in pairs]
 
 
-def _push_descent(run: Unroll, t: int, state: Descent, pairs: list[Pair]) -> tuple[Tree, list[list[Tensor]]]:
-    problem = run.problem
-    assert isinstance(problem, GradientDescent)
-
+def _push_descent(
+    run: Unroll, problem: GradientDescent, t: int, state: Descent, pairs: list[Pair]
+) -> tuple[Tree, list[list[Tensor]]]:
     def gradient(params: Tree, meta: Tree) -> list[Tensor]:
         with run.seeded_step(t):
             return problem.gradient(params, meta, run.inner_batches[t])

@@ -25,13 +25,9 @@ def push_forward_sharing_steps(run: Unroll, chunks: Sequence[list[Tensor]]) -> S
     T (1 + 2b) units for b directions, whatever their number a chunk. Memory: the tangents of all of them, one graph of
     a step, and the backward passes of one chunk through it.
     """
-    problem = run.problem
-    if not isinstance(problem, GradientDescent):
-        raise TypeError(
-            f'tangents="shared" needs the inner loss, whose second derivatives are symmetric; a '
-            f"{type(problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take "
-            'tangents="exact"'
-        )
+    problem = run.problem.require_inner_loss(
+        'tangents="shared"', "whose second derivatives are symmetric", instead='tangents="exact"'
+    )
     if problem.backend is not None:
         raise CompileError(
             f'tangents="shared" takes many products of one graph, and compiled code (compile={problem.backend!r}) has '

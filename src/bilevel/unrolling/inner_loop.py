@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel import randomness, trees
 from bilevel.batches import Batches
 from bilevel.models.module_view import modules_in, refuse_running_statistics
-from bilevel.problem import BlackBox, GradientDescent, Unrollable, require_scalar
+from bilevel.problem import BilevelProblem, require_scalar
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 
@@ -44,7 +44,7 @@ class InnerLoop:
     numbers.
     """
 
-    problem: Unrollable | BlackBox
+    problem: BilevelProblem
     meta: Tree
     inner_batches: Batches
     outer_batch: Any
@@ -55,7 +55,7 @@ class InnerLoop:
     @property
     def steps(self) -> int:
         """T, the number of inner steps; 0 for a black box."""
-        return 0 if isinstance(self.problem, BlackBox) else len(self.inner_batches)
+        return self.problem.steps_of(self.inner_batches)
 
     @property
     def meta_size(self) -> int:
@@ -73,13 +73,11 @@ class InnerLoop:
         """θ_0, or where the window before ended (a constant then), or the whole solve of a black box."""
         if self.carried is not None:
             return self.carried.state
-        start = self.problem.solve if isinstance(self.problem, BlackBox) else self.problem.init
         with randomness.torch_seeded(self.seed, randomness.INIT):
-            return start(meta)
+            return self.problem.init(meta)
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
-        assert not isinstance(self.problem, BlackBox)
         batch = self.inner_batches[t]
         self.require_one_device(t, state, meta)
         with self.seeded_step(t):
@@ -96,7 +94,7 @@ class InnerLoop:
     @property
     def eager(self) -> Self:
         """The same inner loop, not compiled."""
-        return replace(self, problem=self.problem.eager) if isinstance(self.problem, GradientDescent) else self
+        return replace(self, problem=self.problem.eager)
 
     def seeded_step(self, t: int) -> AbstractContextManager[None]:
         """Inside, torch draws the random numbers of inner step t of this window."""
@@ -118,7 +116,7 @@ class InnerLoop:
         for module in modules_in(state):
             refuse_running_statistics(module, "params")
         argument_checks.whole_at_each_worker(state)
-        if not isinstance(self.problem, BlackBox) and not trees.split(state).differentiable:
+        if not self.problem.is_black_box and not trees.split(state).differentiable:
             raise TypeError(
                 f"init returned {state!r} ({type(state).__name__}); the inner state must hold a floating-point tensor, "
                 "such as torch.tensor(0.0) for one number"
@@ -142,14 +140,13 @@ class InnerLoop:
         """The outer loss and the final state at each of several φ, one after the other; a black box with `solve_all`
         solves for all of them at once.
         """
-        problem = self.problem
-        if not isinstance(problem, BlackBox) or problem.solve_all is None:
+        if (solve_all := self.problem.solve_all) is None:
             for meta in metas:
                 yield self.at(meta).value()
             return
         metas = list(metas)
         with torch.enable_grad(), randomness.torch_seeded(self.seed, randomness.INIT):
-            states = list(problem.solve_all(metas))
+            states = list(solve_all(metas))
         if len(states) != len(metas):
             raise ValueError(f"solve_all returned {len(states)} states for {len(metas)} points; one for each is needed")
         for meta, solved in zip(metas, states, strict=True):

@@ -26,8 +26,8 @@ def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[
 
     Forward mode goes through the whole step; where the gradient is compiled, with its tangents, through the update.
     """
-    problem, state = run.problem, pushed.value
-    if not isinstance(problem, GradientDescent) or problem.backend is None:
+    problem, state = run.problem.as_gradient_descent, pushed.value
+    if problem is None or problem.backend is None:
         return autodiff.push_forward(
             lambda state, meta: run.step(t, state, meta), [state, run.meta], [pushed.tangents, directions]
         )
@@ -52,19 +52,19 @@ def pull_back_step(
     Since second derivatives are symmetric, w ∂g/∂(θ, φ) is the derivative of ∇_{θ,φ} loss in the direction w in θ: one
     product in forward mode, without a graph. Exact for every update. Reference: Kemaev et al., ICML 2025 (MixFlow-MG).
     """
-    if product == "mixed" and isinstance(run.problem, GradientDescent):
-        return _mixed(run, run.problem, t, state, d)
+    if product == "mixed" and (problem := run.problem.as_gradient_descent) is not None:
+        return _mixed(run, problem, t, state, d)
     _, (down, across) = autodiff.pull_back(lambda state, meta: run.step(t, state, meta), [state, run.meta], d)
     return down, across
 
 
 def faster_product(run: InnerLoop, d: list[Tensor]) -> Product:
     """The product that takes less time on the first inner step, or the only one that this model's operations allow."""
-    if not isinstance(run.problem, GradientDescent):
+    if (problem := run.problem.as_gradient_descent) is None:
         return "reverse"
-    if run.problem not in _FASTER:
-        _FASTER[run.problem] = _measured(run, d)
-    return _FASTER[run.problem]
+    if problem not in _FASTER:
+        _FASTER[problem] = _measured(run, d)
+    return _FASTER[problem]
 
 
 def _measured(run: InnerLoop, d: list[Tensor]) -> Product:

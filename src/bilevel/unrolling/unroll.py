@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, randomness, trees
-from bilevel.batches import no_batches, require_batches
 from bilevel.errors import NoDependenceError
 from bilevel.models.module_view import as_tree
-from bilevel.problem import BlackBox, GradientDescent
+from bilevel.problem import as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.diagnosis import require_dependence, require_finite
@@ -130,20 +129,16 @@ def unroll(
     """Check what was passed to an estimator and gather it."""
     randomness.check_seed(seed)
     argument_checks.outside_of_inference_mode()
-    argument_checks.problem(problem)
-    if isinstance(problem, BlackBox):
-        if inner_batches is not None:
-            raise ValueError("a BlackBox takes no inner_batches: its solve(meta) is the whole inner loop; pass None")
-        if carried is not None:
-            raise ValueError("a BlackBox solves from the beginning each time, so nothing can be carried into it")
-        inner_batches = no_batches(1)
-    if isinstance(problem, GradientDescent):
-        problem.check_compiled_again()
+    problem = as_problem(problem)
+    inner_batches = problem.batches_of(inner_batches)
+    if problem.is_black_box and carried is not None:
+        raise ValueError("a BlackBox solves from the beginning each time, so nothing can be carried into it")
+    problem.check_compiled_again()
     meta = as_tree(meta)
     argument_checks.meta_parameters(meta)
     argument_checks.one_device(meta=meta, outer_batch=outer_batch)
     argument_checks.finite(meta)
-    return Unroll(problem, trees.detach(meta), require_batches(inner_batches), outer_batch, seed, carried)
+    return Unroll(problem, trees.detach(meta), inner_batches, outer_batch, seed, carried)
 
 
 def _accumulate(c: list[Tensor], parts: list[Tensor | None]) -> None:
