@@ -10,23 +10,26 @@ numbers by operations that autograd and the function transforms follow:
 - `x.op_(…)` and `op(…, out=x)` compute the result out of place and then copy it into x. Arguments are copied before an
   operation may keep them for its derivative, since a later line may write into them.
 - `_foreach_` operations are made tensor by tensor.
-- `alpha=` and `value=` may be tensors with a derivative: `x.add(y, alpha=a)` is computed as x + a·y.
+- `.item()` gives a `TensorNumber` where it may have a derivative, whose tensor takes its place in every operation:
+  `x.add(y, alpha=a)` is computed as x + a·y.
 - √x is √max(x, 100·tiny), because the derivative of √ at 0 is infinite and one such entry would make everything NaN; in
   float32 the value differs by at most 1e-18.
 
-The mode does not follow numbers that leave PyTorch (`.item()`, `float(…)`, NumPy); `bilevel.optim.verification` finds
+The mode does not follow numbers that leave PyTorch by `float(…)`, `.tolist()` or NumPy; `bilevel.optim.verification` finds
 steps whose derivative is wrong for that reason.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from bilevel.optim.numbers_with_derivatives import TensorNumber
 
 _ARITHMETIC = {
     "__neg__": "neg",
@@ -38,6 +41,8 @@ _ARITHMETIC = {
 """Operations by the names of the methods that Python calls for operators."""
 _UNCHANGED = frozenset({"copy_", "zero_", "fill_", "set_", "resize_", "squeeze_", "unsqueeze_", "t_", "transpose_"})
 """In-place operations that keep nothing for a derivative."""
+_KEEPING_PRECISION = frozenset({"add", "sub", "rsub", "mul", "div", "pow", "rpow", "addcmul", "addcdiv"})
+"""Operations in which a float64 number does not change the dtype of the other tensors."""
 _FACTOR = {"add": "alpha", "sub": "alpha", "addcmul": "value", "addcdiv": "value"}
 
 
@@ -54,6 +59,11 @@ class DifferentiableStep(TorchFunctionMode):
     (tensor([3., 3.]),)
     """
 
+    def __init__(self, without_gradient: Collection[Tensor] = ()) -> None:
+        """`without_gradient` are parameters whose `grad` is `None`; PyTorch warns when it is asked for that of a copy."""
+        super().__init__()
+        self._without_gradient = {id(parameter) for parameter in without_gradient}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch._C._set_grad_enabled:
@@ -61,10 +71,14 @@ class DifferentiableStep(TorchFunctionMode):
         name, attribute = getattr(func, "__name__", ""), getattr(func, "__self__", None)
         if attribute is Tensor.data:
             return args[0] if name == "__get__" else args[0].copy_(args[1])
+        if attribute is Tensor.grad and name == "__get__" and id(args[0]) in self._without_gradient:
+            return None
         if attribute is Tensor.is_leaf:  # a constructor asks for leaves, which copies with a derivative are not
             return True
         if name in ("detach", "detach_", "requires_grad_"):
             return args[0]
+        if name == "item" and _may_have_derivative(args[0]):
+            return TensorNumber(args[0])
         if name.startswith("_foreach_"):
             return _one_by_one(name.removeprefix("_foreach_"), args, kwargs)
         if name.endswith("_") and not name.endswith("__") and _exists(name[:-1]):
@@ -114,20 +128,34 @@ def _for_one_tensor(name: str, arguments: list[Any]) -> Callable[..., Tensor]:
 def _computed(name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The result of an operation that changes nothing in place."""
     known = _ARITHMETIC.get(name, name)
-    if known in _FACTOR and isinstance(kwargs.get(_FACTOR[known]), Tensor):
-        factor, x, others = kwargs[_FACTOR[known]], args[0], args[1:]
-        product = (
-            others[0] if len(others) == 1 else others[0] * others[1] if known == "addcmul" else others[0] / others[1]
-        )
-        return x - factor * product if known == "sub" else x + factor * product
+    if any(isinstance(value, TensorNumber) for value in (*args, *kwargs.values())):
+        like = None if known in _KEEPING_PRECISION else next((arg for arg in args if isinstance(arg, Tensor)), None)
+        args = [_as_tensor(value, like) for value in args]
+        kwargs = {key: _as_tensor(value, like) for key, value in kwargs.items()}
     if not _keeps_arguments(known):
         return func(*args, **kwargs)
     args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
     kwargs = {key: value.clone() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+    if known in _FACTOR and isinstance(factor := kwargs.get(_FACTOR[known]), Tensor):
+        x, *others = args
+        product = others[0] if len(others) == 1 else others[0] * others[1] if known == "addcmul" else others[0] / others[1]
+        return x - factor * product if known == "sub" else x + factor * product
     if known == "sqrt" or (known == "pow" and isinstance(args[1], float) and args[1] == 0.5):
         return args[0].clamp(min=100 * torch.finfo(args[0].dtype).tiny).sqrt().clone()
     result = func(*args, **kwargs)
     return result.clone() if isinstance(result, Tensor) else result
+
+
+def _as_tensor(value: Any, like: Tensor | None) -> Any:
+    if not isinstance(value, TensorNumber):
+        return value
+    return value.tensor if like is None else value.tensor.to(dtype=like.dtype, device=like.device)
+
+
+def _may_have_derivative(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and (
+        tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _copied_into(target: Tensor, result: Tensor) -> Tensor:

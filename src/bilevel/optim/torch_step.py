@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from bilevel import trees
 from bilevel.optim.buckets import LIMIT, Buckets
 from bilevel.optim.differentiable_steps import DifferentiableStep
+from bilevel.optim.numbers_with_derivatives import SettingNumber
 from bilevel.optim.optimizer_state import BucketState, OptimizerState, buckets_of, divided
 from bilevel.optim.schedules import Timetable
 
@@ -84,14 +85,21 @@ class TorchStep:
         step: int,
         settings: Mapping[str, Any],
     ) -> tuple[list[Tensor], OptimizerState]:
-        """Update the parameters that have a gradient, and what is remembered of them."""
-        reached = {i for i, g in enumerate(gradients) if g is not None}
+        """Update the parameters that have a gradient, and what is remembered of them.
+
+        A class that PyTorch did not write gets all parameters, as in a loop without this library, and may also change
+        those whose `grad` is `None`.
+        """
+        reached = {i for i, g in enumerate(gradients) if g is not None or not self.is_pytorchs_own}
         state = divided(state, reached, parameters)
         moving = [number for number, bucket in enumerate(state) if bucket.members[0] in reached]
         active = [self._begun(state[number], parameters, step, settings) for number in moving]
         buckets = buckets_of(active, parameters)
         clones = buckets.joined(parameters, fresh=True)
-        given = buckets.joined(gradients, fresh=not self.is_pytorchs_own)  # others may write into their gradients
+        if self.is_pytorchs_own:
+            given: Sequence[Tensor | None] = buckets.joined(gradients)
+        else:  # these may write into their gradients
+            given = [None if (g := gradients[bucket.members[0]]) is None else g.clone() for bucket in active]
         after, new_state = list(parameters), list(state)
         rate = settings.get("lr")
         standing = self._divides_by_rate and not isinstance(rate, Tensor) and rate == 0
@@ -104,7 +112,7 @@ class TorchStep:
         return after, new_state
 
     def _moved(
-        self, clones: list[Tensor], gradients: list[Tensor], state: OptimizerState, settings: Mapping[str, Any]
+        self, clones: list[Tensor], gradients: Sequence[Tensor | None], state: OptimizerState, settings: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         """Run the step on the clones, in place; return the new memories."""
         instance = self.timetable.blank()
@@ -120,7 +128,9 @@ class TorchStep:
         if self.is_pytorchs_own:
             step(instance)
         else:
-            with DifferentiableStep():
+            for group in instance.param_groups:
+                group.update({n: SettingNumber(v) for n, v in group.items() if isinstance(v, Tensor) and v.ndim == 0})
+            with DifferentiableStep([clone for clone, g in zip(clones, gradients, strict=True) if g is None]):
                 step(instance)
         found = [self._frozen(instance.state[clone]) for clone in clones]
         for memory, bucket in zip(found, state, strict=True):

@@ -267,7 +267,7 @@ class Optimizer:
             if verification.is_off(gap):
                 raise ValueError(
                     f"the step of {self._name} has another derivative than its differences show (relative difference "
-                    f"{gap:.2g}, with respect to the {what}): it takes numbers out of PyTorch (.item(), float(...), "
+                    f"{gap:.2g}, with respect to the {what}): it takes numbers out of PyTorch (float(...), .tolist(), "
                     "NumPy), or decides by them. Write the step in operations on tensors, clip by "
                     "bilevel.optimizer(..., clip_norm=...), describe the step by bilevel.Problem, or take ZerothOrder"
                 )
