@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
@@ -27,7 +26,8 @@ from bilevel.models.module_view import (
     refuse_running_statistics,
     standing_in,
 )
-from bilevel.optim.update_rule import Optimizer, OptimizerState, described
+from bilevel.optim.optimizer_state import OptimizerState
+from bilevel.optim.update_rule import Optimizer, described
 from bilevel.trees import Tree
 
 
@@ -201,7 +201,12 @@ class BlackBox(BilevelProblem):
 
 
 class Descent(NamedTuple):
-    """The inner state of `GradientDescent`: the parameters, the optimiser's memory, and the number of steps taken."""
+    """The inner state of `GradientDescent`: the parameters, what the optimiser remembers of them, and the number of
+    steps taken.
+
+    The structure of `optimizer` may change from step to step: parameters that a loss does not reach are left alone, with
+    a count of updates of their own.
+    """
 
     params: Tree
     optimizer: OptimizerState
@@ -312,10 +317,14 @@ class GradientDescent(BilevelProblem):
                 f"params is {params!r}, without a floating-point tensor to train; pass an nn.Module some of whose "
                 "parameters have requires_grad=True, or a tree of floating-point tensors (.float())"
             )
+        self.optimizer.require_clippable(tensors)
         return Descent(params, self.optimizer.init(tensors), 0)
 
-    def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
-        """∇_θ inner_loss, one tensor for each differentiable leaf of `params`."""
+    def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor | None]:
+        """Compute ∇_θ inner_loss, one tensor for each differentiable leaf of `params`.
+
+        An entry is `None` where the loss does not reach the leaf, as `.grad` is after `zero_grad()` and `backward()`.
+        """
         if self._compiled is not None:
             return self._compiled.gradient(params, meta, batch)
         parts = trees.split(params)
@@ -339,9 +348,15 @@ class GradientDescent(BilevelProblem):
         return found
 
     def joint_gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
-        """∇_{θ,φ} inner_loss, one tensor for each differentiable leaf of `params`, then of `meta`; zeros for those that
-        inner_loss does not depend on.
+        """Compute ∇_{θ,φ} inner_loss, one tensor for each differentiable leaf of `params`, then of `meta`; zeros for
+        those that inner_loss does not depend on.
         """
+        found = self.connected_joint_gradient(params, meta, batch)
+        tensors = [*trees.split(params).differentiable, *trees.split(meta).differentiable]
+        return autodiff.zeros_where_none(found, tensors)
+
+    def connected_joint_gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor | None]:
+        """Compute the same with `None` for leaves that inner_loss does not depend on."""
         parts, meta_parts = trees.split(params), trees.split(meta)
         count = len(parts.differentiable)
 
@@ -352,12 +367,15 @@ class GradientDescent(BilevelProblem):
         tensors = [*parts.differentiable, *meta_parts.differentiable]
         with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
             found = autodiff.gradient(loss, tensors, differentiable=autodiff.has_graph([params, meta]))
-        return [torch.zeros_like(t) for t in tensors] if found is None else found
+        return [None] * len(tensors) if found is None else found
 
     def push_gradient(
         self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor], along_meta: Sequence[Tensor]
     ) -> autodiff.Pushed:
-        """∇_θ inner_loss and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ."""
+        """Compute ∇_θ inner_loss and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ.
+
+        The value is that of `gradient`; there are tangents for those of its entries that are not `None`.
+        """
         if self._compiled is not None:
             return self._compiled.push(params, meta, batch, along, along_meta)
         return autodiff.push_forward(
@@ -372,25 +390,27 @@ class GradientDescent(BilevelProblem):
         pushed = autodiff.push_forward(lambda params: self.joint_gradient(params, meta, batch), [params], [direction])
         return [tangent[0] for tangent in pushed.tangents]
 
-    def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor]:
-        """What vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss (minus
-        for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for coupled weight decay λ.
+    def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
+        """Compute what vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss
+        (minus for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for coupled weight decay λ.
+
+        An entry is `None` where the loss does not reach the leaf, which the optimiser then leaves alone. Clipping is
+        left out: it has no effect where the gradient vanishes.
         """
-        found = self.gradient(state.params, meta, batch)
-        if self.optimizer.sign < 0:
-            found = [-g for g in found]
         tensors = trees.split(state.params).differentiable
-        decay = self.optimizer.coupled_decay(tensors, meta, state.params)
-        if decay is None:
-            return found
-        return [g + d * p for g, d, p in zip(found, decay, tensors, strict=True)]
+        decay = self.optimizer.coupled_decay(tensors, meta, state.params) or [0.0] * len(tensors)
+        found = []
+        for g, d, p in zip(self.gradient(state.params, meta, batch), decay, tensors, strict=True):
+            signed = -g if g is not None and self.optimizer.sign < 0 else g
+            found.append(signed if signed is None or (isinstance(d, float) and d == 0) else signed + d * p)
+        return found
 
     def step(self, state: Descent, meta: Tree, batch: Any) -> Descent:
         """One step of the optimiser."""
         return self.apply(state, self.gradient(state.params, meta, batch), meta)
 
-    def apply(self, state: Descent, gradient: Sequence[Tensor], meta: Tree) -> Descent:
-        """The optimiser's update with a given gradient."""
+    def apply(self, state: Descent, gradient: Sequence[Tensor | None], meta: Tree) -> Descent:
+        """Update the state with a given gradient; leaves whose entry is `None` are left alone."""
         parts = trees.split(state.params)
         tensors, memory = self.optimizer.update(
             parts.differentiable, gradient, state.optimizer, state.steps, meta, state.params

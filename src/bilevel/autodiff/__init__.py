@@ -9,9 +9,11 @@ from bilevel.autodiff.derivatives import (
     gradient,
     has_graph,
     named_missing_derivatives,
+    placed_where_reached,
     pull_back,
     push_forward,
     start_graph,
+    zeros_where_none,
 )
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "gradient",
     "has_graph",
     "named_missing_derivatives",
+    "placed_where_reached",
     "pull_back",
     "push_forward",
     "start_graph",
+    "zeros_where_none",
 ]

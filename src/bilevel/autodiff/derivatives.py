@@ -28,30 +28,26 @@ def gradient(
     tensors: Sequence[Tensor],
     differentiable: bool,
     during: Callable[[Sequence[Tensor]], AbstractContextManager[None]] = lambda tensors: nullcontext(),
-) -> list[Tensor] | None:
-    """∂loss/∂tensors, to be differentiated again in forward mode, or in reverse mode if `differentiable`; `None` if the
-    loss depends on none of them.
+) -> list[Tensor | None] | None:
+    """Compute ∂loss/∂tensors, to be differentiated again in forward mode, or in reverse mode if `differentiable`.
 
-    Under function transforms `torch.func.grad` is needed; outside of them `torch.autograd.grad` costs less, takes more
-    models (activation checkpointing, for one), and keeps no graph where nobody wants one. But it can't tell a result
-    that depends on what was recorded from one that depends on the tensors alone, if these were not recorded.
+    An entry is `None` where the graph of the loss does not lead to the tensor, as `.grad` is after `loss.backward()`; a
+    tensor that the loss reaches with a derivative of zero has zeros. The whole result is `None` if the loss depends on
+    none of the tensors.
+
+    Under function transforms the gradient is taken inside `torch.func.vjp`. Outside of them `torch.autograd.grad` costs
+    less, takes more models (activation checkpointing, for example), and keeps no graph where nobody wants one. It
+    cannot tell a result that depends on what was recorded from one that depends on the tensors alone, if these were not
+    recorded.
 
     `during` gives the context of the backward pass, in which activation checkpointing computes layers again.
 
-    >>> gradient(lambda x: (x[0] ** 3).sum(), [torch.tensor([1.0, 2.0])], differentiable=False)
-    [tensor([ 3., 12.])]
+    >>> gradient(lambda x: (x[0] ** 3).sum(), [torch.tensor([1.0, 2.0]), torch.zeros(1)], differentiable=False)
+    [tensor([ 3., 12.]), None]
     """
     recorded = all(t.requires_grad for t in tensors)
     if torch._C._are_functorch_transforms_active() or (differentiable and not recorded):
-        connected = []
-
-        def noted(tensors: Sequence[Tensor]) -> Tensor:
-            value = loss(tensors)
-            connected.append(value.requires_grad)
-            return value
-
-        found = torch.func.grad(noted)(tuple(tensors))
-        return list(found) if connected[0] else None
+        return _gradient_inside_vjp(loss, tensors)
     # Fresh tensors: one that also is a meta parameter would bring the gradient with respect to that along.
     inputs = [t.view_as(t) if differentiable else t.detach().requires_grad_() for t in tensors]
     with torch.enable_grad():
@@ -60,9 +56,54 @@ def gradient(
         return None
     with during(inputs):
         found = torch.autograd.grad(value, inputs, create_graph=differentiable, allow_unused=True)
-    if all(g is None for g in found):
+    return None if all(g is None for g in found) else list(found)
+
+
+def _gradient_inside_vjp(
+    loss: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]
+) -> list[Tensor | None] | None:
+    """The same under function transforms.
+
+    `torch.func.grad` would give zeros for a tensor that the loss does not reach. `torch.func.vjp` makes the same level
+    of differentiation, and its own backward pass is never run: the one inside takes its place.
+    """
+    reached: list[bool] = []
+
+    def differentiated(*tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        value = loss(tensors)
+        if not value.requires_grad:
+            return value, ()
+        # The graph keeps the backward pass recorded by the transforms around this one.
+        found = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
+        reached.extend(g is not None for g in found)
+        return value, tuple(g for g in found if g is not None)
+
+    _, _, found = torch.func.vjp(differentiated, *tensors, has_aux=True)  # pyright: ignore[reportAssignmentType]
+    if not found:
         return None
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    remaining = iter(found)
+    return [next(remaining) if connected else None for connected in reached]
+
+
+def zeros_where_none(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Put zeros like those of `like` in the places of `None`.
+
+    >>> zeros_where_none([None, torch.ones(1)], [torch.ones(2), torch.ones(1)])
+    [tensor([0., 0.]), tensor([1.])]
+    """
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(tensors, like, strict=True)]
+
+
+def placed_where_reached(
+    tensors: Sequence[Tensor | None], gradient: Sequence[Tensor | None], like: Sequence[Tensor]
+) -> list[Tensor]:
+    """Spread one tensor for each entry of a gradient that is not `None` over all places, with zeros in the others.
+
+    >>> placed_where_reached([torch.ones(1)], [None, torch.ones(1)], [torch.ones(2), torch.ones(1)])
+    [tensor([0., 0.]), tensor([1.])]
+    """
+    remaining = iter(tensors)
+    return zeros_where_none([None if g is None else next(remaining) for g in gradient], like)
 
 
 class Pushed(NamedTuple):

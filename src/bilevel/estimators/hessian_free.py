@@ -80,8 +80,8 @@ def _through_update(run: Unroll, problem: GradientDescent, state: Descent, d: li
     with run.seeded_step(last):
         gradient = problem.gradient(state.params, run.meta, run.inner_batches[last])
 
-    def update(gradient: list[Tensor]) -> list[Tensor]:
+    def update(gradient: list[Tensor | None]) -> list[Tensor]:
         return trees.split(problem.apply(again, gradient, run.meta).params).differentiable
 
     _, (found,) = autodiff.pull_back(update, [gradient], d)
-    return [-problem.optimizer.sign * part for part in autodiff.fill_zeros(found, gradient)]
+    return [-problem.optimizer.sign * part for part in autodiff.placed_where_reached(found, gradient, d)]

@@ -79,9 +79,11 @@ class Implicit(Estimator):
             )
         state: Descent = run.descend(run.start())
         value, d, c = run.outer_cotangents(state)
-        jacobian = stationarity_transpose(run, problem, state, self.batches)
+        reached: list[bool] = []
+        jacobian = stationarity_transpose(run, problem, state, self.batches, reached)
         theta = trees.split(state.params).differentiable
-        d = d[: len(theta)]  # the optimiser's memory is not part of the solution
+        # Neither the optimiser's memory nor parameters that g does not reach are part of the solution.
+        d = [part if there else torch.zeros_like(part) for part, there in zip(d, reached, strict=False)]
 
         def hessian(vector: Sequence[Tensor]) -> list[Tensor]:
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
@@ -104,8 +106,13 @@ class Implicit(Estimator):
         return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
 
 
-def stationarity_transpose(run: Unroll, problem: GradientDescent, state: Descent, batches: int) -> autodiff.Transpose:
-    """The transposed Jacobian of (θ, φ) ↦ ∇_θ g at the final state, g the mean over the last `batches` batches."""
+def stationarity_transpose(
+    run: Unroll, problem: GradientDescent, state: Descent, batches: int, reached: list[bool] | None = None
+) -> autodiff.Transpose:
+    """Evaluate (θ, φ) ↦ ∇_θ g at the final state for its transposed Jacobian, g the mean over the last `batches` batches.
+
+    `reached`, if given, is filled with whether g reaches each leaf of θ.
+    """
 
     def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
         moved = state._replace(params=params)
@@ -113,7 +120,11 @@ def stationarity_transpose(run: Unroll, problem: GradientDescent, state: Descent
         for t in range(run.steps - batches, run.steps):
             with run.seeded_step(t), autodiff.RefuseOnceDifferentiable():
                 each.append(problem.stationarity(moved, meta, run.inner_batches[t]))
-        return [torch.stack(parts).mean(0) for parts in zip(*each, strict=True)]
+        if reached is not None:
+            reached[:] = [any(part is not None for part in parts) for parts in zip(*each, strict=True)]
+        return [
+            torch.stack(parts).mean(0) for parts in zip(*(autodiff.fill_zeros(e, params) for e in each), strict=True)
+        ]
 
     return autodiff.Transpose(gradient, [state.params, run.meta])
 

@@ -85,19 +85,26 @@ def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tre
 def _push_descent(
     run: Unroll, problem: GradientDescent, t: int, state: Descent, pairs: list[Pair]
 ) -> tuple[Tree, list[list[Tensor]]]:
-    def gradient(params: Tree, meta: Tree) -> list[Tensor]:
+    def gradient(params: Tree, meta: Tree) -> list[Tensor | None]:
         with run.seeded_step(t):
             return problem.gradient(params, meta, run.inner_batches[t])
+
+    def reached_gradient(params: Tree, meta: Tree) -> list[Tensor]:
+        """The entries that the loss reaches at the state itself."""
+        filled = autodiff.fill_zeros(gradient(params, meta), params)
+        return [g for g, there in zip(filled, found, strict=True) if there is not None]
 
     found, after, tangents = gradient(state.params, run.meta), None, []
     size = len(trees.split(state.params).differentiable)
     for y, v in pairs:
-        bend = _difference(gradient, state.params, run.meta, (y[:size], v))
+        bend = _difference(reached_gradient, state.params, run.meta, (y[:size], v))
         # The optimisers work entry by entry, so each process updates its own part of what is spread over several.
         parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend, v)]
         arguments = [trees.map_leaves(_local, tree) for tree in (state, found)]
         pushed = autodiff.push_forward(problem.apply, [*arguments, run.meta], parts)
-        after = trees.map_leaves(_spread_like, pushed.value, state)
+        after = pushed.value
+        if any(trees.is_spread(leaf) for leaf in trees.leaves(state)):  # then each parameter has a memory of its own
+            after = trees.map_leaves(_spread_like, pushed.value, state)
         likes = trees.split(after).differentiable
         tangents.append([trees.spread_like(part[0], like) for part, like in zip(pushed.tangents, likes, strict=True)])
     return after, tangents

@@ -7,6 +7,7 @@ the graph stays for the next chunk. In forward mode each chunk would compute the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -58,18 +59,21 @@ def _push_step(
     """The next state; the tangents are moved on in place."""
     batch = run.inner_batches[t]
 
-    def joint(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
-        return problem.joint_gradient(params, meta, batch)
+    def joint(params: trees.Tree, meta: trees.Tree) -> list[Tensor | None]:
+        return problem.connected_joint_gradient(params, meta, batch)
 
     with run.seeded_step(t):
         shared = autodiff.Transpose(joint, [state.params, run.meta])
     size = len(trees.split(state.params).differentiable)
     gradient, after = shared.value[:size], state
-    if not any(bool(g.any()) for g in gradient):
+    reached = [g is not None for g in shared.value]
+    if not any(g is not None and bool(g.any()) for g in gradient):
         with run.seeded_step(t):
             problem.gradient(state.params, run.meta, batch)  # says so if the loss does not depend on the parameters
     for number, (y, vectors) in enumerate(zip(tangents, chunks, strict=True)):
-        (bend,) = shared.many([*y[:size], *vectors], of=[0])
+        # A leaf that the loss does not reach has neither a row nor a column in the Hessian.
+        (bend,) = shared.many(list(itertools.compress([*y[:size], *vectors], reached)), of=[0])
+        bend = list(itertools.compress(bend, reached))
         pushed = autodiff.push_forward(problem.apply, [state, gradient, run.meta], [y, bend, vectors])
         after, tangents[number] = pushed.value, pushed.tangents
     return after

@@ -100,7 +100,10 @@ def _mixed(
         gradient = problem.gradient(state.params, run.meta, batch)
     _, (down, weights, across) = autodiff.pull_back(problem.apply, [state, gradient, run.meta], d)
     with run.seeded_step(t):
-        through = problem.joint_product(state.params, run.meta, batch, autodiff.fill_zeros(weights, gradient))
+        leaves = trees.split(state.params).differentiable
+        through = problem.joint_product(
+            state.params, run.meta, batch, autodiff.placed_where_reached(weights, gradient, leaves)
+        )
     count = len(gradient)
     down = [*_sums(down[:count], through[:count]), *down[count:]]
     return down, _sums(across, through[count:])
