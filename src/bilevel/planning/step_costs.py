@@ -111,7 +111,7 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
 
         def gradient(params: Tree, meta: Tree) -> list[torch.Tensor]:
             with run.seeded_step(0):
-                return problem.gradient(params, meta, run.inner_batches[0])
+                return problem.gradient(params, meta, run.inner_batches[0], state.buffers)
 
         def product() -> None:
             autodiff.Transpose(gradient, [state.params, run.meta])(d[:count])

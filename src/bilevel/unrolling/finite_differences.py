@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
-from bilevel.models.module_view import standing_in
-from bilevel.problem import Descent, GradientDescent
+from bilevel.models.conversion import standing_in
+from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.unroll import Slopes, Unroll
 
@@ -83,18 +83,19 @@ def _push_descent(run: Unroll, t: int, state: Descent, pairs: list[Pair]) -> tup
     problem = run.problem
     assert isinstance(problem, GradientDescent)
 
-    def gradient(params: Tree, meta: Tree) -> list[Tensor]:
+    def evaluated(moved: tuple[Tree, Tree], meta: Tree) -> Evaluated:
         with run.seeded_step(t):
-            return problem.gradient(params, meta, run.inner_batches[t])
+            return problem.evaluate(moved[0], meta, run.inner_batches[t], moved[1])
 
-    found, after, tangents = gradient(state.params, run.meta), None, []
-    size = len(trees.split(state.params).differentiable)
+    here = (state.params, state.buffers)
+    found, after, tangents = evaluated(here, run.meta), None, []
+    size, rest = len(found.gradient), len(trees.split(state.buffers).differentiable)
     for y, v in pairs:
-        bend = _difference(gradient, state.params, run.meta, (y[:size], v))
+        bend = _difference(evaluated, here, run.meta, ([*y[:size], *y[len(y) - rest :]], v))
         # The optimisers work entry by entry, so each process updates its own part of what is spread over several.
-        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend, v)]
-        arguments = [trees.map_leaves(_local, tree) for tree in (state, found)]
-        pushed = autodiff.push_forward(problem.apply, [*arguments, run.meta], parts)
+        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend[:size], v, bend[size:])]
+        arguments = [trees.map_leaves(_local, tree) for tree in (state, found.gradient, run.meta, found.buffers)]
+        pushed = autodiff.push_forward(problem.apply, arguments, parts)
         after = trees.map_leaves(_spread_like, pushed.value, state)
         likes = trees.split(after).differentiable
         tangents.append([trees.spread_like(part[0], like) for part, like in zip(pushed.tangents, likes, strict=True)])

@@ -3,6 +3,9 @@
 With g = ∇_θ loss, the gradient's tangent along (y, v) is ∂g/∂θ y + ∂g/∂φ v, the θ part of the Hessian of the loss in
 (θ, φ) times (y, v). A Hessian is symmetric, so that product is one backward pass through the graph of ∇_{θ,φ} loss, and
 the graph stays for the next chunk. In forward mode each chunk would compute the step again.
+
+Buffers b that modules update to b' (running statistics) are followed by the same product: with weights w of theirs, the
+loss becomes L = loss + w · b', and the w part of the Hessian of L at w = 0, times (y, v), is the tangent of b'.
 """
 
 from __future__ import annotations
@@ -62,19 +65,25 @@ def _push_step(
     """The next state; the tangents are moved on in place."""
     batch = run.inner_batches[t]
 
-    def joint(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
-        return problem.joint_gradient(params, meta, batch)
+    def joint(params: trees.Tree, buffers: trees.Tree, weights: list[Tensor], meta: trees.Tree) -> trees.Tree:
+        found = problem.evaluate_jointly(params, meta, batch, buffers, weights)
+        return found.gradient, trees.detach(found.buffers)
 
+    followed = trees.split(state.buffers).differentiable
+    weights = [torch.zeros_like(b) for b in followed]
     with run.seeded_step(t):
-        shared = autodiff.Transpose(joint, [state.params, run.meta])
-    size = len(trees.split(state.params).differentiable)
-    gradient, after = shared.value[:size], state
+        shared = autodiff.Transpose(joint, [state.params, state.buffers, weights, run.meta])
+    size, rest = len(trees.split(state.params).differentiable), len(followed)
+    (joint_gradient, buffers), after = shared.value, state
+    gradient = joint_gradient[:size]
     if not any(bool(g.any()) for g in gradient):
-        with run.seeded_step(t):
-            problem.gradient(state.params, run.meta, batch)  # says so if the loss does not depend on the parameters
+        with run.seeded_step(t):  # says so if the loss does not depend on the parameters
+            problem.gradient(state.params, run.meta, batch, state.buffers)
     for number, (y, vectors) in enumerate(zip(tangents, chunks, strict=True)):
-        (bend,) = shared.many([*y[:size], *vectors], of=[0])
-        pushed = autodiff.push_forward(problem.apply, [state, gradient, run.meta], [y, bend, vectors])
+        of_buffers = y[len(y) - rest :]
+        # The last ones stand for the outputs `buffers`, which have no graph.
+        bend, moved = shared.many([*y[:size], *vectors, *of_buffers, *of_buffers], of=[0, 2])
+        pushed = autodiff.push_forward(problem.apply, [state, gradient, run.meta, buffers], [y, bend, vectors, moved])
         after, tangents[number] = pushed.value, pushed.tangents
     return after
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel import randomness, trees
 from bilevel.batches import Batches
-from bilevel.models.module_view import modules_in, refuse_running_statistics
+from bilevel.models.sharing import presented
 from bilevel.problem import BlackBox, GradientDescent, Unrollable, require_scalar
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
@@ -75,7 +75,7 @@ class InnerLoop:
             return self.carried.state
         start = self.problem.solve if isinstance(self.problem, BlackBox) else self.problem.init
         with randomness.torch_seeded(self.seed, randomness.INIT):
-            return start(meta)
+            return start(self._as_passed(meta))
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
@@ -83,7 +83,7 @@ class InnerLoop:
         batch = self.inner_batches[t]
         self.require_one_device(t, state, meta)
         with self.seeded_step(t):
-            after = self.problem.step(state, meta, batch)
+            after = self.problem.step(state, self._as_passed(meta), batch)
         if t == 0:
             argument_checks.same_structure(state, after)
         return after
@@ -105,7 +105,12 @@ class InnerLoop:
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
         """The outer loss at a state."""
         with randomness.torch_seeded(self.seed, randomness.OUTER):
-            return require_scalar(self.problem.outer_loss(state, meta, self.outer_batch), "outer_loss")
+            value = self.problem.outer_loss(state, self._as_passed(meta), self.outer_batch)
+        return require_scalar(value, "outer_loss")
+
+    def _as_passed(self, meta: Tree) -> Tree:
+        """φ as the problem's functions take it; a `GradientDescent` itself hands it to the user's functions."""
+        return meta if isinstance(self.problem, GradientDescent) else presented(meta)
 
     # -- plain -------------------------------------------------------------------------------------------------
     # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same: a user's step or
@@ -115,8 +120,6 @@ class InnerLoop:
     def start(self) -> Tree:
         """θ_0 at φ, without a graph."""
         state = self.init(self.meta)
-        for module in modules_in(state):
-            refuse_running_statistics(module, "params")
         argument_checks.whole_at_each_worker(state)
         if not isinstance(self.problem, BlackBox) and not trees.split(state).differentiable:
             raise TypeError(
@@ -149,7 +152,7 @@ class InnerLoop:
             return
         metas = list(metas)
         with torch.enable_grad(), randomness.torch_seeded(self.seed, randomness.INIT):
-            states = list(problem.solve_all(metas))
+            states = list(problem.solve_all([presented(meta) for meta in metas]))
         if len(states) != len(metas):
             raise ValueError(f"solve_all returned {len(states)} states for {len(metas)} points; one for each is needed")
         for meta, solved in zip(metas, states, strict=True):
