@@ -8,24 +8,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
 from bilevel.batches import Batches, no_batches, require_batches
 from bilevel.compilation.compiled_gradient import CompiledGradient, backend_named
-from bilevel.errors import NoDependenceError
-from bilevel.models.module_view import (
-    ModuleView,
-    as_tree,
-    convertible,
-    left_as_they_were,
-    refuse_running_statistics,
-    standing_in,
-)
+from bilevel.errors import CompileError, NoDependenceError
+from bilevel.models import parameter_hooks
+from bilevel.models.buffers import Writes, values_of
+from bilevel.models.built_from_meta import Origins, convertible
+from bilevel.models.conversion import Memory, as_params, modules_in_use, standing_in, with_buffers
+from bilevel.models.discovery import Discovered, updated_tensors
+from bilevel.models.module_view import ModuleView, views_in
+from bilevel.models.sharing import presented
 from bilevel.optim.optimizer_state import OptimizerState
 from bilevel.optim.update_rule import Optimizer, described
 from bilevel.trees import Tree
@@ -201,16 +202,30 @@ class BlackBox(BilevelProblem):
 
 
 class Descent(NamedTuple):
-    """The inner state of `GradientDescent`: the parameters, what the optimiser remembers of them, and the number of
-    steps taken.
+    """The inner state of `GradientDescent`.
 
     The structure of `optimizer` may change from step to step: parameters that a loss does not reach are left alone, with
     a count of updates of their own.
     """
 
     params: Tree
+    """The parameters."""
     optimizer: OptimizerState
+    """What the optimiser remembers."""
     steps: int
+    """The number of steps taken."""
+    buffers: Mapping[str, Tensor] | tuple[()] = ()
+    """Tensors that the modules in `params` update while the inner loss is computed, such as running statistics, by the
+    names that `state_dict` gives them (behind the module's place in `params`, if that is a tree)."""
+
+
+class Evaluated(NamedTuple):
+    """One evaluation of the inner loss."""
+
+    gradient: list[Tensor | None]
+    """`None` where the loss does not reach a leaf."""
+    buffers: Tree
+    """What the modules' buffers are afterwards."""
 
 
 class GradientDescent(BilevelProblem):
@@ -263,7 +278,9 @@ class GradientDescent(BilevelProblem):
         self.optimizer = optimizer
         self._outer_loss = outer_loss
         makes_params = callable(params) and not isinstance(params, nn.Module | ModuleView)
+        self._builds_params = makes_params
         self._make_params: Callable[[Any], Any] = params if makes_params else lambda meta: params  # type: ignore[assignment]
+        self._discovered = Discovered()
         self._compile_by(backend_named(compile))
 
     def _compile_by(self, backend: str | None) -> None:
@@ -306,38 +323,85 @@ class GradientDescent(BilevelProblem):
 
     def init(self, meta: Tree) -> Descent:
         """θ_0 and the optimiser's state before its first step."""
-        with convertible():
-            params = self._make_params(meta)
-        if isinstance(params, nn.Module):
-            refuse_running_statistics(params, "params")
-        params = as_tree(params)
+        memory = Memory(self._discovered.names, of_normalizations=self._compiled is None)
+        params, buffers = self._initial(meta, memory)
         tensors = trees.split(params).differentiable
         if not tensors:
             raise ValueError(
-                f"params is {params!r}, without a floating-point tensor to train; pass an nn.Module some of whose "
-                "parameters have requires_grad=True, or a tree of floating-point tensors (.float())"
+                f"params is {presented(params)!r}, without a floating-point tensor to train; pass an nn.Module some of "
+                "whose parameters have requires_grad=True, or a tree of floating-point tensors (.float())"
             )
         self.optimizer.require_clippable(tensors)
-        return Descent(params, self.optimizer.init(tensors), 0)
+        if buffers and self._compiled is not None:
+            raise CompileError(
+                f"the inner loss updates {next(iter(buffers))!r} (running statistics or another buffer), which compiled "
+                "gradients do not follow; take compile=False, or put that layer in eval mode"
+            )
+        return Descent(params, self.optimizer.init(tensors), 0, buffers or ())
 
-    def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor | None]:
+    def _initial(self, meta: Tree, memory: Memory) -> tuple[Tree, dict[str, Tensor]]:
+        """θ_0 and the other tensors of modules that are part of the state."""
+        with convertible(), Origins() if self._builds_params else nullcontext() as origins:
+            made = self._make_params(meta)
+        of_meta = {p: view.named_tensors[name] for view in views_in(meta) for p, name in view._layout.names.items()}
+
+        def initial(parameter: Tensor) -> Tensor:
+            if parameter in of_meta:  # the same parameter in params and meta: the inner loop starts from meta
+                return of_meta[parameter]
+            return parameter.detach() if origins is None else origins.initial(parameter)
+
+        return as_params(made, memory, initial)
+
+    def examine(self, meta: Tree, batch: Callable[[], Any]) -> None:
+        """Find out, once for a problem, which tensors of modules an inner step updates or `params(meta)` computes.
+
+        They are part of the inner state from then on. Costs one inner loss, and only where modules have buffers besides
+        running statistics, frozen parameters, or backward hooks.
+        """
+        if self._discovered.complete:
+            return
+        everything = Memory(everything=True)
+        if self._builds_params:
+            _, found = self._initial(autodiff.start_graph(meta), everything)
+            self._discovered.add(name for name, tensor in found.items() if tensor.requires_grad)
+        params, buffers = self._initial(meta, everything)
+        _, known = self._initial(meta, Memory(self._discovered.names))
+        if watched := any(view._layout.watched for view in views_in(params)):
+            self.eager.gradient(params, meta, batch(), buffers)
+        if watched or buffers.keys() - known.keys():
+            parts = trees.split(params)
+            there = parts.rebuild([t.detach().requires_grad_() for t in parts.differentiable])
+            with modules_in_use(there, meta):
+                self._discovered.add(
+                    updated_tensors(there, buffers, lambda params: self.inner_loss(params, presented(meta), batch()))
+                )
+        self._discovered.complete = True
+
+    def gradient(self, params: Tree, meta: Tree, batch: Any, buffers: Tree = ()) -> list[Tensor | None]:
         """Compute ∇_θ inner_loss, one tensor for each differentiable leaf of `params`.
 
         An entry is `None` where the loss does not reach the leaf, as `.grad` is after `zero_grad()` and `backward()`.
         """
+        return self.evaluate(params, meta, batch, buffers).gradient
+
+    def evaluate(self, params: Tree, meta: Tree, batch: Any, buffers: Tree = ()) -> Evaluated:
+        """Compute ∇_θ inner_loss as in `gradient`, and the buffers of the modules after the loss."""
         if self._compiled is not None:
-            return self._compiled.gradient(params, meta, batch)
-        parts = trees.split(params)
+            return Evaluated(self._compiled.gradient(params, meta, batch), buffers)
+        parts, after = trees.split(params), [buffers]
+        recorded = autodiff.has_graph([params, meta, buffers])
 
         def loss(tensors: Sequence[Tensor]) -> Tensor:
-            return require_scalar(self.inner_loss(parts.rebuild(tensors), meta, batch), "inner_loss")
+            value, updated = self._inner(parts.rebuild(tensors), meta, batch, buffers)
+            after[0] = _outside(updated)
+            return value
 
-        with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
+        with modules_in_use(params, meta), autodiff.named_missing_derivatives():
             found = autodiff.gradient(
                 loss,
                 parts.differentiable,
-                differentiable=autodiff.has_graph([params, meta]),
-                during=lambda tensors: standing_in(parts.rebuild(tensors), meta),
+                differentiable=recorded,
+                during=lambda tensors: standing_in(with_buffers(parts.rebuild(tensors), buffers)[0], meta),
             )
         if found is None:
             raise NoDependenceError(
@@ -345,29 +409,58 @@ class GradientDescent(BilevelProblem):
                 "the params it is given (for a module: call the model passed to inner_loss, not one from outside), "
                 "and keep .detach(), .item() and torch.no_grad() out of it"
             )
-        return found
+        if not (recorded or torch._C._are_functorch_transforms_active()):
+            after[0] = trees.detach(after[0])
+        return Evaluated(found, after[0])
 
     def joint_gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
         """Compute ∇_{θ,φ} inner_loss, one tensor for each differentiable leaf of `params`, then of `meta`; zeros for
         those that inner_loss does not depend on.
         """
-        found = self.connected_joint_gradient(params, meta, batch)
-        tensors = [*trees.split(params).differentiable, *trees.split(meta).differentiable]
-        return autodiff.zeros_where_none(found, tensors)
+        found = self.evaluate_jointly(params, meta, batch, (), []).gradient
+        return autodiff.zeros_where_none(
+            found, [t for tree in (params, meta) for t in trees.split(tree).differentiable]
+        )
 
-    def connected_joint_gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor | None]:
-        """Compute the same with `None` for leaves that inner_loss does not depend on."""
-        parts, meta_parts = trees.split(params), trees.split(meta)
-        count = len(parts.differentiable)
+    def evaluate_jointly(
+        self, params: Tree, meta: Tree, batch: Any, buffers: Tree, weights: Sequence[Tensor]
+    ) -> Evaluated:
+        """Compute ∇_{θ,φ,b} L with L = inner_loss + Σ_i w_i · b'_i, where b' are the buffers after the loss.
+
+        At w = 0 this is the gradient of the inner loss. L contains all of an inner step but the optimiser's update.
+        Its second derivatives are symmetric, so they serve for the buffers as well as for the gradient:
+        ∂²L/∂w∂(θ, φ, b) is the Jacobian of b'. An entry is `None` where L does not reach the leaf.
+
+        Args:
+            params: θ.
+            meta: φ.
+            batch: handed on to the inner loss.
+            buffers: b.
+            weights: w, one tensor for each differentiable leaf of b.
+        """
+        parts = [trees.split(tree) for tree in (params, meta, buffers)]
+        counts, after = [len(part.differentiable) for part in parts], [buffers]
 
         def loss(tensors: Sequence[Tensor]) -> Tensor:
-            value = self.inner_loss(parts.rebuild(tensors[:count]), meta_parts.rebuild(tensors[count:]), batch)
-            return require_scalar(value, "inner_loss")
+            given = iter(tensors)
+            there = [part.rebuild([next(given) for _ in range(n)]) for part, n in zip(parts, counts, strict=True)]
+            value, updated = self._inner(there[0], there[1], batch, there[2])
+            after[0] = _outside(updated)
+            if weights:
+                followed = trees.split(updated).differentiable
+                value = value + torch.stack([(w * b).sum() for w, b in zip(weights, followed, strict=True)]).sum()
+            return value
 
-        tensors = [*parts.differentiable, *meta_parts.differentiable]
-        with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
-            found = autodiff.gradient(loss, tensors, differentiable=autodiff.has_graph([params, meta]))
-        return [None] * len(tensors) if found is None else found
+        tensors = [t for part in parts for t in part.differentiable]
+        with modules_in_use(params, meta), autodiff.named_missing_derivatives():
+            recorded = autodiff.has_graph([params, meta, buffers, list(weights)])
+            found = autodiff.gradient(loss, tensors, differentiable=recorded)
+        return Evaluated([None] * len(tensors) if found is None else found, after[0])
+
+    def inner_value(self, state: Descent, meta: Tree, batch: Any) -> Tensor:
+        """Compute the inner loss at a state."""
+        with modules_in_use(state.params, meta):
+            return self._inner(state.params, meta, batch, state.buffers)[0]
 
     def push_gradient(
         self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor], along_meta: Sequence[Tensor]
@@ -382,12 +475,35 @@ class GradientDescent(BilevelProblem):
             lambda params, meta: self.gradient(params, meta, batch), [params, meta], [along, along_meta]
         )
 
-    def joint_product(self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor]) -> list[Tensor]:
-        """The derivative of ∇_{θ,φ} inner_loss along one direction in θ: the Hessian's first columns times it."""
+    def joint_product(
+        self,
+        params: Tree,
+        meta: Tree,
+        batch: Any,
+        along: Sequence[Tensor],
+        buffers: Tree = (),
+        along_buffers: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """The derivative of ∇_{θ,φ,b} L along one direction in (θ, w), L as in `evaluate_jointly`.
+
+        Without buffers these are the first columns of the Hessian times the direction; `along_buffers` is a cotangent
+        of the buffers after the loss, and adds what is pulled back from it.
+        """
         if self._compiled is not None:
             return self._compiled.joint_product(params, meta, batch, along)
-        direction = [t.unsqueeze(0) for t in along]
-        pushed = autodiff.push_forward(lambda params: self.joint_gradient(params, meta, batch), [params], [direction])
+        directions = [[t.unsqueeze(0) for t in group] for group in (along, along_buffers)]
+        weights = [torch.zeros_like(t) for t in along_buffers]
+        leaves = [t for tree in (params, meta, buffers) for t in trees.split(tree).differentiable]
+
+        def gradient(params: Tree, weights: Sequence[Tensor]) -> list[Tensor]:
+            found = self.evaluate_jointly(params, meta, batch, buffers, weights).gradient
+            return autodiff.zeros_where_none(found, leaves)
+
+        pushed = autodiff.push_forward(
+            gradient,
+            [params, weights],
+            directions,
+        )
         return [tangent[0] for tangent in pushed.tangents]
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
@@ -397,30 +513,66 @@ class GradientDescent(BilevelProblem):
         An entry is `None` where the loss does not reach the leaf, which the optimiser then leaves alone. Clipping is
         left out: it has no effect where the gradient vanishes.
         """
+        if parameter_hooks.are_registered(state.params):
+            raise ValueError(
+                "a parameter has hooks that change its gradient, so the inner loop does not come to rest where the "
+                "gradient of inner_loss vanishes, which Implicit and HessianFree assume; take Reverse or "
+                "ForwardGradient, or remove the hooks"
+            )
         tensors = trees.split(state.params).differentiable
         decay = self.optimizer.coupled_decay(tensors, meta, state.params) or [0.0] * len(tensors)
         found = []
-        for g, d, p in zip(self.gradient(state.params, meta, batch), decay, tensors, strict=True):
+        gradient = self.gradient(state.params, meta, batch, state.buffers)
+        for g, d, p in zip(gradient, decay, tensors, strict=True):
             signed = -g if g is not None and self.optimizer.sign < 0 else g
             found.append(signed if signed is None or (isinstance(d, float) and d == 0) else signed + d * p)
         return found
 
     def step(self, state: Descent, meta: Tree, batch: Any) -> Descent:
         """One step of the optimiser."""
-        return self.apply(state, self.gradient(state.params, meta, batch), meta)
+        found = self.evaluate(state.params, meta, batch, state.buffers)
+        return self.apply(state, found.gradient, meta, found.buffers)
 
-    def apply(self, state: Descent, gradient: Sequence[Tensor | None], meta: Tree) -> Descent:
-        """Update the state with a given gradient; leaves whose entry is `None` are left alone."""
+    def apply(
+        self, state: Descent, gradient: Sequence[Tensor | None], meta: Tree, buffers: Tree | None = None
+    ) -> Descent:
+        """Update the state with a given gradient, after the parameters' hooks, and with given buffers, if any.
+
+        Leaves whose entry in the gradient is `None` are left alone.
+        """
         parts = trees.split(state.params)
+        gradient = parameter_hooks.applied(state.params, parts.differentiable, gradient)
         tensors, memory = self.optimizer.update(
             parts.differentiable, gradient, state.optimizer, state.steps, meta, state.params
         )
-        return Descent(parts.rebuild(tensors), memory, state.steps + 1)
+        after = state.buffers if buffers is None else buffers
+        return Descent(parts.rebuild(tensors), memory, state.steps + 1, after)
 
     def outer_loss(self, state: Descent, meta: Tree, batch: Any) -> Tensor:
         """The user's outer loss at the state's parameters."""
-        with left_as_they_were(state.params, meta):
-            return self._outer_loss(state.params, meta, batch)
+        params, cells = with_buffers(state.params, state.buffers)
+        with modules_in_use(params, meta), Writes(cells.values()) if cells else nullcontext():
+            return self._outer_loss(params, presented(meta), batch)
+
+    def presented(self, state: Descent) -> Descent:
+        """A state as users see it: its parameters in the form in which they were passed, modules with their buffers."""
+        return state._replace(params=with_buffers(state.params, state.buffers)[0])
+
+    def _inner(self, params: Tree, meta: Tree, batch: Any, buffers: Tree) -> tuple[Tensor, Tree]:
+        """The inner loss, and the modules' buffers after it."""
+        there, cells = with_buffers(params, buffers)
+        with Writes(cells.values()) if cells else nullcontext():
+            value = self.inner_loss(there, presented(meta), batch)
+        return require_scalar(value, "inner_loss"), values_of(cells) if cells else buffers
+
+
+def _outside(buffers: Tree) -> Tree:
+    """Tensors that were computed inside of `torch.func.grad` as they are outside of it."""
+    if not torch._C._are_functorch_transforms_active():
+        return buffers
+    functorch = torch._C._functorch
+    level = functorch.maybe_current_level()
+    return trees.map_leaves(lambda t: functorch._unwrap_for_grad(t, level), buffers)
 
 
 def as_problem(value: Any) -> BilevelProblem:

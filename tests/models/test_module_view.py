@@ -15,7 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import bilevel
 from bilevel import ModuleView, trees
-from bilevel.models.module_view import as_plain_tree, as_tree, modules_in, written_back
+from bilevel.models.conversion import as_plain_tree, as_tree, written_back
+from bilevel.models.module_view import modules_in
 
 
 class Network(nn.Module):

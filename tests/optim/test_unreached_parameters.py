@@ -168,9 +168,7 @@ def test_settings_as_meta_parameters(
 
     def h(values: Tensor) -> float:
         settings = {**constants, **dict(zip(names, values.tolist(), strict=True))}
-        trained = trained_tensors(
-            head_loss, PARAMETERS, weights, HEADS, lambda p: algorithm(p, **settings), schedule
-        )
+        trained = trained_tensors(head_loss, PARAMETERS, weights, HEADS, lambda p: algorithm(p, **settings), schedule)
         return float(outer_loss(trained, weights, None))
 
     functions = {key: (lambda meta, i=i: meta[i]) for i, key in enumerate(names)}
@@ -222,9 +220,7 @@ def test_dampening_of_a_momentum_that_a_schedule_turns_on_later() -> None:
         return LateMomentum(optimizer, lambda step: 1.0)
 
     def plain(meta: Tensor) -> list[Tensor]:
-        return trained_tensors(
-            head_loss, PARAMETERS, meta, HEADS, lambda p: SGD(p, lr=0.1, dampening=0.5), schedule
-        )
+        return trained_tensors(head_loss, PARAMETERS, meta, HEADS, lambda p: SGD(p, lr=0.1, dampening=0.5), schedule)
 
     optimizer = bilevel.optimizer(SGD, lr=0.1, dampening=0.5, schedule=schedule)
     problem = bilevel.GradientDescent(head_loss, outer_loss, PARAMETERS, optimizer)
@@ -289,7 +285,9 @@ def test_a_compiled_loss_that_comes_to_reach_other_parameters_is_an_error() -> N
     problem.step(problem.init(META), META, None)
     flag[0] = "b"
     problem.check_compiled_again()
-    with pytest.raises(bilevel.CompileError, match="reaches 2 of the 4 parameters, and inner_loss now reaches 2 others"):
+    with pytest.raises(
+        bilevel.CompileError, match="reaches 2 of the 4 parameters, and inner_loss now reaches 2 others"
+    ):
         problem.step(problem.init(META), META, None)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import bilevel
 from bilevel import cli, trees
 from bilevel.errors import DataError, MissingDerivativeError
-from bilevel.models.module_view import as_tree
+from bilevel.models.conversion import as_tree
 from bilevel.tasks.online_lm import (
     baselines,
     evaluation,

@@ -12,7 +12,8 @@ from torch import Tensor
 from bilevel import autodiff, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
-from bilevel.models.module_view import as_plain_tree, modules_in
+from bilevel.models.conversion import as_plain_tree
+from bilevel.models.module_view import modules_in
 from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
@@ -29,7 +30,8 @@ class Estimate:
     grad: Tree
     """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor."""
     state: Tree
-    """The final inner state θ_T. With a module inside, `state.params.named_tensors` goes into `load_state_dict`."""
+    """The final inner state θ_T. Where the inner loop trains a module, `module.load_state_dict(state.params.state_dict())`
+    puts the parameters and running statistics into it."""
     standard_error: float | None = None
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
@@ -109,13 +111,14 @@ class Estimator(ABC):
 
 def _checked(run: Unroll, estimate: Estimate) -> Estimate:
     diagnosis.require_finite(run, estimate.value, estimate.state, estimate.grad)
+    state = trees.detach(estimate.state)
     return Estimate(
         value=estimate.value.detach(),
         grad=as_plain_tree(trees.detach(estimate.grad)),
-        state=trees.detach(estimate.state),
+        state=run.problem.presented(state) if isinstance(run.problem, GradientDescent) else state,
         standard_error=estimate.standard_error,
         diagnostics=estimate.diagnostics,
-        carried=estimate.carried or Carried(trees.detach(estimate.state), run.first_step + run.steps),
+        carried=estimate.carried or Carried(state, run.first_step + run.steps),
     )
 
 

@@ -138,7 +138,9 @@ def _computed(name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> An
     kwargs = {key: value.clone() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
     if known in _FACTOR and isinstance(factor := kwargs.get(_FACTOR[known]), Tensor):
         x, *others = args
-        product = others[0] if len(others) == 1 else others[0] * others[1] if known == "addcmul" else others[0] / others[1]
+        product = (
+            others[0] if len(others) == 1 else others[0] * others[1] if known == "addcmul" else others[0] / others[1]
+        )
         return x - factor * product if known == "sub" else x + factor * product
     if known == "sqrt" or (known == "pow" and isinstance(args[1], float) and args[1] == 0.5):
         return args[0].clamp(min=100 * torch.finfo(args[0].dtype).tiny).sqrt().clone()

@@ -115,7 +115,8 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
 
         def gradient(params: Tree, meta: Tree) -> list[torch.Tensor]:
             with run.seeded_step(0):
-                return autodiff.fill_zeros(problem.gradient(params, meta, run.inner_batches[0]), params)
+                batch = run.inner_batches[0]
+                return autodiff.fill_zeros(problem.gradient(params, meta, batch, state.buffers), params)
 
         def product() -> None:
             autodiff.Transpose(gradient, [state.params, run.meta])(d[:count])

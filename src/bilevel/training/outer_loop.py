@@ -14,7 +14,7 @@ from bilevel import trees
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate
-from bilevel.models import module_view
+from bilevel.models import conversion
 from bilevel.optim.update_rule import Optimizer
 from bilevel.training.accumulation import Draws, Estimates
 from bilevel.training.metrics import Row
@@ -62,7 +62,7 @@ class OuterLoop:
         """φ before the last outer step, if steps may be taken back."""
         self.clip_norm = clip_norm
         """The longest hypergradient that the outer optimiser is handed; longer ones are shortened to it."""
-        tree = module_view.as_tree(meta)
+        tree = conversion.as_tree(meta)
         self._parts = trees.split(tree)
         for name, leaf in trees.named_leaves(tree, "meta"):
             if trees.is_spread(leaf):
@@ -146,7 +146,7 @@ class OuterLoop:
             self.scheduler.step()
 
     def _project(self, project: Callable[[Any], Any]) -> None:
-        allowed = module_view.as_tree(project(self.user_meta()))
+        allowed = conversion.as_tree(project(self.user_meta()))
         needed, returned = _shapes(self.meta_tree()), _shapes(allowed)
         if returned != needed:
             raise ValueError(
@@ -166,7 +166,7 @@ class OuterLoop:
     def user_meta(self, write_modules: bool = False) -> Any:
         """φ as the user gave it. Modules appear as views, or are themselves written to."""
         tree = trees.map_leaves(torch.clone, self.meta_tree())
-        return module_view.written_back(tree) if write_modules else tree
+        return conversion.written_back(tree) if write_modules else tree
 
     def _detached(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters]

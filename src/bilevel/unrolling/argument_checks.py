@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bilevel import distributed, trees
 from bilevel.errors import NonFiniteError
-from bilevel.models.module_view import modules_in, refuse_running_statistics
 from bilevel.trees import Tree
 
 
@@ -24,8 +23,6 @@ def outside_of_inference_mode() -> None:
 
 def meta_parameters(meta: Tree) -> None:
     """All leaves are tensors of real floating point, and there is at least one number."""
-    for module in modules_in(meta):
-        refuse_running_statistics(module, "meta")
     for name, leaf in trees.named_leaves(meta, "meta"):
         if not isinstance(leaf, Tensor):
             raise TypeError(

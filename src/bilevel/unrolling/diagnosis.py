@@ -67,7 +67,7 @@ def _inner_fault(run: InnerLoop, t: int, state: Tree) -> str:
     if (problem := run.problem.as_gradient_descent) is None:
         return "the state before it is kept in last_finite_state"
     with run.seeded_step(t):
-        loss = problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+        loss = problem.inner_value(state, run.meta, run.inner_batches[t])
     if bool(torch.isfinite(loss)):
         return f"inner_loss was {loss.item():.6g} there: a smaller inner learning rate is the usual cure"
     return f"inner_loss was {loss.item()} there: check the batch, or lower the inner learning rate"
@@ -122,7 +122,7 @@ def require_finite_losses(run: InnerLoop) -> None:
     state = run.start()
     for t in range(run.steps):
         with run.seeded_step(t):
-            loss = problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+            loss = problem.inner_value(state, run.meta, run.inner_batches[t])
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
                 f"inner_loss was {loss.item()} at inner step {t} of {run.steps} (counted from 0), with a gradient of "

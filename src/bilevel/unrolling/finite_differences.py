@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
-from bilevel.models.module_view import standing_in
-from bilevel.problem import Descent, GradientDescent
+from bilevel.models.conversion import standing_in
+from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.unroll import Slopes, Unroll
 
@@ -85,23 +85,26 @@ def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tre
 def _push_descent(
     run: Unroll, problem: GradientDescent, t: int, state: Descent, pairs: list[Pair]
 ) -> tuple[Tree, list[list[Tensor]]]:
-    def gradient(params: Tree, meta: Tree) -> list[Tensor | None]:
+    def evaluated(moved: tuple[Tree, Tree], meta: Tree) -> Evaluated:
         with run.seeded_step(t):
-            return problem.gradient(params, meta, run.inner_batches[t])
+            return problem.evaluate(moved[0], meta, run.inner_batches[t], moved[1])
 
-    def reached_gradient(params: Tree, meta: Tree) -> list[Tensor]:
-        """The entries that the loss reaches at the state itself."""
-        filled = autodiff.fill_zeros(gradient(params, meta), params)
-        return [g for g, there in zip(filled, found, strict=True) if there is not None]
+    def reached(moved: tuple[Tree, Tree], meta: Tree) -> tuple[list[Tensor], Tree]:
+        """The buffers, and the entries of the gradient that the loss reaches at the state itself."""
+        gradient, buffers = evaluated(moved, meta)
+        filled = autodiff.fill_zeros(gradient, moved[0])
+        return [g for g, there in zip(filled, found.gradient, strict=True) if there is not None], buffers
 
-    found, after, tangents = gradient(state.params, run.meta), None, []
-    size = len(trees.split(state.params).differentiable)
+    here = (state.params, state.buffers)
+    found, after, tangents = evaluated(here, run.meta), None, []
+    size, rest = len(found.gradient), len(trees.split(state.buffers).differentiable)
+    count = sum(g is not None for g in found.gradient)
     for y, v in pairs:
-        bend = _difference(reached_gradient, state.params, run.meta, (y[:size], v))
+        bend = _difference(reached, here, run.meta, ([*y[:size], *y[len(y) - rest :]], v))
         # The optimisers work entry by entry, so each process updates its own part of what is spread over several.
-        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend, v)]
-        arguments = [trees.map_leaves(_local, tree) for tree in (state, found)]
-        pushed = autodiff.push_forward(problem.apply, [*arguments, run.meta], parts)
+        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend[:count], v, bend[count:])]
+        arguments = [trees.map_leaves(_local, tree) for tree in (state, found.gradient, run.meta, found.buffers)]
+        pushed = autodiff.push_forward(problem.apply, arguments, parts)
         after = pushed.value
         if any(trees.is_spread(leaf) for leaf in trees.leaves(state)):  # then each parameter has a memory of its own
             after = trees.map_leaves(_spread_like, pushed.value, state)

@@ -3,6 +3,9 @@
 With g = ∇_θ loss, the gradient's tangent along (y, v) is ∂g/∂θ y + ∂g/∂φ v, the θ part of the Hessian of the loss in
 (θ, φ) times (y, v). A Hessian is symmetric, so that product is one backward pass through the graph of ∇_{θ,φ} loss, and
 the graph stays for the next chunk. In forward mode each chunk would compute the step again.
+
+Buffers b that modules update to b' (running statistics) are followed by the same product: with weights w of theirs, the
+loss becomes L = loss + w · b', and the w part of the Hessian of L at w = 0, times (y, v), is the tangent of b'.
 """
 
 from __future__ import annotations
@@ -59,22 +62,28 @@ def _push_step(
     """The next state; the tangents are moved on in place."""
     batch = run.inner_batches[t]
 
-    def joint(params: trees.Tree, meta: trees.Tree) -> list[Tensor | None]:
-        return problem.connected_joint_gradient(params, meta, batch)
+    def joint(params: trees.Tree, buffers: trees.Tree, weights: list[Tensor], meta: trees.Tree) -> trees.Tree:
+        found = problem.evaluate_jointly(params, meta, batch, buffers, weights)
+        return found.gradient, trees.detach(found.buffers)
 
+    followed = trees.split(state.buffers).differentiable
+    weights = [torch.zeros_like(b) for b in followed]
     with run.seeded_step(t):
-        shared = autodiff.Transpose(joint, [state.params, run.meta])
-    size = len(trees.split(state.params).differentiable)
-    gradient, after = shared.value[:size], state
-    reached = [g is not None for g in shared.value]
+        shared = autodiff.Transpose(joint, [state.params, state.buffers, weights, run.meta])
+    size, rest = len(trees.split(state.params).differentiable), len(followed)
+    (joint_gradient, buffers), after = shared.value, state
+    gradient, reached = joint_gradient[:size], [g is not None for g in joint_gradient]
     if not any(g is not None and bool(g.any()) for g in gradient):
-        with run.seeded_step(t):
-            problem.gradient(state.params, run.meta, batch)  # says so if the loss does not depend on the parameters
+        with run.seeded_step(t):  # says so if the loss does not depend on the parameters
+            problem.gradient(state.params, run.meta, batch, state.buffers)
     for number, (y, vectors) in enumerate(zip(tangents, chunks, strict=True)):
-        # A leaf that the loss does not reach has neither a row nor a column in the Hessian.
-        (bend,) = shared.many(list(itertools.compress([*y[:size], *vectors], reached)), of=[0])
+        of_buffers = y[len(y) - rest :]
+        # A leaf that the loss does not reach has neither a row nor a column in the Hessian. The last cotangents stand
+        # for the outputs `buffers`, which have no graph.
+        cotangents = [*itertools.compress([*y[:size], *vectors, *of_buffers], reached), *of_buffers]
+        bend, moved = shared.many(cotangents, of=[0, 2])
         bend = list(itertools.compress(bend, reached))
-        pushed = autodiff.push_forward(problem.apply, [state, gradient, run.meta], [y, bend, vectors])
+        pushed = autodiff.push_forward(problem.apply, [state, gradient, run.meta, buffers], [y, bend, vectors, moved])
         after, tangents[number] = pushed.value, pushed.tangents
     return after
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel import randomness, trees
 from bilevel.batches import Batches
-from bilevel.models.module_view import modules_in, refuse_running_statistics
+from bilevel.models.sharing import presented
 from bilevel.problem import BilevelProblem, Descent, require_scalar
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
@@ -74,14 +74,14 @@ class InnerLoop:
         if self.carried is not None:
             return self.carried.state
         with randomness.torch_seeded(self.seed, randomness.INIT):
-            return self.problem.init(meta)
+            return self.problem.init(self._as_passed(meta))
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
         batch = self.inner_batches[t]
         self.require_one_device(t, state, meta)
         with self.seeded_step(t):
-            after = self.problem.step(state, meta, batch)
+            after = self.problem.step(state, self._as_passed(meta), batch)
         if t == 0:
             argument_checks.same_structure(_kept_in_structure(state), _kept_in_structure(after))
         return after
@@ -103,7 +103,12 @@ class InnerLoop:
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
         """The outer loss at a state."""
         with randomness.torch_seeded(self.seed, randomness.OUTER):
-            return require_scalar(self.problem.outer_loss(state, meta, self.outer_batch), "outer_loss")
+            value = self.problem.outer_loss(state, self._as_passed(meta), self.outer_batch)
+        return require_scalar(value, "outer_loss")
+
+    def _as_passed(self, meta: Tree) -> Tree:
+        """φ as the problem's functions take it; a `GradientDescent` itself hands it to the user's functions."""
+        return meta if self.problem.as_gradient_descent is not None else presented(meta)
 
     # -- plain -------------------------------------------------------------------------------------------------
     # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same: a user's step or
@@ -113,8 +118,6 @@ class InnerLoop:
     def start(self) -> Tree:
         """θ_0 at φ, without a graph."""
         state = self.init(self.meta)
-        for module in modules_in(state):
-            refuse_running_statistics(module, "params")
         argument_checks.whole_at_each_worker(state)
         if not self.problem.is_black_box and not trees.split(state).differentiable:
             raise TypeError(
@@ -146,7 +149,7 @@ class InnerLoop:
             return
         metas = list(metas)
         with torch.enable_grad(), randomness.torch_seeded(self.seed, randomness.INIT):
-            states = list(solve_all(metas))
+            states = list(solve_all([presented(meta) for meta in metas]))
         if len(states) != len(metas):
             raise ValueError(f"solve_all returned {len(states)} states for {len(metas)} points; one for each is needed")
         for meta, solved in zip(metas, states, strict=True):

@@ -97,16 +97,16 @@ def _mixed(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     batch = run.inner_batches[t]
     with torch.enable_grad(), run.seeded_step(t):
-        gradient = problem.gradient(state.params, run.meta, batch)
-    _, (down, weights, across) = autodiff.pull_back(problem.apply, [state, gradient, run.meta], d)
+        gradient, after = problem.evaluate(state.params, run.meta, batch, state.buffers)
+    _, (down, weights, across, to_buffers) = autodiff.pull_back(problem.apply, [state, gradient, run.meta, after], d)
+    along = autodiff.placed_where_reached(weights, gradient, trees.split(state.params).differentiable)
+    along_buffers = autodiff.fill_zeros(to_buffers, after)
     with run.seeded_step(t):
-        leaves = trees.split(state.params).differentiable
-        through = problem.joint_product(
-            state.params, run.meta, batch, autodiff.placed_where_reached(weights, gradient, leaves)
-        )
-    count = len(gradient)
-    down = [*_sums(down[:count], through[:count]), *down[count:]]
-    return down, _sums(across, through[count:])
+        through = problem.joint_product(state.params, run.meta, batch, along, state.buffers, along_buffers)
+    first, last = len(gradient), len(d) - len(along_buffers)
+    size = first + len(across)
+    down = [*_sums(down[:first], through[:first]), *down[first:last], *_sums(down[last:], through[size:])]
+    return down, _sums(across, through[first:size])
 
 
 def _sums(left: list[Tensor | None], right: list[Tensor]) -> list[Tensor | None]:

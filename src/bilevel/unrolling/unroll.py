@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilevel import autodiff, randomness, trees
 from bilevel.errors import NoDependenceError
-from bilevel.models.module_view import as_tree
+from bilevel.models.conversion import as_tree
 from bilevel.problem import as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
@@ -138,7 +138,12 @@ def unroll(
     argument_checks.meta_parameters(meta)
     argument_checks.one_device(meta=meta, outer_batch=outer_batch)
     argument_checks.finite(meta)
-    return Unroll(problem, trees.detach(meta), inner_batches, outer_batch, seed, carried)
+    run = Unroll(problem, trees.detach(meta), inner_batches, outer_batch, seed, carried)
+    descent = run.problem.as_gradient_descent
+    if descent is not None and carried is None and run.steps:
+        with torch.enable_grad(), run.seeded_step(0):
+            descent.examine(run.meta, lambda: run.inner_batches[0])
+    return run
 
 
 def _accumulate(c: list[Tensor], parts: list[Tensor | None]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bilevel import randomness
-from bilevel.models import module_view
+from bilevel.models import conversion
 from bilevel.report.page import Section
 from bilevel.tasks.online_lm import data, models, pictures, precision, tokens
 from bilevel.tasks.online_lm.config import OnlineLM
@@ -71,7 +71,7 @@ class OnlineLMTask(Task[OnlineLM]):
         corpus = data.load(config.data, data_dir, seed)
         role = BASE if config.judge == "base" else JUDGE
         judge, tokenizer = tuned_model(config, corpus, seed, self._folder, progress, role)
-        weight_model = module_view.written_back(meta)
+        weight_model = conversion.written_back(meta)
         store = None
         if self._folder is not None:
             weight_model.save_pretrained(self._folder / WEIGHT_MODEL)
