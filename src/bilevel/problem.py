@@ -221,6 +221,7 @@ class GradientDescent:
                 parts.differentiable,
                 differentiable=autodiff.has_graph([params, meta]),
                 during=lambda tensors: standing_in(parts.rebuild(tensors), meta),
+                memory=autodiff.memory_of(self),
             )
         if found is None:
             raise NoDependenceError(
@@ -243,7 +244,9 @@ class GradientDescent:
 
         tensors = [*parts.differentiable, *meta_parts.differentiable]
         with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
-            found = autodiff.gradient(loss, tensors, differentiable=autodiff.has_graph([params, meta]))
+            found = autodiff.gradient(
+                loss, tensors, differentiable=autodiff.has_graph([params, meta]), memory=autodiff.memory_of(self)
+            )
         return [torch.zeros_like(t) for t in tensors] if found is None else found
 
     def push_gradient(

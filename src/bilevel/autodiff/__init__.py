@@ -1,6 +1,6 @@
-"""Derivatives of functions of trees: tangents pushed forward, cotangents pulled back, and kernels that allow both."""
+"""Derivatives of functions of trees: tangents pushed forward, cotangents pulled back, and rules that PyTorch lacks."""
 
-from bilevel.autodiff.custom_functions import RefuseOnceDifferentiable
+from bilevel.autodiff.double_reverse import push_by_double_reverse
 from bilevel.autodiff.forward_mode import Pushed, push_forward
 from bilevel.autodiff.kernels import differentiable_kernels
 from bilevel.autodiff.missing import named_missing_derivatives
@@ -12,17 +12,25 @@ from bilevel.autodiff.reverse_mode import (
     pull_back,
     start_graph,
 )
+from bilevel.autodiff.routes import note_route, noted_routes, push
+from bilevel.autodiff.substitution import Memory, memory_of, run_user_code
 
 __all__ = [
+    "Memory",
     "Pushed",
-    "RefuseOnceDifferentiable",
     "Transpose",
     "differentiable_kernels",
     "fill_zeros",
     "gradient",
     "has_graph",
+    "memory_of",
     "named_missing_derivatives",
+    "note_route",
+    "noted_routes",
     "pull_back",
+    "push",
+    "push_by_double_reverse",
     "push_forward",
+    "run_user_code",
     "start_graph",
 ]

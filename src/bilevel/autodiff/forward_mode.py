@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bilevel import trees
 from bilevel.autodiff.missing import named_missing_derivatives
+from bilevel.autodiff.reverse_mode import start_graph
+from bilevel.autodiff.substitution import Memory, run_user_code
 from bilevel.trees import Tree
 
 
@@ -22,17 +23,29 @@ class Pushed(NamedTuple):
 
     value: Tree
     tangents: list[Tensor]
-    """One for each differentiable leaf of `value`, `[k, *leaf.shape]`."""
+    """One tensor `[k, *leaf.shape]` for each differentiable leaf of `value`."""
 
 
 def push_forward(
-    function: Callable[..., Tree], arguments: Sequence[Tree], tangents: Sequence[Sequence[Tensor]]
+    function: Callable[..., Tree],
+    arguments: Sequence[Tree],
+    tangents: Sequence[Sequence[Tensor]],
+    memory: Memory | None = None,
 ) -> Pushed:
-    """`function(*arguments)` and its derivative along k directions at once, in forward mode.
+    """Return `function(*arguments)` and its derivatives along k directions at once, in forward mode.
 
-    The value is computed once, whatever k: the cost is that of one evaluation and k tangents. `tangents` holds, for
-    every argument, a list with one `[k, *leaf.shape]` tensor for each differentiable leaf. Inside, random draws are
-    the same for all directions, and `torch.no_grad()` stops derivatives as it does in reverse mode.
+    The value is computed once, whatever k is: the cost is that of one evaluation and k tangents. Inside, random numbers
+    are the same for all directions, and `torch.no_grad()`, `.detach()` and `.data` stop derivatives as in reverse mode.
+
+    Args:
+        function: a function from trees to a tree.
+        arguments: the trees at which it is evaluated.
+        tangents: for every argument a list with one `[k, *leaf.shape]` tensor for each differentiable leaf.
+        memory: what is known about the problem that the function belongs to.
+
+    Raises:
+        MissingDerivativeError: an operation has no forward-mode derivative. `bilevel.autodiff.push` then takes another
+            route.
 
     >>> pushed = push_forward(lambda x: x**2, [torch.tensor(3.0)], [[torch.tensor([1.0, 10.0])]])
     >>> pushed.value, pushed.tangents
@@ -46,33 +59,24 @@ def push_forward(
     def flat(*inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         output = function(*(part.rebuild(tensors) for part, tensors in zip(parts, inputs, strict=True)))
         result[:] = [trees.split(output)]
-        # A fresh tensor for each: an output that *is* an input would leave with the input's own tangent.
+        # A fresh tensor for each: an output that is itself an input would keep the tangent of the input.
         return tuple(t.view_as(t) for t in result[0].differentiable), tuple(result[0].other)
 
     def one_direction(*direction: Sequence[Tensor]) -> Any:
         return torch.func.jvp(flat, primals, direction, has_aux=True)
 
     count = directions[0][0].shape[0]
-    with named_missing_derivatives(count), torch.enable_grad(), _NoGradStopsTangents():
+
+    def all_directions() -> Any:
         if count == 1:
             value, tangent, other = one_direction(*(tuple(t[0] for t in group) for group in directions))
-            tangent = [t.unsqueeze(0) for t in tangent]
-        else:
-            batched = torch.vmap(one_direction, out_dims=(None, 0, None), randomness="same")  # pyright: ignore[reportArgumentType]
-            value, tangent, other = batched(*directions)
+            return value, [t.unsqueeze(0) for t in tangent], other
+        batched = torch.vmap(one_direction, out_dims=(None, 0, None), randomness="same")  # pyright: ignore[reportArgumentType]
+        return batched(*directions)
+
+    with named_missing_derivatives(count), torch.enable_grad():
+        value, tangent, other = run_user_code(
+            all_directions, memory, forward_mode=True, plainly=lambda: function(*map(start_graph, arguments))
+        )
     value, other, tangent = ([t.detach() for t in tensors] for tensors in (value, other, tangent))
     return Pushed(result[0].rebuild(value, other), tangent)
-
-
-class _NoGradStopsTangents(TorchFunctionMode):
-    """PyTorch has a switch for either mode of differentiation, and `torch.no_grad()` throws that of reverse mode alone.
-
-    A user who computes targets or weights under `no_grad` means them to be constants. Inside, they are; entered with
-    gradients enabled.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch._C._set_grad_enabled:
-            torch._C._set_fwd_grad_enabled(args[0])  # pyright: ignore[reportAttributeAccessIssue]
-        return result

@@ -36,7 +36,7 @@ def named_missing_derivatives(directions: int = 1) -> Iterator[None]:
         raise MissingDerivativeError(advice) from error
 
 
-_FORWARD_MODE = (
+FORWARD_MODE = (
     "which Forward, ForwardGradient and forward-over-reverse products need; take Reverse() or ZerothOrder(...)"
 )
 
@@ -54,7 +54,7 @@ def _advice(error: Exception, directions: int) -> str | None:
         )
     if found := re.search(r"forward AD with (\w+)", message):
         return (
-            f"the operation {found[1]!r} has no forward-mode derivative in {version}, {_FORWARD_MODE}, or write that "
+            f"the operation {found[1]!r} has no forward-mode derivative in {version}, {FORWARD_MODE}, or write that "
             "operation in terms of others"
         )
     if found := re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", message):
@@ -70,7 +70,7 @@ def _advice(error: Exception, directions: int) -> str | None:
         )
     if function is not None and lacks_jvp and ("jvp function" in message or "vmap" in message):
         return (
-            f"the custom autograd.Function {function.__name__!r} has no forward-mode derivative, {_FORWARD_MODE}, or "
+            f"the custom autograd.Function {function.__name__!r} has no forward-mode derivative, {FORWARD_MODE}, or "
             "give it a static method jvp"
         )
     if directions > 1 and ("vmap" in message or "atching rule not implemented" in message):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import trees
+from bilevel.autodiff import custom_functions
 from bilevel.autodiff.missing import named_missing_derivatives
+from bilevel.autodiff.substitution import Memory, own_gradient, run_user_code, user_code_again
 from bilevel.trees import Tree
 
 
@@ -18,55 +21,92 @@ def gradient(
     tensors: Sequence[Tensor],
     differentiable: bool,
     during: Callable[[Sequence[Tensor]], AbstractContextManager[None]] = lambda tensors: nullcontext(),
+    memory: Memory | None = None,
 ) -> list[Tensor] | None:
-    """∂loss/∂tensors, to be differentiated again in forward mode, or in reverse mode if `differentiable`; `None` if the
-    loss depends on none of them.
+    """Return ∂loss/∂tensors, or `None` if the loss depends on none of them.
 
-    Under function transforms `torch.func.grad` is needed; outside of them `torch.autograd.grad` costs less, takes more
-    models (activation checkpointing, for one), and keeps no graph where nobody wants one. But it can't tell a result
-    that depends on what was recorded from one that depends on the tensors alone, if these were not recorded.
+    Under function transforms `torch.func.grad` is needed. Outside of them `torch.autograd.grad` costs less, takes more
+    models (activation checkpointing, for example), and keeps no graph where nobody wants one.
 
-    `during` gives the context of the backward pass, in which activation checkpointing computes layers again.
+    Args:
+        loss: the user's loss as a function of the tensors.
+        tensors: where the gradient is taken.
+        differentiable: whether the gradient is to be differentiated again, in reverse mode. Under function transforms
+            it always is.
+        during: gives the context of the backward pass, in which activation checkpointing computes layers again.
+        memory: what is known about the problem whose loss this is.
 
     >>> gradient(lambda x: (x[0] ** 3).sum(), [torch.tensor([1.0, 2.0])], differentiable=False)
     [tensor([ 3., 12.])]
     """
-    recorded = all(t.requires_grad for t in tensors)
-    if torch._C._are_functorch_transforms_active() or (differentiable and not recorded):
+    if torch._C._are_functorch_transforms_active():
         connected = []
 
         def noted(tensors: Sequence[Tensor]) -> Tensor:
-            value = loss(tensors)
+            with user_code_again():
+                value = run_user_code(lambda: loss(tensors), memory, forward_mode=True)
             connected.append(value.requires_grad)
             return value
 
-        found = torch.func.grad(noted)(tuple(tensors))
+        with own_gradient():
+            found = torch.func.grad(noted)(tuple(tensors))
         return list(found) if connected[0] else None
     # Fresh tensors: one that also is a meta parameter would bring the gradient with respect to that along.
-    inputs = [t.view_as(t) if differentiable else t.detach().requires_grad_() for t in tensors]
+    inputs = [t.view_as(t) if differentiable and t.requires_grad else t.detach().requires_grad_() for t in tensors]
     with torch.enable_grad():
-        value = loss(inputs)
+        if differentiable:
+            value = run_user_code(lambda: loss(inputs), memory)
+            custom_functions.check(value, inputs, lambda: loss(inputs))
+        else:
+            value = loss(inputs)
     if not value.requires_grad:
         return None
     with during(inputs):
         found = torch.autograd.grad(value, inputs, create_graph=differentiable, allow_unused=True)
     if all(g is None for g in found):
         return None
+    if differentiable and not all(t.requires_grad for t in tensors):
+        found = _recorded_alone(found, [t for t in inputs if t.is_leaf])
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+
+
+def _recorded_alone(results: Sequence[Tensor | None], fresh: Sequence[Tensor]) -> list[Tensor | None]:
+    """Detach the results that depend on no recording tensor but fresh ones, which nobody else knows."""
+    ours = {id(t) for t in fresh}
+    reaches: dict[Any, bool] = {None: False}
+
+    def reaches_others(result: Tensor) -> bool:
+        nodes, seen = [result.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node in seen or reaches.get(node) is False:
+                continue
+            seen.add(node)
+            assert node is not None
+            variable = getattr(node, "variable", None)
+            if reaches.get(node) or (variable is not None and id(variable) not in ours):
+                reaches[result.grad_fn] = True
+                return True
+            nodes += [following for following, _ in node.next_functions]
+        reaches.update(dict.fromkeys(seen, False))
+        return False
+
+    return [t if t is None or reaches_others(t) else t.detach() for t in results]
 
 
 class Transpose:
     """The transposed Jacobian of a function at a point, ready to be applied to many cotangents.
 
-    The function is evaluated once, keeping its graph; each product is one backward pass through it. For the gradient
-    of a scalar the Jacobian is a Hessian, which is symmetric, so these are Hessian-vector products as well.
+    The function is evaluated once, and its graph is kept; each product is one backward pass through that graph. The
+    Jacobian of the gradient of a scalar is a Hessian. It is symmetric, so the products are Hessian-vector products too.
 
     >>> cube = Transpose(lambda x, y: x**3 + y, [torch.tensor(2.0), torch.tensor(1.0)])
     >>> cube.value, cube([torch.tensor(1.0)]), cube([torch.tensor(2.0)], of=[0])
     (tensor(9.), [[tensor(12.)], [tensor(1.)]], [[tensor(24.)]])
     """
 
-    def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree]) -> None:
+    def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree], memory: Memory | None = None) -> None:
+        self._memory = Memory() if memory is None else memory
         parts = [trees.split(argument) for argument in arguments]
         self._inputs = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
         # Activation checkpointing would compute layers again when the graph is used, with others' parameters in them.
@@ -106,31 +146,50 @@ class Transpose:
         wanted = [t for group in groups for t in group]
         count = len(cotangents[0])
         pairs = [(o, c) for o, c in zip(self._outputs, cotangents, strict=True) if o.requires_grad]
-        found: list[Tensor | None] = [None] * len(wanted)
+        found: Sequence[Tensor | None] = [None] * len(wanted)
         if pairs and wanted:
             outputs, weights = zip(*pairs, strict=True)
-            single = count == 1
-            with named_missing_derivatives(count):
-                given = torch.autograd.grad(
-                    outputs,
-                    wanted,
-                    [w[0] if single else w for w in weights],
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=not single,
-                )
-            found = [None if g is None else g.unsqueeze(0) if single else g for g in given]
+            found = many_products(outputs, wanted, weights, self._memory)
         filled = iter(t.new_zeros(count, *t.shape) if g is None else g for g, t in zip(found, wanted, strict=True))
         return [[next(filled).detach() for _ in group] for group in groups]
+
+
+def many_products(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], memory: Memory
+) -> list[Tensor | None]:
+    """weightᵀ · ∂outputs/∂inputs for k weights `[k, *output.shape]`: `[k, *input.shape]` for each input.
+
+    The graph stays. All k are taken in one backward pass by `torch.vmap`, or one by one where an operation refuses it.
+    """
+    count = len(weights[0])
+
+    def one(i: int) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(outputs, inputs, [w[i] for w in weights], retain_graph=True, allow_unused=True)
+
+    with named_missing_derivatives():
+        if count > 1 and not memory.one_by_one:
+            try:
+                return list(
+                    torch.autograd.grad(
+                        outputs, inputs, list(weights), retain_graph=True, allow_unused=True, is_grads_batched=True
+                    )
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # NotImplementedError, for an operation without a batching rule, is one
+                one(0)  # raises if it is not vmap that fails
+                memory.one_by_one = True
+        rows = [one(i) for i in range(count)]
+    return [None if row[0] is None else torch.stack(list(row)) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
 
 
 def pull_back(
     function: Callable[..., Tree], arguments: Sequence[Tree], cotangents: Sequence[Tensor | None] | None = None
 ) -> tuple[Tree, list[list[Tensor | None]]]:
-    """`function(*arguments)`, and for every argument cotangentᵀ · Jacobian, in reverse mode.
+    """Return `function(*arguments)`, and for every argument cotangentᵀ · Jacobian, in reverse mode.
 
-    `cotangents` has one entry for each differentiable leaf of the value; left out, the value must be a scalar and its
-    gradient is taken. Results as in `Transpose`, whose graph is freed.
+    `cotangents` has one entry for each differentiable leaf of the value. Without it the value must be a scalar, and its
+    gradient is taken. The results are those of `Transpose`; the graph is freed.
 
     >>> pull_back(lambda x, y: 3 * x, [torch.tensor(2.0), torch.tensor(5.0)])
     (tensor(6.), [[tensor(3.)], [None]])
@@ -142,20 +201,20 @@ def pull_back(
 
 
 def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree) -> list[Tensor]:
-    """Zeros of the right shape in place of `None`, for the differentiable leaves of a tree."""
+    """Put zeros of the right shape in the place of `None`, for the differentiable leaves of a tree."""
     shapes = trees.split(tree).differentiable
     return [torch.zeros_like(s) if t is None else t for t, s in zip(tensors, shapes, strict=True)]
 
 
 def start_graph(tree: Tree) -> Tree:
-    """The same values in tensors that record what is computed from them."""
+    """Return the same values in tensors that record what is computed from them."""
     return trees.map_leaves(
         lambda leaf: leaf.detach().requires_grad_() if trees.is_differentiable(leaf) else leaf, tree
     )
 
 
 def has_graph(tree: Tree) -> bool:
-    """Whether any tensor of the tree was computed from tensors that record, through whatever derivatives, even zeros.
+    """Return whether any tensor of the tree was computed from recording tensors, even if its derivatives are zero.
 
     >>> phi = start_graph(torch.tensor(-1.0))
     >>> has_graph(phi.relu()), has_graph(phi.detach())

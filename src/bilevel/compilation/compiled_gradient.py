@@ -166,7 +166,7 @@ class CompiledGradient:
         connected: list[bool] = []
 
         def joint(primals: Tensors, cotangents: Tensors) -> list[Tensor]:
-            with call.with_inputs(primals) as (params, meta, batch), autodiff.RefuseOnceDifferentiable():
+            with call.with_inputs(primals) as (params, meta, batch):
                 value, products = autodiff.pull_back(
                     lambda params, meta: self._gradient(params, meta, batch), [params, meta], cotangents
                 )

@@ -110,7 +110,7 @@ def stationarity_transpose(run: Unroll, problem: GradientDescent, state: Descent
         moved = state._replace(params=params)
         each = []
         for t in range(run.steps - batches, run.steps):
-            with run.seeded_step(t), autodiff.RefuseOnceDifferentiable():
+            with run.seeded_step(t):
                 each.append(problem.stationarity(moved, meta, run.inner_batches[t]))
         return [torch.stack(parts).mean(0) for parts in zip(*each, strict=True)]
 

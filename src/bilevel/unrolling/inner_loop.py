@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bilevel import randomness, trees
+from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.models.module_view import modules_in, refuse_running_statistics
 from bilevel.problem import BlackBox, GradientDescent, Unrollable, require_scalar
@@ -73,9 +73,10 @@ class InnerLoop:
         """θ_0, or where the window before ended (a constant then), or the whole solve of a black box."""
         if self.carried is not None:
             return self.carried.state
-        start = self.problem.solve if isinstance(self.problem, BlackBox) else self.problem.init
         with randomness.torch_seeded(self.seed, randomness.INIT):
-            return start(meta)
+            if isinstance(self.problem, BlackBox):
+                return self.problem.solve(meta)
+            return self._differentiated(self.problem.init, meta)
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
@@ -83,7 +84,10 @@ class InnerLoop:
         batch = self.inner_batches[t]
         self.require_one_device(t, state, meta)
         with self.seeded_step(t):
-            after = self.problem.step(state, meta, batch)
+            # A `GradientDescent` runs its loss in this way itself.
+            step = self.problem.step
+            own = isinstance(self.problem, GradientDescent)
+            after = step(state, meta, batch) if own else self._differentiated(step, state, meta, batch)
         if t == 0:
             argument_checks.same_structure(state, after)
         return after
@@ -105,7 +109,19 @@ class InnerLoop:
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
         """The outer loss at a state."""
         with randomness.torch_seeded(self.seed, randomness.OUTER):
-            return require_scalar(self.problem.outer_loss(state, meta, self.outer_batch), "outer_loss")
+            value = self._differentiated(self.problem.outer_loss, state, meta, self.outer_batch)
+            return require_scalar(value, "outer_loss")
+
+    @property
+    def memory(self) -> autodiff.Memory:
+        """What has been learned about the derivatives of the problem's operations."""
+        return autodiff.memory_of(self.problem)
+
+    def _differentiated(self, function: Callable[..., Any], *arguments: Tree) -> Any:
+        """Return `function(*arguments)`, with operations replaced that lack derivatives, if a graph is recorded."""
+        if not autodiff.has_graph(arguments[:-1] or arguments):
+            return function(*arguments)
+        return autodiff.run_user_code(lambda: function(*arguments), self.memory)
 
     # -- plain -------------------------------------------------------------------------------------------------
     # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same: a user's step or

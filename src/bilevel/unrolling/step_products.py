@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -22,22 +23,92 @@ _FASTER: WeakKeyDictionary[GradientDescent, Product] = WeakKeyDictionary()
 
 
 def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
-    """θ_{t+1} and A_t y + B_t v for k tangents y of θ_t and directions v.
+    """Return θ_{t+1} and A_t y + B_t v for k tangents y of θ_t and directions v.
 
-    Forward mode goes through the whole step; where the gradient is compiled, with its tangents, through the update.
+    Forward mode goes through the whole step, or through the update where the gradient is compiled with its tangents.
+    Where the inner loss has an operation without a forward-mode derivative, the tangents of its gradient are
+    Hessian-vector products (`push_step_by_hessian_products`), and those of a `Problem`'s step come from two backward
+    passes (`autodiff.push_by_double_reverse`).
     """
     problem, state = run.problem, pushed.value
-    if not isinstance(problem, GradientDescent) or problem.backend is None:
-        return autodiff.push_forward(
-            lambda state, meta: run.step(t, state, meta), [state, run.meta], [pushed.tangents, directions]
-        )
+
+    def step(state: Tree, meta: Tree) -> Tree:
+        return run.step(t, state, meta)
+
+    arguments, tangents = [state, run.meta], [pushed.tangents, directions]
+    if not isinstance(problem, GradientDescent):
+        return autodiff.push(step, arguments, tangents, run.memory, "step")
+
+    def by_hessian_products() -> autodiff.Pushed:
+        moved = [pushed.tangents]
+        after = push_step_by_hessian_products(run, problem.eager, t, state, moved, [directions])
+        autodiff.note_route("hessian_product_steps", 1.0 + 2.0 * len(directions[0]))
+        return autodiff.Pushed(after, moved[0])
+
+    if problem.backend is None:
+        return autodiff.push(step, arguments, tangents, run.memory, "step", by_hessian_products)
+    if "step" in run.memory.without_forward_mode:
+        return by_hessian_products()
     run.require_one_device(t, state, run.meta)
     along = pushed.tangents[: len(trees.split(state.params).differentiable)]
+    try:
+        with run.seeded_step(t):
+            gradient = problem.push_gradient(state.params, run.meta, run.inner_batches[t], along, directions)
+    except MissingDerivativeError as error:
+        found = by_hessian_products()
+        run.memory.without_forward_mode["step"] = str(error)
+        return found
+    return _push_update(run, problem, state, gradient.value, pushed.tangents, gradient.tangents, directions)
+
+
+def push_step_by_hessian_products(
+    run: InnerLoop,
+    problem: GradientDescent,
+    t: int,
+    state: Descent,
+    tangents: list[list[Tensor]],
+    chunks: Sequence[list[Tensor]],
+) -> Descent:
+    """Return θ_{t+1}, and replace each chunk of tangents y of θ_t by A_t y + B_t v, without forward mode.
+
+    With g = ∇_θ loss, the tangent of g along (y, v) is ∂g/∂θ y + ∂g/∂φ v, which is the θ part of the Hessian of the
+    loss in (θ, φ) times (y, v). A Hessian is symmetric, so the product is one backward pass through the graph of
+    ∇_{θ,φ} loss. The graph is made once for all chunks.
+
+    Cost: 1 + 2k units for k directions in all. Memory: the graph of one gradient.
+    """
+    batch = run.inner_batches[t]
+
+    def joint(params: Tree, meta: Tree) -> list[Tensor]:
+        return problem.joint_gradient(params, meta, batch)
+
+    run.require_one_device(t, state, run.meta)
     with run.seeded_step(t):
-        gradient = problem.push_gradient(state.params, run.meta, run.inner_batches[t], along, directions)
-    return autodiff.push_forward(
-        problem.apply, [state, gradient.value, run.meta], [pushed.tangents, gradient.tangents, directions]
-    )
+        shared = autodiff.Transpose(joint, [state.params, run.meta], autodiff.memory_of(problem))
+    size = len(trees.split(state.params).differentiable)
+    gradient = shared.value[:size]
+    if not any(bool(g.any()) for g in gradient):
+        with run.seeded_step(t):
+            problem.gradient(state.params, run.meta, batch)  # raises if the loss does not depend on the parameters
+    after = state
+    for number, (y, vectors) in enumerate(zip(tangents, chunks, strict=True)):
+        (bend,) = shared.many([*y[:size], *vectors], of=[0])
+        pushed = _push_update(run, problem, state, gradient, y, bend, vectors)
+        after, tangents[number] = pushed.value, pushed.tangents
+    return after
+
+
+def _push_update(
+    run: InnerLoop,
+    problem: GradientDescent,
+    state: Descent,
+    gradient: list[Tensor],
+    y: list[Tensor],
+    bend: list[Tensor],
+    vectors: list[Tensor],
+) -> autodiff.Pushed:
+    """Return the optimiser's update with a given gradient, and its tangents."""
+    return autodiff.push(problem.apply, [state, gradient, run.meta], [y, bend, vectors], run.memory, "update")
 
 
 def pull_back_step(
