@@ -256,7 +256,10 @@ class GradientDescent:
         if self._compiled is not None:
             return self._compiled.push(params, meta, batch, along, along_meta)
         return autodiff.push_forward(
-            lambda params, meta: self.gradient(params, meta, batch), [params, meta], [along, along_meta]
+            lambda params, meta: self.gradient(params, meta, batch),
+            [params, meta],
+            [along, along_meta],
+            autodiff.memory_of(self),
         )
 
     def joint_product(self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor]) -> list[Tensor]:
@@ -264,7 +267,8 @@ class GradientDescent:
         if self._compiled is not None:
             return self._compiled.joint_product(params, meta, batch, along)
         direction = [t.unsqueeze(0) for t in along]
-        pushed = autodiff.push_forward(lambda params: self.joint_gradient(params, meta, batch), [params], [direction])
+        function, memory = lambda params: self.joint_gradient(params, meta, batch), autodiff.memory_of(self)
+        pushed = autodiff.push_forward_or_refuse(function, [params], [direction], memory)
         return [tangent[0] for tangent in pushed.tangents]
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor]:

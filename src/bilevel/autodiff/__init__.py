@@ -12,7 +12,7 @@ from bilevel.autodiff.reverse_mode import (
     pull_back,
     start_graph,
 )
-from bilevel.autodiff.routes import note_route, noted_routes, push
+from bilevel.autodiff.routes import note_route, noted_routes, push, push_forward_or_refuse
 from bilevel.autodiff.substitution import Memory, memory_of, run_user_code
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "push",
     "push_by_double_reverse",
     "push_forward",
+    "push_forward_or_refuse",
     "run_user_code",
     "start_graph",
 ]

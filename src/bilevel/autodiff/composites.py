@@ -302,18 +302,19 @@ def _update_running(
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 SECOND_DERIVATIVE: Mapping[Operation, Operation] = {
+    functional.soft_margin_loss: soft_margin_loss,
     functional.multi_margin_loss: multi_margin_loss,
     functional.multilabel_margin_loss: multilabel_margin_loss,
     functional.ctc_loss: ctc_loss,
     torch.ctc_loss: ctc_loss,
     torch._weight_norm: weight_norm,  # pyright: ignore[reportPrivateImportUsage]
 }
-"""Operations whose second derivative PyTorch lacks or has wrong: replaced wherever a gradient is differentiated."""
+"""Operations whose second derivative PyTorch lacks (`soft_margin_loss`: with respect to the target) or has wrong. They
+are replaced wherever a gradient is differentiated."""
 
 FORWARD_MODE: Mapping[Operation, Operation] = {
     functional.mse_loss: mse_loss,
     functional.huber_loss: huber_loss,
-    functional.soft_margin_loss: soft_margin_loss,
 }
 """Operations whose backward pass has no forward-mode derivative: replaced in forward mode."""
 

@@ -55,7 +55,7 @@ def gradient(
     inputs = [t.view_as(t) if differentiable and t.requires_grad else t.detach().requires_grad_() for t in tensors]
     with torch.enable_grad():
         if differentiable:
-            value = run_user_code(lambda: loss(inputs), memory)
+            value = run_user_code(lambda: loss(inputs), memory, history=[t for t in inputs if not t.is_leaf])
             custom_functions.check(value, inputs, lambda: loss(inputs))
         else:
             value = loss(inputs)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.autodiff.double_reverse import push_by_double_reverse
 from bilevel.autodiff.forward_mode import Pushed, push_forward
+from bilevel.autodiff.missing import FORWARD_MODE
 from bilevel.autodiff.substitution import Memory
 from bilevel.errors import MissingDerivativeError
 from bilevel.trees import Tree
@@ -35,6 +36,28 @@ def note_route(name: str, units: float) -> None:
     if routes is not None:
         routes[name] = routes.get(name, 0.0) + 1
         routes[f"{name}_units"] = routes.get(f"{name}_units", 0.0) + units
+
+
+def push_forward_or_refuse(
+    function: Callable[..., Tree],
+    arguments: Sequence[Tree],
+    tangents: Sequence[Sequence[Tensor]],
+    memory: Memory,
+) -> Pushed:
+    """Return what `push_forward` returns, for a function that is known to work without function transforms.
+
+    Raises:
+        MissingDerivativeError: forward mode does not take the function, for whatever reason.
+    """
+    try:
+        return push_forward(function, arguments, tangents, memory)
+    except (MissingDerivativeError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        raise MissingDerivativeError(
+            f"forward mode does not take this loss ({first_line}), {FORWARD_MODE}, or Reverse(product='reverse')"
+        ) from error
 
 
 def push(

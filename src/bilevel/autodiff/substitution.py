@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -85,6 +85,7 @@ def run_user_code(
     memory: Memory | None = None,
     forward_mode: bool = False,
     plainly: Callable[[], Any] | None = None,
+    history: Sequence[Tensor] = (),
 ) -> Result:
     """`call()`, with operations replaced that lack a derivative or have a wrong one.
 
@@ -93,6 +94,7 @@ def run_user_code(
         memory: what is known about the problem; changed in place.
         forward_mode: whether the call is differentiated in forward mode.
         plainly: runs the same code outside of function transforms, for the verification of custom functions.
+        history: tensors that the code is given and that may have been computed from others before.
 
     Raises:
         ReverseNeeded: the code holds something that forward mode does not differentiate as reverse mode does.
@@ -102,7 +104,7 @@ def run_user_code(
         return call()
     random = randomness.generator_states()
     for attempt in range(100):
-        _STATE.active = _Rules(memory, forward_mode)
+        _STATE.active = _Rules(memory, forward_mode, history)
         try:
             if attempt:
                 randomness.restore(random)
@@ -140,9 +142,10 @@ class user_code_again:  # noqa: N801
 
 
 class _Rules(TorchFunctionMode):
-    def __init__(self, memory: Memory, forward_mode: bool) -> None:
+    def __init__(self, memory: Memory, forward_mode: bool, history: Sequence[Tensor]) -> None:
         super().__init__()
         self.forward_mode = forward_mode
+        self.history = history
         self.normalised = False
         self._table = _TABLES[forward_mode, memory.composite_normalisations]
 
@@ -193,11 +196,40 @@ def _gradient_inside(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: di
         raise _CompositesNeeded
     if not by_functorch and func is torch.autograd.grad:
         outputs = kwargs.get("outputs", args[0] if args else ())
-        for function in custom_functions.between(outputs, kwargs.get("inputs", args[1] if len(args) > 1 else ())):
+        inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
+        _require_no_history(rules.history, inputs)
+        for function in custom_functions.between(outputs, inputs):
             custom_functions.require_two_derivatives(function)
             if not custom_functions.is_verified(function):
                 raise _Unverified(function)
     return func(*args, **kwargs)
+
+
+def _require_no_history(history: Sequence[Tensor], inputs: Any) -> None:
+    """Raise where a gradient inside a loss would reach its inputs through earlier steps too.
+
+    In a plain loop the parameters of a step are leaves. In one graph of all steps they are not, and a tensor that is an
+    input of every step, such as φ, is also reached through them.
+    """
+    leaves = {id(t) for t in ([inputs] if isinstance(inputs, Tensor) else inputs) if t.is_leaf}
+    if not (leaves and history):
+        return
+    # A parameter that is a leaf was given to the step as a view: its own leaf is no history.
+    nodes = [n for t in history if t.grad_fn is not None for n, _ in t.grad_fn.next_functions]
+    nodes = [n for n in nodes if n is not None and not hasattr(n, "variable")]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in leaves:
+            raise MissingDerivativeError(
+                "a loss takes a gradient with respect to a tensor on which earlier inner steps depend too, and "
+                'Reverse("graph") keeps the graph of all steps, so that gradient would reach through them; take '
+                "Reverse()"
+            )
+        nodes += [n for n, _ in node.next_functions]
 
 
 def _custom_function(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

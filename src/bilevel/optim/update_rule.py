@@ -207,6 +207,7 @@ class Optimizer:
 
     def _initial_states(self, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
         """What the optimiser would remember before its first step, made by its own lazy initialisation."""
+        parameters = _as_real(parameters)
         clones = [p.detach() for p in self._buckets(parameters).joined(parameters, fresh=True)]
         for clone in clones:
             clone.grad = torch.zeros_like(clone)
@@ -229,6 +230,8 @@ class Optimizer:
         if step == 0 and issubclass(self.algorithm, torch.optim.SGD):
             settings["dampening"] = 0.0
         self._require_memory_of_momentum(state, step, settings)
+        complex_ones = [p.is_complex() for p in parameters]
+        parameters, gradients = _as_real(parameters), _as_real(gradients)
         # Shards, which come as ordinary tensors for the time of an update, have a memory each.
         buckets = Buckets.of(parameters, limit=0) if len(state) == len(parameters) else self._buckets(parameters)
         clones, gradients = buckets.joined(parameters, fresh=True), buckets.joined(gradients)
@@ -239,7 +242,8 @@ class Optimizer:
             instance.state[clone] = {name: _thaw(name, value) for name, value in memory.items()}
         inspect.unwrap(self.algorithm.step)(instance)  # bare of the hooks and of the no_grad around it
         new_state = [self._frozen(instance.state[clone]) for clone in clones]
-        return buckets.parted(clones), new_state
+        after = buckets.parted(clones)
+        return [torch.view_as_complex(p) if c else p for p, c in zip(after, complex_ones, strict=True)], new_state
 
     def _buckets(self, parameters: Sequence[Tensor]) -> Buckets:
         """Which parameters are updated together: PyTorch's own optimisers go element by element, others may not."""
@@ -296,6 +300,11 @@ def described(value: Any) -> str:
     if isinstance(value, torch.optim.Optimizer):
         return f"an instance of {type(value).__name__}"
     return f"{value!r} ({type(value).__name__})"
+
+
+def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, complex ones as pairs of real numbers, which is how PyTorch's optimisers update them."""
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
 
 
 def _is_differentiable(algorithm: type[torch.optim.Optimizer]) -> bool:
