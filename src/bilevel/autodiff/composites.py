@@ -211,20 +211,6 @@ def layer_norm(
     return _affine(_standardised(input, tuple(range(-count, 0)), eps), weight, bias)
 
 
-def group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    """The same over groups of channels of `[N, C, …]`."""
-    grouped = input.reshape(input.shape[0], num_groups, -1)
-    normalised = _standardised(grouped, (-1,), eps).reshape(input.shape)
-    return _affine(normalised, *(_by_channel(t, input) for t in (weight, bias)))
-
-
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -320,10 +306,8 @@ FORWARD_MODE: Mapping[Operation, Operation] = {
 
 THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
     functional.layer_norm: layer_norm,
-    functional.group_norm: group_norm,
     functional.instance_norm: instance_norm,
     functional.batch_norm: batch_norm,
     torch.layer_norm: layer_norm,
-    torch.group_norm: group_norm,
 }
 """Operations whose third derivative PyTorch has wrong: replaced where a loss contains a gradient of its own."""

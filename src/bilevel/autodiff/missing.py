@@ -52,6 +52,11 @@ def _advice(error: Exception, directions: int) -> str | None:
             "keep the activations of one inner step alone), wrap layers in bilevel.Recomputed(layer) to keep less, or "
             "take ForwardGradient(..., tangents='difference') or ZerothOrder(...)"
         )
+    if "nference tensor" in message:
+        return (
+            "a loss or step uses a tensor that was computed under torch.inference_mode(), which cannot take part in a "
+            "derivative even as a constant; write torch.no_grad() in its place"
+        )
     if found := re.search(r"forward AD with (\w+)", message):
         return (
             f"the operation {found[1]!r} has no forward-mode derivative in {version}, {FORWARD_MODE}, or write that "
