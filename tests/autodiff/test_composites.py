@@ -45,6 +45,7 @@ def add_one(name: str, theirs: Any, ours: Callable[..., Any], call: Callable[...
 
 TARGET, MATRIX = normal(4, 5, seed=3), WEIGHT.expand(4, 5)
 F, C = functional, composites
+WEIGHT_NORM: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 for p in (1, 2):
     settings = {"p": p, "margin": 0.7, "weight": WEIGHT}
     add(
@@ -114,7 +115,7 @@ add(
 for dim in (0, 1, 2, -1):
     shape = () if dim == -1 else tuple(n if i == dim else 1 for i, n in enumerate(IMAGE.shape))
     length = normal(*shape).abs() + 0.5
-    add_one(f"weight norm {dim}", torch._weight_norm, C.weight_norm, lambda f, v, g, d=dim: f(v, g, d), IMAGE, length)
+    add_one(f"weight norm {dim}", WEIGHT_NORM, C.weight_norm, lambda f, v, g, d=dim: f(v, g, d), IMAGE, length)
 NORMS = [IMAGE, SCALE, SHIFT]
 add_one("layer norm", F.layer_norm, C.layer_norm, lambda f, x, w, b: f(x.mT, (4,), w, b), *NORMS)
 add_one("layer norm, torch.", torch.layer_norm, C.layer_norm, lambda f, x, w, b: f(x.mT, (4,), w, b), *NORMS)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import loss_cases
 import pytest
 import torch
+from loss_cases import META, STEPS, LossCase
 from torch.nn import functional
 
 import bilevel
-
-sys.path.insert(0, str(Path(__file__).parent))
-import loss_cases
-from loss_cases import META, STEPS, LossCase
 
 DOCS = Path(__file__).parents[2] / "docs"
 ALL = list(loss_cases.cases())

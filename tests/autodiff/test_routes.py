@@ -15,6 +15,7 @@ import bilevel
 from bilevel import autodiff
 
 DOUBLE = torch.float64
+WEIGHT_NORM: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 THETA = torch.tensor([1.0, -2.0, 0.5], dtype=DOUBLE)
 PHI = torch.tensor([0.7, 1.2, 0.9], dtype=DOUBLE)
 RATE, STEPS = 0.1, 3
@@ -244,7 +245,7 @@ OPERATIONS: dict[str, tuple[Loss, bool]] = {
     ),
     "triangular_solve": (old_solve, True),
     "weight_norm": (
-        lambda t, w, b: torch._weight_norm((t * w).expand(2, 3) * INPUTS[:2], w[:2, None]).tanh().sum(),
+        lambda t, w, b: WEIGHT_NORM((t * w).expand(2, 3) * INPUTS[:2], w[:2, None]).tanh().sum(),
         False,
     ),
     "huber_loss": (lambda t, w, b: functional.huber_loss(t * w, w), False),

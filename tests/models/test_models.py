@@ -704,7 +704,7 @@ WITHOUT_FORWARD_MODE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "custom function for vmap": (SquaredForVmap.apply, "Function 'SquaredForVmap' has no forward-mode derivative"),
     "custom function in the old way": (
         SquaredInTheOldWay.apply,
-        "'SquaredInTheOldWay' .* give it a static method setup",
+        "'SquaredInTheOldWay' .* give it a static",
     ),
 }
 

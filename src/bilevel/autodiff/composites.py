@@ -44,7 +44,8 @@ def mse_loss(
 ) -> Tensor:
     """(x − y)², reduced. With a weight, PyTorch's own function is a composite already."""
     if weight is not None:
-        return functional.mse_loss(input, target, size_average, reduce, reduction, weight=weight)
+        weighted: Any = functional.mse_loss
+        return weighted(input, target, size_average, reduce, reduction, weight)
     return _reduced((input - target).square(), reduction, size_average, reduce)
 
 

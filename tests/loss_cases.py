@@ -1,6 +1,6 @@
 """Every loss of `torch.nn.functional` as the inner and outer loss of a small problem, and a plain PyTorch loop for it.
 
-`python tests/autodiff/loss_cases.py` prints the page `docs/losses.md`.
+`python tests/loss_cases.py` prints the page `docs/losses.md`.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ While a loss is differentiated, these functions are replaced by composite forms 
 (`bilevel.autodiff.composites`); the user's code is not changed. A composite `ctc_loss` is slower than PyTorch's own: it
 is a loop over time in Python.
 
-Made by `python tests/autodiff/loss_cases.py > docs/losses.md`. A test compares the page with the results.
+Made by `python tests/loss_cases.py > docs/losses.md`. A test compares the page with the results.
 """
 
 
