@@ -402,6 +402,7 @@ class GradientDescent(BilevelProblem):
                 parts.differentiable,
                 differentiable=recorded,
                 during=lambda tensors: standing_in(with_buffers(parts.rebuild(tensors), buffers)[0], meta),
+                memory=autodiff.memory_of(self),
             )
         if found is None:
             raise NoDependenceError(
@@ -454,7 +455,7 @@ class GradientDescent(BilevelProblem):
         tensors = [t for part in parts for t in part.differentiable]
         with modules_in_use(params, meta), autodiff.named_missing_derivatives():
             recorded = autodiff.has_graph([params, meta, buffers, list(weights)])
-            found = autodiff.gradient(loss, tensors, differentiable=recorded)
+            found = autodiff.gradient(loss, tensors, differentiable=recorded, memory=autodiff.memory_of(self))
         return Evaluated([None] * len(tensors) if found is None else found, after[0])
 
     def inner_value(self, state: Descent, meta: Tree, batch: Any) -> Tensor:
@@ -472,7 +473,10 @@ class GradientDescent(BilevelProblem):
         if self._compiled is not None:
             return self._compiled.push(params, meta, batch, along, along_meta)
         return autodiff.push_forward(
-            lambda params, meta: self.gradient(params, meta, batch), [params, meta], [along, along_meta]
+            lambda params, meta: self.gradient(params, meta, batch),
+            [params, meta],
+            [along, along_meta],
+            autodiff.memory_of(self),
         )
 
     def joint_product(
@@ -499,11 +503,7 @@ class GradientDescent(BilevelProblem):
             found = self.evaluate_jointly(params, meta, batch, buffers, weights).gradient
             return autodiff.zeros_where_none(found, leaves)
 
-        pushed = autodiff.push_forward(
-            gradient,
-            [params, weights],
-            directions,
-        )
+        pushed = autodiff.push_forward_or_refuse(gradient, [params, weights], directions, autodiff.memory_of(self))
         return [tangent[0] for tangent in pushed.tangents]
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:

@@ -58,6 +58,12 @@ def generator_states() -> list[torch.Tensor]:
     return [each.get_state() for each in _generators()]
 
 
+def restore(states: list[torch.Tensor]) -> None:
+    """Let torch's global generators go on from these states."""
+    for each, state in zip(_generators(), states, strict=False):
+        each.set_state(state)
+
+
 @contextmanager
 def replayed(states: list[torch.Tensor]) -> Iterator[None]:
     """Inside, torch's global generators go on from these states; afterwards they are as they were before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -100,8 +101,33 @@ def size(tree: Tree) -> int:
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """The inner product of two equally shaped lists of tensors."""
-    return torch.stack([whole((a * b).sum()) for a, b in zip(left, right, strict=True)]).sum()
+    """Return the real inner product of two equally shaped lists of tensors; Re Σ āb for complex ones.
+
+    >>> dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+    tensor(11.)
+    >>> dot([torch.tensor([1 + 2j])], [torch.tensor([1 + 2j])])
+    tensor(5.)
+    """
+    return torch.stack([whole(_product(a, b).sum()) for a, b in zip(left, right, strict=True)]).sum()
+
+
+def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Return the real inner products `[k]` of a list of tensors with each of k lists, `[k, *leaf.shape]` for each leaf.
+
+    >>> dots([torch.tensor([1.0, 2.0])], [torch.tensor([[3.0, 4.0], [0.0, 1.0]])])
+    tensor([11.,  2.])
+    """
+    products = []
+    for a, b in zip(left, right, strict=True):
+        a = a.to(b)
+        if b.is_complex():
+            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+        products.append(b.reshape(len(b), -1) @ a.reshape(-1))
+    return functools.reduce(torch.add, products)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a.conj() * b).real if a.is_complex() or b.is_complex() else a * b
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from test_unreached_parameters import ESTIMATORS, HEADS, META, PARAMETERS, TOLER
 from torch import Tensor
 
 import bilevel
-from bilevel.optim.differentiable_steps import DifferentiableStep
 
 # -- classes as people write them --------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def head_loss(parameters: Sequence[Tensor], meta: Tensor, head: str) -> Tensor:
     return (meta[:5] * ((INPUTS @ parameters[3]).tanh() @ parameters[PLACES[head]] - TARGETS).square()).mean()
 
 
-def outer_loss(parameters: Sequence[Tensor], meta: Tensor, batch: Any) -> Tensor:  # noqa: ARG001
+def outer_loss(parameters: Sequence[Tensor], meta: Tensor, batch: Any) -> Tensor:
     hidden = (INPUTS @ parameters[3]).tanh()
     return torch.stack([(hidden @ parameters[i] + TARGETS).square().mean() for i in PLACES.values()]).sum()
 
@@ -239,7 +239,7 @@ def test_dampening_of_a_momentum_that_a_schedule_turns_on_later() -> None:
 def test_a_derivative_of_zero_is_a_gradient(estimator: bilevel.Estimator) -> None:
     """Weight decay moves a parameter that the loss reaches with a derivative of zero, and not one that it does not."""
 
-    def inner_loss(parameters: Sequence[Tensor], meta: Tensor, batch: Any) -> Tensor:  # noqa: ARG001
+    def inner_loss(parameters: Sequence[Tensor], meta: Tensor, batch: Any) -> Tensor:
         dead = torch.relu(parameters[0] - 100.0).sum()
         return dead + parameters[1].detach().sum() + (meta[:3] * parameters[2].square()).sum() + meta.square().sum()
 

@@ -188,7 +188,7 @@ class CompiledGradient:
         reached: list[bool] = []
 
         def joint(primals: Tensors, cotangents: Tensors) -> list[Tensor]:
-            with call.with_inputs(primals) as (params, meta, batch), autodiff.RefuseOnceDifferentiable():
+            with call.with_inputs(primals) as (params, meta, batch):
                 value, products = autodiff.pull_back(
                     lambda params, meta: self._filled(params, meta, batch, reached), [params, meta], cotangents
                 )

@@ -35,7 +35,12 @@ class Estimate:
     standard_error: float | None = None
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
-    """What the method observed on the way, such as the residual of a linear solve."""
+    """What the method observed on the way, such as the residual of a linear solve.
+
+    Where an operation has no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the
+    inner steps and functions whose tangents took another route. The same names with `_units` say what they cost in
+    inner gradients.
+    """
     carried: Carried | None = None
     """Where the inner loop ended; passed to the next call as `carried=`, that one goes on from there."""
     compile_seconds: float = 0.0
@@ -83,8 +88,9 @@ class Estimator(ABC):
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
-        found = self._of(run)
-        return replace(found, compile_seconds=compile_seconds() - before)
+        with autodiff.noted_routes() as routes:
+            found = self._of(run)
+        return replace(found, compile_seconds=compile_seconds() - before, diagnostics={**found.diagnostics, **routes})
 
     def _of(self, run: Unroll) -> Estimate:
         if not self.needs_derivatives or self.first_order:

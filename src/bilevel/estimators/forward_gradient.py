@@ -51,7 +51,9 @@ class ForwardGradient(Estimator):
             inner step that all chunks share, with the tangents of all directions in memory (often the faster and the
             smaller one, see benchmarks/results/shared_steps.md); or `"difference"` for central differences of
             first-order gradients: for fused attention and activation checkpointing, with relative errors of about 1e-10
-            in float64 and 1e-4 in float32.
+            in float64 and 1e-4 in float32. Differences do not stop at `detach()` or `torch.no_grad()`. `"exact"` takes
+            Hessian-vector products at the same cost where an operation of the inner loss has no forward-mode
+            derivative; `diagnostics["hessian_product_steps"]` then counts the steps.
         support: `"touched"` restricts the directions to entries that the inner loop depends on at all (weights of
             examples that came up in a mini-batch), found with at most 3T units; N is then their number.
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,8 +101,7 @@ def _through_one_graph(run: Unroll) -> Estimate:
     def final_state(meta: Tree) -> Tree:
         state = run.init(meta)
         for t in range(run.steps):
-            with autodiff.RefuseOnceDifferentiable() if t == 0 else nullcontext():
-                state = run.step(t, state, meta)
+            state = run.step(t, state, meta)
         return state
 
     jacobian = autodiff.Transpose(final_state, [run.meta])

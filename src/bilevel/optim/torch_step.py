@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class TorchStep:
 
     def first_state(self, parameters: Sequence[Tensor]) -> OptimizerState:
         """Return the memory before the first step."""
+        parameters = _as_real(parameters)
         buckets = Buckets.of(parameters, LIMIT if self.is_pytorchs_own else 0)
         joined = buckets.joined(parameters, fresh=True)
         memories = self._first_memories(joined, self.timetable(0))
@@ -90,6 +91,7 @@ class TorchStep:
         A class that PyTorch did not write gets all parameters, as in a loop without this library, and may also change
         those whose `grad` is `None`.
         """
+        given_parameters, parameters, gradients = parameters, _as_real(parameters), _as_real(gradients)
         reached = {i for i, g in enumerate(gradients) if g is not None or not self.is_pytorchs_own}
         state = divided(state, reached, parameters)
         moving = [number for number, bucket in enumerate(state) if bucket.members[0] in reached]
@@ -109,7 +111,8 @@ class TorchStep:
         if not standing:
             for i, moved in buckets.parted(clones).items():
                 after[i] = moved
-        return after, new_state
+        places = zip(after, given_parameters, strict=True)
+        return [torch.view_as_complex(p) if before.is_complex() else p for p, before in places], new_state
 
     def _moved(
         self,
@@ -212,6 +215,15 @@ class TorchStep:
         if not issubclass(self.algorithm, TEN):
             return trees.map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(memory))
         return {name: _thawed_entry(name, value) for name, value in memory.items() if name != "has_begun"}
+
+
+@overload
+def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]: ...
+@overload
+def _as_real(tensors: Sequence[Tensor | None]) -> list[Tensor | None]: ...
+def _as_real(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return complex tensors as pairs of real numbers, which is how PyTorch's optimisers update them."""
+    return [torch.view_as_real(t.resolve_conj()) if t is not None and t.is_complex() else t for t in tensors]
 
 
 def _frozen_entry(name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from bilevel.errors import MissingDerivativeError
 from bilevel.models.module_view import modules_in
 from bilevel.planning.live_memory import counting
 from bilevel.trees import Tree
-from bilevel.unrolling.step_products import pull_back_step
+from bilevel.unrolling.step_products import pull_back_step, push_step
 from bilevel.unrolling.unroll import Unroll
 
 _REPEATS = 3
@@ -129,19 +129,19 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
 
 
 def _forwards(run: Unroll, state: Tree) -> dict[str, Any]:
-    def carried(function: Callable[..., Tree]) -> Carried:
-        few, more = (pushed(function, count) for count in (2, 6))
+    def carried(pushed: Callable[[list[torch.Tensor], list[torch.Tensor]], Any]) -> Carried:
+        few, more = (price(pushed, count) for count in (2, 6))
         each = Price((more.seconds - few.seconds) / 4, (more.bytes - few.bytes) / 4)
         return Carried(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
 
-    def pushed(function: Callable[..., Tree], count: int) -> Price:
+    def price(pushed: Callable[[list[torch.Tensor], list[torch.Tensor]], Any], count: int) -> Price:
         vectors = [t.new_ones(count, *t.shape) for t in trees.split(run.meta).differentiable]
         tangents = [t.new_zeros(count, *t.shape) for t in trees.split(state).differentiable]
-        return _price(lambda: autodiff.push_forward(function, [state, run.meta], [tangents, vectors]))
+        return _price(lambda: pushed(tangents, vectors))
 
     return {
-        "pushed": carried(lambda state, meta: run.step(0, state, meta)),
-        "outer_pushed": carried(run.outer_loss),
+        "pushed": carried(lambda y, v: push_step(run, 0, autodiff.Pushed(state, y), v)),
+        "outer_pushed": carried(lambda y, v: run.push_outer(autodiff.Pushed(state, y), v)),
     }
 
 

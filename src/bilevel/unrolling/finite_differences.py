@@ -5,6 +5,8 @@
 with ε = ∛(machine epsilon) · ‖(θ, φ)‖/‖(y, v)‖, which balances the O(ε²) of the formula against rounding: a relative
 error of about ∛(machine epsilon)², 4e-11 in float64 and 2e-5 in float32, times the third derivative's scale; where the
 gradient is computed to less than its dtype's precision, more. The optimiser's update itself is differentiated exactly.
+
+A difference does not see a stop-gradient: what a loss computes under `detach()` or `torch.no_grad()` moves with θ and φ.
 """
 
 from __future__ import annotations

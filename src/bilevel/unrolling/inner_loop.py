@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bilevel import randomness, trees
+from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.models.sharing import presented
 from bilevel.problem import BilevelProblem, Descent, require_scalar
@@ -74,14 +74,20 @@ class InnerLoop:
         if self.carried is not None:
             return self.carried.state
         with randomness.torch_seeded(self.seed, randomness.INIT):
-            return self.problem.init(self._as_passed(meta))
+            start = self.problem.init
+            if self.problem.is_black_box:
+                return start(self._as_passed(meta))
+            return self._differentiated(start, self._as_passed(meta))
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
         batch = self.inner_batches[t]
         self.require_one_device(t, state, meta)
         with self.seeded_step(t):
-            after = self.problem.step(state, self._as_passed(meta), batch)
+            # A `GradientDescent` runs its loss in this way itself.
+            step, passed = self.problem.step, self._as_passed(meta)
+            own = self.problem.as_gradient_descent is not None
+            after = step(state, passed, batch) if own else self._differentiated(step, state, passed, batch)
         if t == 0:
             argument_checks.same_structure(_kept_in_structure(state), _kept_in_structure(after))
         return after
@@ -103,12 +109,23 @@ class InnerLoop:
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
         """The outer loss at a state."""
         with randomness.torch_seeded(self.seed, randomness.OUTER):
-            value = self.problem.outer_loss(state, self._as_passed(meta), self.outer_batch)
+            value = self._differentiated(self.problem.outer_loss, state, self._as_passed(meta), self.outer_batch)
         return require_scalar(value, "outer_loss")
 
     def _as_passed(self, meta: Tree) -> Tree:
         """φ as the problem's functions take it; a `GradientDescent` itself hands it to the user's functions."""
         return meta if self.problem.as_gradient_descent is not None else presented(meta)
+
+    @property
+    def memory(self) -> autodiff.Memory:
+        """What has been learned about the derivatives of the problem's operations."""
+        return autodiff.memory_of(self.problem)
+
+    def _differentiated(self, function: Callable[..., Any], *arguments: Tree) -> Any:
+        """Return `function(*arguments)`, with operations replaced that lack derivatives, if a graph is recorded."""
+        if not autodiff.has_graph(arguments[:-1] or arguments):
+            return function(*arguments)
+        return autodiff.run_user_code(lambda: function(*arguments), self.memory)
 
     # -- plain -------------------------------------------------------------------------------------------------
     # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same: a user's step or

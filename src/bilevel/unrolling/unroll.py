@@ -7,7 +7,6 @@ d = ∂outer/∂θ_T, c = ∂outer/∂φ; so ∇h = d Z_T + c.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,13 +49,23 @@ class Unroll(InnerLoop):
         return self.push_on(self.push_init(directions), directions)[0]
 
     def push_on(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> tuple[Slopes, list[Tensor]]:
-        """The same from a given θ_0 and its tangents y_0; and the tangents y_T."""
+        """Return the same from a given θ_0 and its tangents y_0, and the tangents y_T."""
         with torch.no_grad():
             for t in range(self.steps):
                 pushed = push_step(self, t, pushed, directions)
             moved = any(bool(tangent.any()) for tangent in pushed.tangents)
-            outer = autodiff.push_forward(self.outer_loss, [pushed.value, self.meta], [pushed.tangents, directions])
+            outer = self.push_outer(pushed, directions)
         return Slopes(outer.value, pushed.value, outer.tangents[0], moved), pushed.tangents
+
+    def push_outer(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
+        """Return the outer loss and its slopes d y_T + c v."""
+
+        def by_reverse() -> autodiff.Pushed:
+            value, d, c = self.outer_cotangents(pushed.value)
+            return autodiff.Pushed(value, [trees.dots([*d, *c], [*pushed.tangents, *directions])])
+
+        arguments, tangents = [pushed.value, self.meta], [pushed.tangents, directions]
+        return autodiff.push(self.outer_loss, arguments, tangents, self.memory, "outer loss", by_reverse)
 
     def push_init(self, directions: list[Tensor]) -> autodiff.Pushed:
         """θ_0 and its tangents B_0 v.
@@ -66,7 +75,7 @@ class Unroll(InnerLoop):
         """
         plain = autodiff.Transpose(self.init, [self.meta])
         if plain.connected:
-            return autodiff.push_forward(self.init, [self.meta], [directions])
+            return autodiff.push(self.init, [self.meta], [directions], self.memory, "init")
         count = len(directions[0])
         tangents = [t.new_zeros(count, *t.shape) for t in trees.split(plain.value).differentiable]
         return autodiff.Pushed(plain.value, tangents)
@@ -95,9 +104,8 @@ class Unroll(InnerLoop):
         the cotangent of the trail's first state. Memory: the graph of one step.
         """
         total = [torch.zeros_like(leaf) for leaf in trees.leaves(self.meta)]
-        for number, (t, state) in enumerate(trail):
-            with autodiff.RefuseOnceDifferentiable() if number == 0 else nullcontext():
-                down, across = pull_back_step(self, t, state, d, product)
+        for t, state in trail:
+            down, across = pull_back_step(self, t, state, d, product)
             d[:] = autodiff.fill_zeros(down, state)
             _accumulate(total, across)
         return total
