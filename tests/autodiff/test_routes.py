@@ -434,3 +434,27 @@ def test_nothing_of_pytorch_or_the_user_is_changed() -> None:
     assert not torch.overrides._get_current_function_mode_stack()
     assert torch.is_grad_enabled()
     assert torch._C._is_fwd_grad_enabled()
+
+
+def test_a_gradient_has_a_graph_only_if_it_depends_on_a_recording_tensor() -> None:
+    """A state that was not recorded must not look as if it depended on φ."""
+    phi = PHI.clone().requires_grad_()
+    losses: list[Callable[[Any], Tensor]] = [
+        lambda x: (x[0] ** 2 * phi).sum() + x[1].square().sum(),
+        lambda x: x[0].sum(),
+    ]
+    first, second = autodiff.gradient(losses[0], [THETA, THETA], differentiable=True) or []
+    assert first.requires_grad
+    assert not second.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), phi)[0], 2 * THETA)
+    (constant,) = autodiff.gradient(losses[1], [THETA], differentiable=True) or []
+    assert not constant.requires_grad
+
+
+def test_a_compiled_loss_without_forward_mode_takes_hessian_products() -> None:
+    inner, _ = OPERATIONS["grid_sample"]
+    optimizer = bilevel.optimizer(torch.optim.SGD, lr=RATE)
+    subject = bilevel.GradientDescent(inner, outer, THETA, optimizer, compile="aot_eager")
+    found = bilevel.Forward()(subject, PHI, bilevel.no_batches(STEPS))
+    torch.testing.assert_close(found.grad, by_differences(inner), rtol=1e-8, atol=1e-8)
+    assert found.diagnostics["hessian_product_steps"] == STEPS
