@@ -458,3 +458,22 @@ def test_a_compiled_loss_without_forward_mode_takes_hessian_products() -> None:
     found = bilevel.Forward()(subject, PHI, bilevel.no_batches(STEPS))
     torch.testing.assert_close(found.grad, by_differences(inner), rtol=1e-8, atol=1e-8)
     assert found.diagnostics["hessian_product_steps"] == STEPS
+
+
+def test_a_model_wrapped_by_torch_compile_runs_as_it_is_while_it_is_differentiated() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    wrapped = torch.compile(copy.deepcopy(plain), backend="aot_eager")
+
+    def subject(net: Any) -> bilevel.GradientDescent:
+        return bilevel.GradientDescent(
+            lambda net, phi, batch: (phi * net(INPUTS[:3])[:, 0].square()).mean(),
+            lambda net, phi, batch: net(-INPUTS).mean(),
+            net,
+            bilevel.optimizer(torch.optim.SGD, lr=RATE),
+        )
+
+    expected = bilevel.Reverse()(subject(plain), PHI, bilevel.no_batches(STEPS)).grad
+    for estimator in ESTIMATORS.values():
+        found = estimator(subject(wrapped), PHI, bilevel.no_batches(STEPS)).grad
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -87,7 +88,7 @@ def run_user_code(
     plainly: Callable[[], Any] | None = None,
     history: Sequence[Tensor] = (),
 ) -> Result:
-    """`call()`, with operations replaced that lack a derivative or have a wrong one.
+    """Return `call()`, with operations replaced that lack a derivative or have a wrong one.
 
     Args:
         call: runs the user's code. It may be run again, from the same random state.
@@ -108,7 +109,7 @@ def run_user_code(
         try:
             if attempt:
                 randomness.restore(random)
-            with _STATE.active:
+            with _STATE.active, _uncompiled():
                 return call()
         except _CompositesNeeded:
             memory.composite_normalisations = True
@@ -119,6 +120,11 @@ def run_user_code(
         finally:
             _STATE.active = before
     raise AssertionError("user code asks for other rules every time")
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Context manager in which models wrapped by `torch.compile` run as they are: compiled code has one derivative."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class own_gradient:  # noqa: N801
