@@ -477,3 +477,24 @@ def test_a_model_wrapped_by_torch_compile_runs_as_it_is_while_it_is_differentiat
     for estimator in ESTIMATORS.values():
         found = estimator(subject(wrapped), PHI, bilevel.no_batches(STEPS)).grad
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_hook_on_a_tensor_inside_of_a_loss_may_look_and_not_change() -> None:
+    seen: list[Tensor] = []
+
+    def hooked(hook: Callable[[Tensor], Any]) -> Loss:
+        def inner(theta: Tensor, phi: Tensor, batch: Any) -> Tensor:
+            h = theta * phi
+            if h.requires_grad:
+                h.register_hook(hook)
+            return (h**3).sum() + (theta - phi).square().sum()
+
+        return inner
+
+    plain: Loss = lambda theta, phi, batch: ((theta * phi) ** 3).sum() + (theta - phi).square().sum()  # noqa: E731
+    for estimator in ESTIMATORS.values():
+        found = estimator(problem(hooked(lambda g: seen.append(g.detach()))), PHI, bilevel.no_batches(STEPS)).grad
+        torch.testing.assert_close(found, by_differences(plain), rtol=1e-7, atol=1e-8)
+        with pytest.raises(bilevel.MissingDerivativeError, match="registered on a tensor inside a loss, changes"):
+            estimator(problem(hooked(lambda g: 0.5 * g)), PHI, bilevel.no_batches(STEPS))
+    assert seen
