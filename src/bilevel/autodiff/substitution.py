@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -87,7 +88,7 @@ def run_user_code(
     plainly: Callable[[], Any] | None = None,
     history: Sequence[Tensor] = (),
 ) -> Result:
-    """`call()`, with operations replaced that lack a derivative or have a wrong one.
+    """Return `call()`, with operations replaced that lack a derivative or have a wrong one.
 
     Args:
         call: runs the user's code. It may be run again, from the same random state.
@@ -108,7 +109,7 @@ def run_user_code(
         try:
             if attempt:
                 randomness.restore(random)
-            with _STATE.active:
+            with _STATE.active, _uncompiled():
                 return call()
         except _CompositesNeeded:
             memory.composite_normalisations = True
@@ -119,6 +120,11 @@ def run_user_code(
         finally:
             _STATE.active = before
     raise AssertionError("user code asks for other rules every time")
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Context manager in which models wrapped by `torch.compile` run as they are: compiled code has one derivative."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class own_gradient:  # noqa: N801
@@ -240,6 +246,26 @@ def _custom_function(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: di
     return func(*args, **kwargs)
 
 
+def _watched_hook(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A hook on a tensor inside a loss may look at the gradient.
+
+    A hook that changes it would be called again in the second backward pass, on a gradient that it was not meant for.
+    """
+    tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
+    if rules.forward_mode:
+        raise ReverseNeeded(f"a loss registers a hook on a tensor, {FORWARD_MODE}")
+
+    def watched(gradient: Tensor) -> None:
+        if hook(gradient) is not None:
+            raise MissingDerivativeError(
+                f"the hook {_name(hook)!r}, registered on a tensor inside a loss, changes the gradient, and a second "
+                "backward pass would go through it again; take ForwardGradient(..., tangents='difference') or "
+                "ZerothOrder(...), or leave the hook out"
+            )
+
+    return func(tensor, watched)
+
+
 def _no_forward_mode(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     raise ReverseNeeded(
         f"the forward-mode derivative of {_name(func)!r} is wrong or missing in torch {torch.__version__}, "
@@ -272,6 +298,7 @@ _EVERYWHERE: dict[Any, Rule] = {
     **{operation: _composite(composite) for operation, composite in composites.SECOND_DERIVATIVE.items()},
     **dict.fromkeys((torch.autograd.grad, torch.autograd.backward, Tensor.backward), _gradient_inside),
     custom_function_call: _custom_function,
+    Tensor.register_hook: _watched_hook,
 }
 _IN_FORWARD_MODE: dict[Any, Rule] = {
     **{operation: _composite(composite) for operation, composite in composites.FORWARD_MODE.items()},

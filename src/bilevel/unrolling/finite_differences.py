@@ -6,7 +6,7 @@ with ε = ∛(machine epsilon) · ‖(θ, φ)‖/‖(y, v)‖, which balances th
 error of about ∛(machine epsilon)², 4e-11 in float64 and 2e-5 in float32, times the third derivative's scale; where the
 gradient is computed to less than its dtype's precision, more. The optimiser's update itself is differentiated exactly.
 
-A difference does not see a stop-gradient: what a loss computes under `detach()` or `torch.no_grad()` moves with θ and φ.
+A difference does not see a stop-gradient: what a loss computes under `detach()` or `torch.no_grad()` moves too.
 """
 
 from __future__ import annotations
