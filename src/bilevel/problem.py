@@ -219,8 +219,8 @@ class GradientDescent:
             )
         if buffers and self._compiled is not None:
             raise CompileError(
-                f"the inner loss updates {next(iter(buffers))!r} (running statistics or another buffer), which compiled "
-                "gradients do not follow; take compile=False, or put that layer in eval mode"
+                f"the inner loss updates {next(iter(buffers))!r} (running statistics or another buffer), which a "
+                "compiled gradient does not follow; take compile=False, or put that layer in eval mode"
             )
         return Descent(params, self.optimizer.init(tensors), 0, buffers or ())
 
@@ -230,10 +230,10 @@ class GradientDescent:
             made = self._make_params(meta)
         of_meta = {p: view.named_tensors[name] for view in views_in(meta) for p, name in view._layout.names.items()}
 
-        def initial(parameter: Tensor) -> Tensor:
-            if parameter in of_meta:  # the same parameter in params and meta: the inner loop starts from meta
-                return of_meta[parameter]
-            return parameter.detach() if origins is None else origins.initial(parameter)
+        def initial(tensor: Tensor) -> Tensor:
+            if tensor in of_meta:  # the same parameter in params and meta: the inner loop starts from meta
+                return of_meta[tensor]  # pyright: ignore[reportArgumentType]
+            return tensor.detach() if origins is None else origins.initial(tensor)
 
         return as_params(made, memory, initial)
 
@@ -432,7 +432,7 @@ def _outside(buffers: Tree) -> Tree:
     """Tensors that were computed inside of `torch.func.grad` as they are outside of it."""
     if not torch._C._are_functorch_transforms_active():
         return buffers
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     level = functorch.maybe_current_level()
     return trees.map_leaves(lambda t: functorch._unwrap_for_grad(t, level), buffers)
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel import trees
 from bilevel.errors import MissingDerivativeError
+from bilevel.randomness import PROCESS_WIDE
 from bilevel.trees import Tree
 
 
@@ -101,7 +102,7 @@ def push_forward(
         return torch.func.jvp(flat, primals, direction, has_aux=True)
 
     count = directions[0][0].shape[0]
-    with named_missing_derivatives(count), torch.enable_grad(), _NoGradStopsTangents():
+    with PROCESS_WIDE, named_missing_derivatives(count), torch.enable_grad(), _NoGradStopsTangents():
         if count == 1:
             value, tangent, other = one_direction(*(tuple(t[0] for t in group) for group in directions))
             tangent = [t.unsqueeze(0) for t in tangent]
