@@ -250,6 +250,8 @@ class GradientDescent:
             _, found = self._initial(autodiff.start_graph(meta), everything)
             self._discovered.add(name for name, tensor in found.items() if tensor.requires_grad)
         params, buffers = self._initial(meta, everything)
+        if not trees.split(params).differentiable:
+            return  # refused by `init`
         _, known = self._initial(meta, Memory(self._discovered.names))
         if watched := any(view._layout.watched for view in views_in(params)):
             self.eager.gradient(params, meta, batch(), buffers)

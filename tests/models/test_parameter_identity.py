@@ -126,6 +126,8 @@ def test_constants_are_no_leaves() -> None:
     tree, _ = as_params({"frozen": frozen, "free": free, "buffer": nn.Buffer(torch.ones(2))}, memory)
     assert [name for name, _ in bilevel.trees.named_leaves(tree, "params")] == ["params['free']"]
     assert presented(tree)["frozen"] is frozen
+    tree, _ = as_params({"frozen": frozen, "plain": torch.ones(2)}, memory)
+    assert [name for name, _ in bilevel.trees.named_leaves(tree, "params")] == ["params['plain']"]
     tree, _ = as_params({"a": torch.ones(2), "b": torch.zeros(1)}, memory)
     assert len(bilevel.trees.leaves(tree)) == 2
 

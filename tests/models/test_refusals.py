@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -250,3 +251,33 @@ def test_threads_may_share_a_module() -> None:
             torch.testing.assert_close(grad, expected[number], rtol=1e-9, atol=1e-12)
     assert all(isinstance(p, nn.Parameter) for p in made.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert not torch.__future__.get_swap_module_params_on_conversion()
+
+
+def test_threads_may_call_views_of_one_module() -> None:
+    """Outside of estimates too, as with the models of final states."""
+
+    class Slow(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            first = super().forward(x)
+            time.sleep(0.002)
+            return first + super().forward(x)
+
+    made = Slow(1, 1, bias=False).double()
+    wrong: list[float] = []
+
+    def work(value: float) -> None:
+        view = bilevel.ModuleView(made, {"weight": torch.full((1, 1), value, dtype=DOUBLE)})
+        for _ in range(10):
+            found = view(torch.ones(1, dtype=DOUBLE)).item()
+            if found != 2 * value or view.weight.item() != value:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=work, args=(float(value),)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert isinstance(made.weight, nn.Parameter)

@@ -155,6 +155,10 @@ def sets_data(module: Averaging, value: Tensor) -> None:
     module.average.data = module.average.data + 0.1
 
 
+def writes_into_a_view(module: Averaging, value: Tensor) -> None:
+    module.average[1:].mul_(0.5).add_(0.3)
+
+
 def writes_out(module: Averaging, value: Tensor) -> None:
     torch.mul(module.average.detach(), 0.5, out=module.average)
 
@@ -190,7 +194,8 @@ CASES: dict[str, Callable[[], Case]] = {
     **{
         f"average: {update.__name__}": lambda update=update: Case(Averaging(update), 3)
         for update in (
-            assigns, multiplies_and_adds, operators, interpolates, copies, writes_entries, sets_data, writes_out
+            assigns, multiplies_and_adds, operators, interpolates, copies, writes_entries,
+            writes_into_a_view, sets_data, writes_out
         )
     },
 }  # fmt: skip
