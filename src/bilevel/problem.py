@@ -136,6 +136,11 @@ class GradientDescent:
         params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that makes either: afresh for every
             solve, from torch's (reproducibly seeded) generator, or from the meta parameters. With a module, both
             losses receive it as a `ModuleView`, called as the module itself: `model(x)`, `model(input_ids=ids)`.
+            Parameters with `requires_grad=False` are constants; so are plain tensors in a tree that also holds an
+            `nn.Parameter` which requires gradients. Otherwise plain tensors are trained. A tensor in several places
+            is one parameter. What a module updates in its forward pass (BatchNorm's running statistics, an average of
+            its own) is part of the inner state, with its derivative. Hooks from `register_hook` change the
+            parameter's gradient as in a backward pass. The module itself is never changed.
         optimizer: from `bilevel.optimizer`; learning rates and weight decay may be functions of meta.
         compile: `True` compiles the gradient of `inner_loss` and that gradient's derivatives by `torch.compile`'s
             backend inductor, or by the backend of that name, for every set of shapes once (seconds to minutes; see

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -348,3 +349,28 @@ def test_statistics_in_half_precision_inputs(calls: int) -> None:
         layer(x)
     for name, value in estimate.state.buffers.items():
         torch.testing.assert_close(value, layer.get_buffer(name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_stream_has_its_statistics_again(tmp_path: Path) -> None:
+    case = CASES["cumulative average"]()
+
+    def fit(**settings: Any) -> Tensor:
+        return bilevel.fit(
+            case.problem(torch.optim.SGD, {"lr": 0.1}),
+            META,
+            BATCHES,
+            phases=[bilevel.Phase(bilevel.Reverse(), 4)],
+            optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1),
+            stream=True,
+            progress=False,
+            **settings,
+        ).meta
+
+    def stop(step: Any) -> None:
+        if step.number == 2:
+            raise KeyboardInterrupt
+
+    whole = fit()
+    with pytest.raises(KeyboardInterrupt):
+        fit(out=tmp_path, callbacks=[stop])
+    assert torch.equal(fit(out=tmp_path, resume=True), whole)
