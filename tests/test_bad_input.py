@@ -303,7 +303,7 @@ DEVICES = [
         "params elsewhere",
         lambda name: call(name, descent(params=elsewhere(2))),
         ValueError,
-        ["meta is on cpu", "inner_state.params is on meta", ".to("],
+        ["params is on the meta device", "make it on cpu or a GPU"],
     ),
     Row(
         "a module elsewhere",
@@ -311,7 +311,7 @@ DEVICES = [
             name, descent(lambda net, phi, batch: (net(phi) - phi).sum(), params=nn.Linear(2, 2).to("meta"))
         ),
         ValueError,
-        ["meta is on cpu", "weight", "is on meta", ".to("],
+        ["parameter 'weight' of params is on the meta device", "to_empty(device='cpu')"],
     ),
     Row(
         "an inner batch elsewhere",
@@ -1277,7 +1277,11 @@ MEASURED = [
     Row(
         "learning rates for other parameters",
         lambda: bilevel.Reverse()(
-            descent(lambda thetas, phi, batch: torch.stack(thetas).sum(), params=[START] * 3, optimizer=sgd(lr=list)),
+            descent(
+                lambda thetas, phi, batch: torch.stack(thetas).sum(),
+                params=[START.clone() for _ in range(3)],
+                optimizer=sgd(lr=list),
+            ),
             PHI,
             bilevel.no_batches(3),
         ),

@@ -237,6 +237,11 @@ class GradientDescent(BilevelProblem):
         params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that makes either: afresh for every
             solve, from torch's (reproducibly seeded) generator, or from the meta parameters. With a module, both
             losses receive it as a `ModuleView`, called as the module itself: `model(x)`, `model(input_ids=ids)`.
+            Parameters with `requires_grad=False` are constants; so are plain tensors in a tree that also holds an
+            `nn.Parameter` which requires gradients. Otherwise plain tensors are trained. A tensor in several places
+            is one parameter. What a module updates in its forward pass (BatchNorm's running statistics, an average of
+            its own) is part of the inner state, with its derivative. Hooks from `register_hook` change the
+            parameter's gradient as in a backward pass. The module itself is never changed.
         optimizer: from `bilevel.optimizer`; learning rates and weight decay may be functions of meta.
         compile: `True` compiles the gradient of `inner_loss` and that gradient's derivatives by `torch.compile`'s
             backend inductor, or by the backend of that name, for every set of shapes once (seconds to minutes; see
@@ -334,8 +339,8 @@ class GradientDescent(BilevelProblem):
         self.optimizer.require_clippable(tensors)
         if buffers and self._compiled is not None:
             raise CompileError(
-                f"the inner loss updates {next(iter(buffers))!r} (running statistics or another buffer), which compiled "
-                "gradients do not follow; take compile=False, or put that layer in eval mode"
+                f"the inner loss updates {next(iter(buffers))!r} (running statistics or another buffer), which a "
+                "compiled gradient does not follow; take compile=False, or put that layer in eval mode"
             )
         return Descent(params, self.optimizer.init(tensors), 0, buffers or ())
 
@@ -345,10 +350,10 @@ class GradientDescent(BilevelProblem):
             made = self._make_params(meta)
         of_meta = {p: view.named_tensors[name] for view in views_in(meta) for p, name in view._layout.names.items()}
 
-        def initial(parameter: Tensor) -> Tensor:
-            if parameter in of_meta:  # the same parameter in params and meta: the inner loop starts from meta
-                return of_meta[parameter]
-            return parameter.detach() if origins is None else origins.initial(parameter)
+        def initial(tensor: Tensor) -> Tensor:
+            if tensor in of_meta:  # the same parameter in params and meta: the inner loop starts from meta
+                return of_meta[tensor]  # pyright: ignore[reportArgumentType]
+            return tensor.detach() if origins is None else origins.initial(tensor)
 
         return as_params(made, memory, initial)
 
@@ -365,6 +370,8 @@ class GradientDescent(BilevelProblem):
             _, found = self._initial(autodiff.start_graph(meta), everything)
             self._discovered.add(name for name, tensor in found.items() if tensor.requires_grad)
         params, buffers = self._initial(meta, everything)
+        if not trees.split(params).differentiable:
+            return  # refused by `init`
         _, known = self._initial(meta, Memory(self._discovered.names))
         if watched := any(view._layout.watched for view in views_in(params)):
             self.eager.gradient(params, meta, batch(), buffers)
@@ -570,7 +577,7 @@ def _outside(buffers: Tree) -> Tree:
     """Tensors that were computed inside of `torch.func.grad` as they are outside of it."""
     if not torch._C._are_functorch_transforms_active():
         return buffers
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     level = functorch.maybe_current_level()
     return trees.map_leaves(lambda t: functorch._unwrap_for_grad(t, level), buffers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,13 @@ import numpy as np
 import torch
 
 from bilevel import checks
+
+PROCESS_WIDE = threading.RLock()
+"""Held while a step is computed under a seed of its own, or in forward mode: a second thread's estimate waits.
+
+PyTorch keeps its random generators, and the levels of forward mode, once for the whole process. The lock of a module's
+layers may be taken while this one is held, and never the other way round.
+"""
 
 # The first counter says what a stream is for, so that streams of one seed never meet.
 INIT, STEP, OUTER, DIRECTION, DRAW = range(5)
@@ -41,16 +49,17 @@ def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
 
     Dropout and random initialisation inside an inner step then give the same numbers every time the step is computed.
     """
-    generators = _generators()
-    before = [each.get_state() for each in generators]
     new_seed = derive(seed, *counters)
-    try:
-        for each in generators:  # torch.manual_seed does the same, and stores a stack trace at every call
-            each.manual_seed(new_seed)
-        yield
-    finally:
-        for each, state in zip(generators, before, strict=True):
-            each.set_state(state)
+    with PROCESS_WIDE:
+        generators = _generators()
+        before = [each.get_state() for each in generators]
+        try:
+            for each in generators:  # torch.manual_seed does the same, and stores a stack trace at every call
+                each.manual_seed(new_seed)
+            yield
+        finally:
+            for each, state in zip(generators, before, strict=True):
+                each.set_state(state)
 
 
 def generator_states() -> list[torch.Tensor]:

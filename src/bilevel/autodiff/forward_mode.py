@@ -15,6 +15,7 @@ from bilevel import trees
 from bilevel.autodiff.missing import named_missing_derivatives
 from bilevel.autodiff.reverse_mode import start_graph
 from bilevel.autodiff.substitution import Memory, run_user_code
+from bilevel.randomness import PROCESS_WIDE
 from bilevel.trees import Tree
 
 
@@ -74,7 +75,7 @@ def push_forward(
         batched = torch.vmap(one_direction, out_dims=(None, 0, None), randomness="same")  # pyright: ignore[reportArgumentType]
         return batched(*directions)
 
-    with named_missing_derivatives(count), torch.enable_grad():
+    with PROCESS_WIDE, named_missing_derivatives(count), torch.enable_grad():
         value, tangent, other = run_user_code(
             all_directions, memory, forward_mode=True, plainly=lambda: function(*map(start_graph, arguments))
         )

@@ -30,8 +30,8 @@ class Estimate:
     grad: Tree
     """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor."""
     state: Tree
-    """The final inner state θ_T. Where the inner loop trains a module, `module.load_state_dict(state.params.state_dict())`
-    puts the parameters and running statistics into it."""
+    """The final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its parameters and
+    running statistics, in the form that the module's `load_state_dict` takes."""
     standard_error: float | None = None
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)

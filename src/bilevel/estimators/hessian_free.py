@@ -33,7 +33,7 @@ class HessianFree(Estimator):
     Cost: at most T + 3 units: T for the inner loop, 1 for a gradient with its graph, 2 for the product with Y; 1 more
     with the optimiser's scale. Memory: the graph of one inner gradient. Bias: of the order of the hypergradient itself,
     unless the inner Hessian is close to I/α. Dependence on φ through the initial state or the learning rate is not
-    seen.
+    seen. Running statistics of modules (BatchNorm) are taken as constants.
 
     Reference: Luketina et al., ICML 2016 (T1–T2); Choe et al., NeurIPS 2023 (SAMA); Shen et al., NeurIPS 2024, App. B.
 

@@ -40,7 +40,8 @@ class Implicit(Estimator):
     the graph of one inner gradient, whatever T.
     Bias: the inner loop must have come to rest; what is missing, d(dθ_T/dφ + H⁻¹Y), is not measured by the method (the
     diagnostic `gradient_norm`, ‖∇g(θ_T)‖, says how far from rest it is). The solver adds its own error. Dependence on φ
-    through the initial state or the learning rate does not move the solution and is not seen.
+    through the initial state or the learning rate does not move the solution and is not seen. Running statistics of
+    modules (BatchNorm) are taken as constants. Hooks on parameters, which move the solution, are refused.
 
     Reference: Pedregosa, ICML 2016 (CG); Lorraine et al., AISTATS 2020 (Neumann); Hataya and Yamada, AISTATS
     2023 (Nyström); Shen et al., NeurIPS 2024, App. B.

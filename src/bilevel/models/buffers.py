@@ -94,7 +94,7 @@ class Writes(TorchFunctionMode):
     def _attribute(self, cell: Cell, func: Any, args: Any) -> Any:
         """An attribute; `.data` is an alias without a derivative, and what is written to it is written to the cell."""
         found = func(*args)
-        if func is _DATA and isinstance(found, Tensor):
+        if func == _DATA and isinstance(found, Tensor):
             self._note(cell, found)
         return found
 

@@ -1,8 +1,8 @@
 """Modules that are built from meta parameters, with the derivative of their parameters kept.
 
 `nn.Parameter(f(meta))` is a leaf: PyTorch cuts the graph of its data. So do `load_state_dict`, `copy.deepcopy` and
-`vector_to_parameters`, which copy values under `torch.no_grad()` or through `.data`. While a user's `params(meta)` runs,
-`Origins` remembers the tensor from which each parameter got its values. An inner state starts from that tensor.
+`vector_to_parameters`, which copy values under `torch.no_grad()` or through `.data`. While a user's `params(meta)`
+runs, `Origins` remembers the tensor from which each parameter got its values. An inner state starts from that tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ class Origins(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._sources: dict[int, Tensor] = {}
+        self._owners: dict[int, Tensor] = {}
+        """The tensors of which others are `.data`."""
         self._kept: list[Tensor] = []
+        """All tensors above, so that no identity is used again."""
 
     def __enter__(self) -> Origins:
         _RECORDING.origins.append(self)
@@ -37,55 +40,86 @@ class Origins(TorchFunctionMode):
         _RECORDING.origins.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name == "__get__" and func is _GET_DATA:
-            self.remember(result, args[0])
-        elif name in ("clone", "detach", "contiguous", "view_as", "reshape", "view", "__getitem__", "to"):
-            if id(args[0]) in self._sources and isinstance(result, Tensor):
-                with torch.enable_grad():
-                    self.remember(result, func(self._sources[id(args[0])], *args[1:], **(kwargs or {})))
+        kwargs = kwargs or {}
+        name, first = getattr(func, "__name__", ""), args[0] if args else None
+        if name == "__set__" and func == _SET_DATA and torch._C._are_functorch_transforms_active():
+            with torch.no_grad():  # transforms forbid setting data
+                args[0].copy_(args[1])
+            self.remember(args[0], args[1])
+            return None
+        result = func(*args, **kwargs)
+        if not isinstance(first, Tensor):
+            return result
+        if name == "__get__" and func == _GET_DATA:
+            self.remember(result, first)
+            self._owners[id(result)] = first
+        elif name == "__set__" and func == _SET_DATA:
+            self.remember(first, args[1])
+        elif name in _SAME_VALUES and id(first) in self._sources:
+            with torch.enable_grad():
+                self.remember(result, func(self._sources[id(first)], *args[1:], **kwargs))
         elif name == "copy_" and isinstance(args[1], Tensor):
             with torch.enable_grad():
-                self.remember(args[0], self.source(args[1]).expand(args[0].shape))
-        elif name == "__set__" and func is _SET_DATA:
-            self.remember(args[0], args[1])
+                self.remember(self._owners.get(id(first), first), self.source(args[1]).expand(first.shape))
+        elif name == "module_load":  # load_state_dict, which then exchanges the contents of two parameters
+            self.remember(result, args[1])
+            self.remember(first, args[1])
+        elif _writes(name):
+            self._forget(first)
         return result
 
     def remember(self, tensor: Tensor, source: Tensor) -> None:
-        """Note that the values of a tensor come from a source."""
-        self._sources[id(tensor)] = self.source(source)
+        """Note that the values of a tensor come from a source, unless that is a parameter, which has no graph."""
+        source = self.source(source)
+        if isinstance(source, nn.Parameter):
+            self._forget(tensor)
+        else:
+            self._sources[id(tensor)] = source
         self._kept += [tensor, source]
+
+    def _forget(self, tensor: Tensor) -> None:
+        for each in (tensor, self._owners.get(id(tensor), tensor)):
+            self._sources.pop(id(each), None)
 
     def source(self, tensor: Tensor) -> Tensor:
         """The tensor with a graph that has the values of this one, as far as is known; else the tensor itself."""
         return self._sources.get(id(tensor), tensor)
 
-    def initial(self, parameter: Tensor) -> Tensor:
-        """What an inner state starts from: the values of a parameter, with the graph of their source.
+    def initial(self, tensor: Tensor) -> Tensor:
+        """What an inner state starts from: the values of a module's tensor, with the graph of their source.
 
-        A parameter that was written to since then (`nn.init.zeros_`) has no source any more.
+        A parameter that was written to since then (`nn.init.zeros_`) has no source any more; it is a constant. Buffers
+        and attributes have graphs of their own.
         """
-        source = self._sources.get(id(parameter))
-        if source is None or not _may_have_derivative(source) or source.shape != parameter.shape:
-            return parameter.detach()
-        source = source.to(device=parameter.device, dtype=parameter.dtype)
-        same = torch.equal(_values(source), _values(parameter))
-        return source if same else parameter.detach()
+        source = self._sources.get(id(tensor))
+        constant = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+        if source is None or not _may_have_derivative(source) or source.shape != tensor.shape:
+            return constant
+        source = source.to(device=tensor.device, dtype=tensor.dtype)
+        return source if torch.equal(_values(source), _values(tensor)) else constant
 
 
+_SAME_VALUES = frozenset({"clone", "detach", "contiguous", "view_as", "reshape", "view", "__getitem__", "to", "double"})
 _GET_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _SET_DATA = Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes into its first argument."""
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _may_have_derivative(tensor: Tensor) -> bool:
-    return tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.requires_grad or _functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _values(tensor: Tensor) -> Tensor:
     """The values of a tensor outside of all function transforms."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
     return tensor.detach()
 
 
@@ -131,7 +165,10 @@ def _uninstall() -> None:
 
 @contextmanager
 def convertible() -> Iterator[None]:
-    """Context in which `module.to(device)` and `.double()` exchange parameters: transforms forbid setting their data."""
+    """Context in which `module.to(device)` and `.double()` exchange parameters.
+
+    Function transforms forbid setting their data, which is what PyTorch does by default.
+    """
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

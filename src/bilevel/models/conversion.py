@@ -67,8 +67,7 @@ def as_params(value: Tree, memory: Memory, initial: Initial = Tensor.detach) -> 
     buffers = {}
     for view in views_in(tree):
         for holder, key, name in view._layout.memory:
-            tensor = holder[key]
-            buffers.setdefault(name, initial(tensor) if isinstance(tensor, nn.Parameter) else tensor)
+            buffers.setdefault(name, initial(holder[key]))
     return tree, buffers
 
 

@@ -13,7 +13,7 @@ import optree
 from torch import Tensor, nn
 
 from bilevel.models import fsdp
-from bilevel.models.places import Cell, Layout, standing
+from bilevel.models.places import Cell, Layout, locked, standing
 from bilevel.models.sharing import presented
 from bilevel.trees import NAMESPACE, Tree
 
@@ -40,14 +40,15 @@ class ModuleView:
     named_tensors: dict[str, Tensor]
 
     def __init__(self, module: nn.Module, named_tensors: Mapping[str, Tensor] | None = None) -> None:
-        fsdp.reshard(module)
-        if named_tensors is None:
-            named_tensors = {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
-        known = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-        for name in named_tensors:
-            if name not in known:
-                raise ValueError(f"{type(module).__name__} has no parameter {name!r}; it has: {', '.join(known)}")
-        self._hold(Layout.of(module, named_tensors), named_tensors, {})
+        with locked(module):
+            fsdp.reshard(module)
+            if named_tensors is None:
+                named_tensors = {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
+            known = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+            for name in named_tensors:
+                if name not in known:
+                    raise ValueError(f"{type(module).__name__} has no parameter {name!r}; it has: {', '.join(known)}")
+            self._hold(Layout.of(module, named_tensors), named_tensors, {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if fsdp.is_sharded(self.module):
@@ -65,7 +66,8 @@ class ModuleView:
             return self._evaluate(on_class.func)
         if isinstance(on_class, property):
             return self._evaluate(lambda module: getattr(module, name))
-        value = getattr(self.module, name)
+        with locked(self._layout):
+            value = getattr(self.module, name)
         if inspect.ismethod(value) and value.__self__ is self.module:
             return functools.partial(self._call_method, name)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):

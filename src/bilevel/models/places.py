@@ -260,11 +260,9 @@ def _lock_of(layer: nn.Module) -> tuple[int, Any]:
         return _LOCKS[layer]
 
 
-@contextmanager
-def locked(module: nn.Module) -> Iterator[None]:
+def locked(used: nn.Module | Layout) -> AbstractContextManager[None]:
     """Context in which no other thread uses the module, or a layer of it."""
-    with _locked([Layout(module, {}, [])]):
-        yield
+    return _locked([used if isinstance(used, Layout) else Layout(used, {}, [])])
 
 
 @contextmanager

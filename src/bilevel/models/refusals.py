@@ -82,7 +82,7 @@ def _fault(layer: nn.Module) -> str | None:
         )
     if isinstance(layer, nn.DataParallel):
         return "inside another module, which copies layers to other devices; use the layers without it"
-    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+    if isinstance(layer, LazyModuleMixin) and LazyModuleMixin.has_uninitialized_params(layer):  # pyright: ignore
         return "whose parameters have no shape yet; run one batch through the module first: model(batch)"
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         return _fault_of_embedding(layer)

@@ -57,10 +57,18 @@ class Shared:
         return trees.unflatten(sources.spec, leaves)
 
 
+def _flatten_shared(shared: Shared) -> tuple[tuple[Tensor, ...], Sources, tuple[str, ...]]:
+    return shared.tensors, shared.sources, shared.sources.names
+
+
+def _unflatten_shared(sources: Sources, tensors: Any) -> Shared:
+    return Shared(tuple(tensors), sources)
+
+
 optree.register_pytree_node(
-    Shared,  # pyright: ignore[reportArgumentType]
-    lambda shared: (shared.tensors, shared.sources, shared.sources.names),
-    lambda sources, tensors: Shared(tuple(tensors), sources),
+    Shared,  # pyright: ignore[reportArgumentType]  (optree's types ask for a Collection)
+    _flatten_shared,  # pyright: ignore[reportArgumentType]
+    _unflatten_shared,  # pyright: ignore[reportArgumentType]
     path_entry_type=optree.MappingEntry,
     namespace=NAMESPACE,
 )
@@ -69,6 +77,14 @@ optree.register_pytree_node(
 def presented(tree: Tree) -> Tree:
     """The tree as the user wrote it: shared tensors in all their places, and the constants."""
     return tree.tree if type(tree) is Shared else tree
+
+
+def leaves_once(tree: Tree, like: Tree) -> list[Any]:
+    """The leaves of a tree as users see it, one for each parameter of `like`, the same tree with parameters once."""
+    leaves = trees.leaves(tree)
+    if type(like) is not Shared:
+        return leaves
+    return [leaves[like.sources.numbers.index(number)] for number in range(len(like.tensors))]
 
 
 def is_frozen(leaf: Any) -> bool:

@@ -14,6 +14,7 @@ from bilevel.directions.distributed_slopes import agreed_state
 from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator, control_variates
+from bilevel.models.sharing import leaves_once
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import Carried
@@ -98,7 +99,7 @@ class Draws:
         estimate: Estimate | None = None
         for number in numbers:
             estimate = self._estimate(number, estimator, meta, outer_step)
-            sums = [total + part for total, part in zip(sums, trees.leaves(estimate.grad), strict=True)]
+            sums = [total + part for total, part in zip(sums, leaves_once(estimate.grad, meta), strict=True)]
             losses.append(float(estimate.value))
             errors.append(estimate.standard_error)
         assert estimate is not None
