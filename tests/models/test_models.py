@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import bilevel
 from bilevel import trees
 from bilevel.directions import distributions
+from bilevel.errors import BilevelError, MissingDerivativeError
 
 DOUBLE = torch.float64
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -717,10 +718,10 @@ def test_operation_without_forward_mode_is_named_and_reverse_takes_it(name: str)
     torch.testing.assert_close(reverse, numerical_gradient(h, PHI), rtol=1e-6, atol=1e-8)
     assert reverse.norm() > 1e-3
     for estimator in (bilevel.Forward(), bilevel.ForwardGradient(1), bilevel.ForwardGradient(2)):
-        with pytest.raises(bilevel.MissingDerivativeError, match=message) as caught:
+        with pytest.raises(MissingDerivativeError, match=message) as caught:
             estimator(problem, PHI, bilevel.no_batches(2))
         assert "take Reverse() or ZerothOrder(...)" in str(caught.value)
-    with pytest.raises(bilevel.MissingDerivativeError, match=message):
+    with pytest.raises(MissingDerivativeError, match=message):
         bilevel.Reverse(product="mixed")(problem, PHI, bilevel.no_batches(2))
     the_only_one = bilevel.Reverse(product="auto")(problem, PHI, bilevel.no_batches(2)).grad
     torch.testing.assert_close(the_only_one, reverse, rtol=0, atol=0)
@@ -734,9 +735,7 @@ def test_operation_without_second_derivative_is_named_and_differences_take_it(es
         return functional.embedding_bag(torch.tensor([[0, 1]]), table[:2] * x)
 
     problem, h = problem_with(operation)
-    with pytest.raises(
-        bilevel.MissingDerivativeError, match="operation '_embedding_bag_backward' has no derivative"
-    ) as caught:
+    with pytest.raises(MissingDerivativeError, match="operation '_embedding_bag_backward' has no derivative") as caught:
         estimator(problem, PHI, bilevel.no_batches(2))
     assert "take ZerothOrder(...)" in str(caught.value)
     differences = bilevel.ZerothOrder(2, step_size=1e-5, distribution="coordinate")
@@ -750,7 +749,7 @@ def test_custom_function_in_the_old_way() -> None:
     found = bilevel.Reverse()(problem, PHI, bilevel.no_batches(2)).grad
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
     message = r"'SquaredInTheOldWay' .* give it a static method setup"
-    with pytest.raises(bilevel.MissingDerivativeError, match=message) as caught:
+    with pytest.raises(MissingDerivativeError, match=message) as caught:
         bilevel.ForwardGradient(2)(problem, PHI, bilevel.no_batches(2))
     assert type(caught.value.__cause__) is RuntimeError, "PyTorch's own report, explained once"
 
@@ -771,7 +770,7 @@ def test_custom_function_marked_once_differentiable(
     estimator: bilevel.Estimator, function: type[torch.autograd.Function]
 ) -> None:
     problem, h = problem_with(function.apply)
-    with pytest.raises(bilevel.MissingDerivativeError, match=f"'{function.__name__}' is marked @once_differentiable"):
+    with pytest.raises(MissingDerivativeError, match=f"'{function.__name__}' is marked @once_differentiable"):
         estimator(problem, PHI, bilevel.no_batches(2))
     differences = bilevel.ZerothOrder(2, step_size=1e-5, distribution="coordinate")
     found = differences(problem, PHI, bilevel.no_batches(2)).grad
@@ -806,7 +805,7 @@ def test_activation_checkpointing_is_refused_where_it_would_be_wrong() -> None:
     torch.testing.assert_close(first_order, differences, rtol=1e-6, atol=1e-9)
     estimators = [bilevel.Reverse(), bilevel.Reverse("graph"), bilevel.HessianFree(), bilevel.ForwardGradient(2)]
     for estimator in estimators:
-        with pytest.raises(bilevel.MissingDerivativeError, match=r"activation checkpointing .* switch it off"):
+        with pytest.raises(MissingDerivativeError, match=r"activation checkpointing .* switch it off"):
             estimator(problem, meta, batches)
 
 
@@ -820,7 +819,7 @@ REFUSED_BY_VMAP: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_operation_that_vmap_refuses_goes_one_direction_at_a_time(name: str) -> None:
     operation, message = REFUSED_BY_VMAP[name]
     problem, _ = problem_with(operation)
-    with pytest.raises(bilevel.MissingDerivativeError, match=f"2 directions are carried at once.*{message}") as caught:
+    with pytest.raises(MissingDerivativeError, match=f"2 directions are carried at once.*{message}") as caught:
         bilevel.ForwardGradient(2)(problem, PHI, bilevel.no_batches(2))
     assert "one by one with chunk_size=1" in str(caught.value)
     reverse = bilevel.Reverse()(problem, PHI, bilevel.no_batches(2)).grad
@@ -854,7 +853,7 @@ def test_other_errors_of_a_loss_come_through_as_they_are() -> None:
     for estimator in (bilevel.Reverse(), bilevel.ForwardGradient(2)):
         with pytest.raises(RuntimeError, match="shape '\\[3\\]' is invalid") as caught:
             estimator(problem, PHI, bilevel.no_batches(2))
-        assert not isinstance(caught.value, bilevel.BilevelError)
+        assert not isinstance(caught.value, BilevelError)
 
     def not_done(x: Tensor) -> Tensor:
         raise NotImplementedError("to be done")

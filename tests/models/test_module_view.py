@@ -14,8 +14,8 @@ from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bilevel
-from bilevel import ModuleView, trees
-from bilevel.models.module_view import as_plain_tree, as_tree, modules_in, written_back
+from bilevel import trees
+from bilevel.models.module_view import ModuleView, as_plain_tree, as_tree, modules_in, written_back
 
 
 class Network(nn.Module):

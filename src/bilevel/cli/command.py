@@ -34,7 +34,7 @@ _USAGE = """usage: bilevel COMMAND ...
   run TASK [options]      train, evaluate, write a folder with results and a report
   compare TASK [options]  several estimators at one point, against the exact hypergradient
   plan TASK [options]     memory and time of every estimator, and which one to take
-  plan --params 1.5e9 ... the same on paper, for a machine one does not have
+  plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
   report DIR              make the report of a finished run again
 
 Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
@@ -196,7 +196,7 @@ def _compare(rest: list[str]) -> None:
     console = Console()
     point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
     numbered = console.width < _WIDE
-    title = point if inner_batches is None else f"{point}, T = {len(inner_batches)}"
+    title = f"{point}, T = {len(setup.problem.batches_of(inner_batches))}"
     console.print(_comparison_table(rows, title, numbered))
     for number, row in enumerate(rows if numbered else (), 1):
         console.print(f"{number}  {row.estimator}", highlight=False)
@@ -212,7 +212,7 @@ _WIDE = 140
 """Columns of a terminal from which on names fit into the table; in a narrower one they are numbered."""
 
 
-def _comparison_table(rows: Sequence[compare.Compared], title: str, numbered: bool) -> Table:
+def _comparison_table(rows: Sequence[compare.ComparisonRow], title: str, numbered: bool) -> Table:
     """Numbers of each method; in a narrow terminal with numbers for the long names as well."""
     numbers = ("relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB")
     compiles = any(row.compile_seconds is not None for row in rows)
@@ -240,7 +240,7 @@ def _comparison_table(rows: Sequence[compare.Compared], title: str, numbered: bo
     return table
 
 
-def _with_interval(row: compare.Compared, name: str) -> str:
+def _with_interval(row: compare.ComparisonRow, name: str) -> str:
     value = getattr(row, name)
     if value is None:
         return "–"
@@ -252,8 +252,8 @@ def _plan(rest: list[str]) -> None:
     from bilevel.cli import plan_command
 
     if not rest or rest[0].startswith("-"):
-        (paper,) = arguments.parse("bilevel plan", plan_command.ON_PAPER, rest, paper=plan_command.PaperOptions())
-        plan_command.show(plan_command.plan_on_paper(paper), "on paper", in_units=True)
+        (sizes,) = arguments.parse("bilevel plan", plan_command.FROM_SIZES, rest, sizes=plan_command.SizeOptions())
+        plan_command.show(plan_command.plan_from_sizes(sizes), "from sizes", in_units=True)
         return
     task, preset = _task_and_preset("plan", rest)
     _, options, config = arguments.parse(

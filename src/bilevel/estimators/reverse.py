@@ -46,7 +46,7 @@ class Reverse(Estimator):
 
     Cost: in units of one inner gradient, about 3T for `"graph"`, (3 + r)·T or a little more otherwise: 4T to 5T for
     `"all"` (r = 1), 5T to 6T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held, of which layers
-    wrapped in `bilevel.Recomputed` keep their inputs alone. Bias: none.
+    wrapped in `bilevel.experimental.Recomputed` keep their inputs alone. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
     schedule: Griewank and Walther, ACM TOMS 2000.

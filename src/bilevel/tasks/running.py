@@ -31,6 +31,7 @@ from bilevel.training import metrics
 from bilevel.training.fit import FitResult, fit
 from bilevel.training.outer_loop import OuterStep
 from bilevel.training.phases import Phase
+from bilevel.training.settings import RunFolder
 
 
 def run(
@@ -133,15 +134,15 @@ class _Training:
             self.options.seed,
             phases=self.phases,
             optimizer=setup.optimizer,
-            project=setup.project,
-            retreats=setup.retreats,
-            clip_norm=setup.clip_norm,
+            update=setup.update,
             callbacks=[*callbacks, *setup.callbacks],
-            out=out,
-            resume=self.resume,
-            checkpoint_every=self.options.checkpoint_every,
-            config={k: v for k, v in self.written.items() if k != "phases"},
-            tensorboard=self.options.tensorboard,
+            out=RunFolder(
+                out,
+                resume=self.resume,
+                checkpoint_every=self.options.checkpoint_every,
+                tensorboard=self.options.tensorboard,
+                config={k: v for k, v in self.written.items() if k != "phases"},
+            ),
             progress=progress,
             workers=workers,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.report.page import Section
 from bilevel.training.accumulation import batch_of, batches_of
 from bilevel.training.outer_loop import OuterStep
+from bilevel.training.settings import OuterUpdate
 
 Config = TypeVar("Config")
 
@@ -38,9 +39,7 @@ class Setup:
     inner_batches: Any
     outer_batch: Any
     optimizer: Optimizer
-    project: Callable[[Any], Any] | None = None
-    retreats: int = 0
-    clip_norm: float | None = None
+    update: OuterUpdate = field(default_factory=OuterUpdate)
     callbacks: Sequence[Callable[[OuterStep], None]] = ()
     """Besides those of the task."""
 

@@ -1,4 +1,4 @@
-"""One outer step after another: estimate the hypergradient, let the outer optimiser move φ."""
+"""The outer loop: each step estimates the hypergradient, and the outer optimiser moves φ."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from bilevel.training.metrics import Row
 from bilevel.training.noise_warning import NoiseWatch, pooled
 from bilevel.training.phases import Phase, Progress
 from bilevel.training.running_mean import PastEstimates
+from bilevel.training.settings import OuterUpdate
 from bilevel.trees import Tree
 
 
 @dataclass(frozen=True)
 class OuterStep:
-    """What a callback sees after each outer step."""
+    """The argument of a callback, after each outer step."""
 
     number: int
     """Outer steps done, this one included."""
@@ -47,21 +48,15 @@ class OuterLoop:
         meta: Any,
         phases: list[Phase],
         optimizer: Optimizer,
-        project: Callable[[Any], Any] | None = None,
-        retreats: int = 0,
-        clip_norm: float | None = None,
+        update: OuterUpdate,
     ) -> None:
         """Check the meta parameters, and bind the outer optimiser to copies of them."""
-        self.draws, self.optimizer, self.project = draws, optimizer, project
+        self.draws, self.optimizer, self.update = draws, optimizer, update
         self.progress, self.noise = Progress(phases), NoiseWatch()
         self.past = PastEstimates.wanted_by([phase.estimator for phase in phases])
         self.seconds = 0.0
-        self.retreats = retreats
-        """How often one outer step may be taken back by half because the inner loop fails where it led."""
         self.before: list[Tensor] | None = None
-        """φ before the last outer step, if steps may be taken back."""
-        self.clip_norm = clip_norm
-        """The longest hypergradient that the outer optimiser is handed; longer ones are shortened to it."""
+        """φ before the last outer step, if an outer step may be halved."""
         tree = module_view.as_tree(meta)
         self._parts = trees.split(tree)
         for name, leaf in trees.named_leaves(tree, "meta"):
@@ -83,15 +78,15 @@ class OuterLoop:
         """One outer step."""
         began, compiling = time.perf_counter(), compile_seconds()
         number, phase = self.progress.phase, self.progress.current
-        found, taken_back = self._estimates_or_retreat(phase)
+        found, backtracks = self._estimates_or_backtrack(phase)
         gradients = [total / phase.accumulate for total in found.sums]
         outer_loss = sum(found.losses) / phase.accumulate
         self.past.remember(gradients)
-        self.before = [p.clone() for p in self._detached()] if self.retreats else None
+        self.before = [p.clone() for p in self._detached()] if self.update.max_backtracks else None
         error, squared_norm = pooled(found.errors), trees.squared_norm(gradients)
         squared = float(squared_norm)
-        kept = _part_kept(gradients, self.clip_norm)
-        self._update(gradients if kept == 1.0 else [kept * g for g in gradients], outer_loss)
+        kept = _part_kept(gradients, self.update.clip_norm)
+        self._move(gradients if kept == 1.0 else [kept * g for g in gradients], outer_loss)
         row: Row = {
             "outer_step": self.progress.outer_step,
             "phase": number,
@@ -100,9 +95,9 @@ class OuterLoop:
             "standard_error": error,
             "signal_to_noise": None if not error else max(squared - error**2, 0.0) ** 0.5 / error,
         }
-        if self.retreats:
-            row["retreats"] = taken_back
-        if self.clip_norm is not None:
+        if self.update.max_backtracks:
+            row["backtracks"] = backtracks
+        if self.update.clip_norm is not None:
             row["clipped_to"] = kept
         self.noise.add(squared, error)
         self.draws.draws += phase.accumulate
@@ -114,9 +109,10 @@ class OuterLoop:
         row["seconds"] = round(self.seconds, 4)
         return OuterStep(self.progress.outer_step, self.user_meta(), found.last, row)
 
-    def _estimates_or_retreat(self, phase: Phase) -> tuple[Estimates, int]:
-        """The estimates of one outer step, and how often half of the last step was taken back because the inner loop
-        failed where it had led.
+    def _estimates_or_backtrack(self, phase: Phase) -> tuple[Estimates, int]:
+        """Return the estimates of one outer step, and how often the last step was halved.
+
+        A step is halved if the inner loop fails at the meta parameters that it led to.
         """
         estimator, times = self.past.given_to(phase.estimator), 0
         while True:
@@ -124,19 +120,19 @@ class OuterLoop:
                 found = self.draws.estimates(estimator, phase.accumulate, self.meta_tree(), self.progress.outer_step)
                 return found, times
             except (NonFiniteError, SolverError):
-                if self.before is None or times == self.retreats:
+                if self.before is None or times == self.update.max_backtracks:
                     raise
             times += 1
             with torch.no_grad():
                 for parameter, before in zip(self.parameters, self.before, strict=True):
                     parameter.lerp_(before, 0.5)
 
-    def _update(self, gradients: Sequence[Tensor], outer_loss: float) -> None:
+    def _move(self, gradients: Sequence[Tensor], outer_loss: float) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         self.torch_optimizer.step(lambda: outer_loss)  # LBFGS(max_iter=1) asks for it; the gradients are there already
-        if self.project is not None:
-            self._project(self.project)
+        if self.update.project is not None:
+            self._project(self.update.project)
         if not trees.all_finite(self._detached()):
             raise NonFiniteError(
                 f"outer step {self.progress.outer_step}: the outer optimiser (or project) made the meta parameters NaN "

@@ -35,7 +35,7 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
         "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
         "config": dict(config),
         **({"stream": True} if loop.draws.stream else {}),
-        **({} if loop.clip_norm is None else {"clip_norm": loop.clip_norm}),
+        **({} if loop.update.clip_norm is None else {"clip_norm": loop.update.clip_norm}),
         **({} if loop.draws.backend is None else {"compile": loop.draws.backend}),
     }
 

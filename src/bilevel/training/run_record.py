@@ -1,4 +1,4 @@
-"""What is kept of a run: its metrics, and a checkpoint from which it goes on to the very same numbers."""
+"""The record of a run: its metrics, and checkpoints from which it resumes with the same numbers."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from bilevel.report.files import remove_leftovers
 from bilevel.training import checkpoint_files, metrics, outer_state
 from bilevel.training.metrics import MetricsLog, Row
 from bilevel.training.outer_loop import OuterLoop
+from bilevel.training.settings import RunFolder
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 
 
 class RunRecord:
-    """What is kept of a run: its rows; and in its folder, if it has one, the metrics and the last two checkpoints.
+    """The record of a run: its rows, and in its folder, if it has one, the metrics and the last two checkpoints.
 
     A checkpoint holds the state after the last outer step that is complete, with its callbacks and its line in the
     metrics, wherever an interruption finds the loop itself. If the newest one is damaged, the run goes on from the one
     before, and the metrics are cut back to it.
     """
 
-    def __init__(
-        self, loop: OuterLoop, folder: Path | None, config: Mapping[str, Any], resume: bool, tensorboard: bool
-    ) -> None:
-        """Refuse a folder that holds another run; or go on with the one in it."""
+    def __init__(self, loop: OuterLoop, settings: RunFolder | None, resume: bool) -> None:
+        """Refuse a folder that holds another run; with `resume`, go on with the run in it."""
         self.rows: list[Row] = []
         self._loop = loop
         self._log: MetricsLog | None = None
         self._restored: dict[str, Any] | None = None
-        if folder is None:
+        if settings is None:
             return
+        folder = Path(settings.path)
         self._path, self._previous = folder / CHECKPOINT, folder / PREVIOUS
-        self._identity = outer_state.identity(loop, config)
+        self._identity = outer_state.identity(loop, settings.config)
         self._saved_step: int | None = None
         self._newest_is_whole = True
         checkpoint_files.require_storable(self._content(outer_state.state(loop)))
@@ -48,8 +48,11 @@ class RunRecord:
             outer_state.restore(loop, self._restored)
             self._saved_step = loop.progress.outer_step
         elif not resume and (there or metrics.exist(folder)):
-            raise FileExistsError(f"{folder} already holds a run; resume it (resume=True) or take another folder")
-        self._log = MetricsLog(folder, loop.progress.outer_step, tensorboard)
+            raise FileExistsError(
+                f"{folder} already holds a run; resume it (out=bilevel.RunFolder(path, resume=True)) "
+                "or take another folder"
+            )
+        self._log = MetricsLog(folder, loop.progress.outer_step, settings.tensorboard)
         remove_leftovers(self._path)
         self.rows = self._log.rows
         self._complete = outer_state.state(loop)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 import bilevel
 from bilevel import randomness
+from bilevel.optim.update_rule import Optimizer
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.models import build
 from bilevel.tasks.image_data import LabelledImages
@@ -50,7 +51,7 @@ def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: in
             lr=config.outer_lr,
             schedule=functools.partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=outer_steps),
         ),
-        project=lambda images: images.clamp(0, 1),
+        update=bilevel.OuterUpdate(project=lambda images: images.clamp(0, 1)),
     )
 
 
@@ -59,7 +60,7 @@ def network(config: Condensation, data: LabelledImages) -> nn.Module:
     return build(config.model, data.shape, data.classes, config.width, config.blocks).to(data.train_images.device)
 
 
-def sgd(config: Condensation) -> bilevel.Optimizer:
+def sgd(config: Condensation) -> Optimizer:
     """The inner optimiser: SGD with momentum and cosine decay over the inner steps."""
     return bilevel.optimizer(
         torch.optim.SGD,

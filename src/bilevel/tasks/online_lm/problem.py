@@ -68,7 +68,7 @@ def setup(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, weight_m
         inner_batches=inner_batches,
         outer_batch=outer_batch,
         optimizer=bilevel.optimizer(torch.optim.Adam, lr=config.outer_lr),
-        clip_norm=config.clip_norm or None,
+        update=bilevel.OuterUpdate(clip_norm=config.clip_norm or None),
     )
 
 

@@ -43,8 +43,8 @@ class PDE:
     """Relative tolerance of SciPy's integrator."""
     time_limit: float = 60.0
     """Seconds after which a solve of SciPy's counts as failed."""
-    retreats: int = 8
-    """How often an outer step may be taken back by half because the solver failed where it led."""
+    max_backtracks: int = 8
+    """How often an outer step may be halved because the solver failed at the point that it led to."""
     outer_optimizer: Literal["auto", "secant", "adam", "lbfgs"] = "auto"
     """`secant` suits one unknown, `lbfgs` (one evaluation a step) many with exact hypergradients, `adam` (decaying to a
     thousandth of its learning rate) noisy ones. `auto`: secant for one coefficient and for those of burgers, adam for
@@ -73,7 +73,7 @@ class PDE:
                 raise ValueError(f"{name}={getattr(self, name)}: a number of at least 1 is needed")
         if self.depth < 2:
             raise ValueError(f"depth={self.depth}: at least 2 layers are needed")
-        for name in ("starts", "noise", "points", "inner_steps", "retreats", "outer_lr", "penalty"):
+        for name in ("starts", "noise", "points", "inner_steps", "max_backtracks", "outer_lr", "penalty"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
         for name in ("solver_tolerance", "time_limit", "inner_lr"):

@@ -167,7 +167,7 @@ def _judged(run: Trained[PDE], found: list[Tensor | None], rows: list[list[metri
             "raised": sum(meta is None for meta in found),
             "far_off": sum(error is not None and error > evaluation.FAR_OFF for error in errors),
         },
-        "retreats": sum(row.get("retreats", 0) for start in rows for row in start),
+        "backtracks": sum(row.get("backtracks", 0) for start in rows for row in start),
         "seconds_of_starts": [start[-1]["seconds"] if start else None for start in rows],
         "found": [meta if meta is None else unknowns.found(config, meta).tolist() for meta in found] if few else [],
         "standard_errors": [None if meta is None else evaluation.standard_error(config, meta, data) for meta in found],
