@@ -49,7 +49,8 @@ def test_no_batches() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, numpy.int64(3)])
 def test_a_whole_number_means_so_many_steps_without_data(steps: int) -> None:
-    assert list(require_batches(steps)) == [None] * int(steps)
+    made = require_batches(steps)
+    assert [made[t] for t in range(len(made))] == [None] * int(steps)
 
 
 @pytest.mark.parametrize("wrong", [0, -1])

@@ -55,7 +55,7 @@ def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str,
         specs = [_phase_spec(text) for text in options.phases]
     else:
         steps = preset.outer_steps if options.outer_steps is None else options.outer_steps
-        specs = [(options.estimator or preset.estimator, steps, preset.patience)]
+        specs = [(options.estimator or names.describe(preset.estimator), steps, preset.patience)]
     if not specs:
         raise ValueError('--phases needs at least one ESTIMATOR:STEPS, such as --phases hessian-free:50 "reverse:100"')
     phases, used = [], set()

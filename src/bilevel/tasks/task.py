@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from bilevel.estimators import Estimator
 from bilevel.optim.update_rule import Optimizer
 from bilevel.problem import BilevelProblem
 from bilevel.report.page import Section
@@ -23,7 +24,7 @@ class Preset(Generic[Config]):
     """A configuration that is known to work."""
 
     config: Config
-    estimator: str
+    estimator: Estimator
     outer_steps: int
     summary: str
     patience: int | None = None

@@ -43,8 +43,7 @@ class Phase:
         checks.whole_number(self.accumulate, "accumulate")
         if self.patience is not None:
             checks.whole_number(self.patience, "patience")
-        if not 0 <= self.min_improvement < 1:
-            raise ValueError(f"min_improvement={self.min_improvement!r}: a fraction in [0, 1) is needed")
+        checks.fraction(self.min_improvement, "min_improvement")
 
 
 def phases_of(estimator: Estimator | None, steps: int | None, phases: Sequence[Phase] | None) -> list[Phase]:

@@ -20,7 +20,6 @@ from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.task import Setup
 
 # Counters that keep this task's random streams apart.
-_START, _INNER, _OUTER, _CONTROL = range(100, 104)
 
 
 def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: int) -> Setup:
@@ -39,7 +38,9 @@ def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: in
         return cross_entropy(model(data.train_images[chosen]), data.train_labels[chosen])
 
     def outer_batch(draw: int) -> Tensor:
-        return _without_replacement(data.train_labels, config.outer_batch, randomness.derive(seed, _OUTER, draw))
+        return _without_replacement(
+            data.train_labels, config.outer_batch, randomness.derive(seed, randomness.CONDENSATION_OUTER, draw)
+        )
 
     return Setup(
         problem=bilevel.GradientDescent(inner_loss, outer_loss, lambda images: network(config, data), sgd(config)),
@@ -84,7 +85,7 @@ def inner_batches(config: Condensation, labels: Tensor, seed: int, draw: int) ->
     per_epoch = -(-count // config.inner_batch)
 
     def get(t: int) -> Tensor:
-        order = randomness.generator(seed, _INNER, draw, t // per_epoch).permutation(count)
+        order = randomness.generator(seed, randomness.CONDENSATION_INNER, draw, t // per_epoch).permutation(count)
         first = (t % per_epoch) * config.inner_batch
         return torch.from_numpy(order[first : first + config.inner_batch]).to(labels.device)
 
@@ -93,7 +94,7 @@ def inner_batches(config: Condensation, labels: Tensor, seed: int, draw: int) ->
 
 def random_real_images(config: Condensation, data: LabelledImages, seed: int, number: int) -> Tensor:
     """As many random real images as there are condensed ones, class by class: the control."""
-    generator = randomness.generator(seed, _CONTROL, number)
+    generator = randomness.generator(seed, randomness.CONDENSATION_CONTROL, number)
     labels = data.train_labels.cpu().numpy()
     chosen = []
     for label in range(data.classes):
@@ -106,8 +107,10 @@ def random_real_images(config: Condensation, data: LabelledImages, seed: int, nu
 
 def _starting_images(config: Condensation, data: LabelledImages, seed: int) -> Tensor:
     if config.start == "real":
-        return random_real_images(config, data, randomness.derive(seed, _START), 0)
-    noise = randomness.generator(seed, _START).random((data.classes * config.ipc, *data.shape), dtype=np.float32)
+        return random_real_images(config, data, randomness.derive(seed, randomness.CONDENSATION_START), 0)
+    noise = randomness.generator(seed, randomness.CONDENSATION_START).random(
+        (data.classes * config.ipc, *data.shape), dtype=np.float32
+    )
     return torch.from_numpy(noise).to(data.train_images.device)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,12 @@ import bilevel
 from bilevel.optim.update_rule import Optimizer
 from bilevel.tasks.pde import differentiable, numerical, observations, pinn, unknowns
 from bilevel.tasks.pde.config import PDE
+from bilevel.tasks.pde.counter import Counter
 from bilevel.tasks.pde.equations import EQUATIONS
 from bilevel.tasks.pde.observations import Observations, Reference
 from bilevel.tasks.pde.secant import Secant
 from bilevel.tasks.task import Setup
 from bilevel.training.outer_loop import OuterStep
-
-
-@dataclass
-class Counter:
-    """How many inner steps were computed; a solve is `steps_of_a_solve` of them."""
-
-    steps_of_a_solve: int = 1
-    steps: int = 0
-
-    def take(self) -> float:
-        """Solves since the last call."""
-        steps, self.steps = self.steps, 0
-        return steps / self.steps_of_a_solve
 
 
 def reference(config: PDE, data_dir: Path | None) -> Reference:
