@@ -77,7 +77,7 @@ def _sequence(seed: int, *counters: int) -> np.random.SeedSequence:
 
 @functools.lru_cache(maxsize=4096)  # the seed of a step is wanted again whenever the step is computed again
 def derive(seed: int, *counters: int) -> int:
-    """A new seed in [0, 2⁶³) from a seed and counters.
+    """Return a new seed in [0, 2⁶³) that is a function of a seed and counters.
 
     >>> derive(0, STEP, 3) == derive(0, STEP, 3), derive(0, STEP, 3) == derive(0, STEP, 4)
     (True, False)
@@ -86,15 +86,16 @@ def derive(seed: int, *counters: int) -> int:
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:
-    """A counter-based (Philox) generator of its own for this seed and these counters."""
+    """Return a counter-based (Philox) generator that is a function of a seed and counters."""
     return np.random.Generator(np.random.Philox(_sequence(seed, *counters)))
 
 
 @contextmanager
 def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
-    """Inside, torch's global generators start from (seed, counters); afterwards they are as they were before.
+    """Context manager in which torch's global generators start from (seed, counters).
 
-    Dropout and random initialisation inside an inner step then give the same numbers every time the step is computed.
+    Afterwards the generators are in the state that they had before. Dropout and random initialisation inside an inner
+    step then give the same numbers whenever the step is computed.
     """
     generators = _generators()
     before = [each.get_state() for each in generators]
@@ -109,13 +110,13 @@ def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
 
 
 def generator_states() -> list[torch.Tensor]:
-    """Where torch's global generators are."""
+    """Return the states of torch's global generators."""
     return [each.get_state() for each in _generators()]
 
 
 @contextmanager
 def replayed(states: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, torch's global generators go on from these states; afterwards they are as they were before."""
+    """Context manager in which torch's global generators continue from these states; their own states are restored."""
     before = generator_states()
     try:
         for each, state in zip(_generators(), states, strict=False):
@@ -134,5 +135,5 @@ def _generators() -> list[torch.Generator]:
 
 
 def check_seed(seed: int) -> None:
-    """Seeds are whole numbers from 0; NumPy's seed sequences take no others."""
+    """Raise unless the seed is a whole number of at least 0, as NumPy's seed sequences need it."""
     checks.whole_number(seed, "seed", at_least=0)

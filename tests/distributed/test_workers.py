@@ -241,9 +241,7 @@ def test_the_others_notice_when_a_worker_dies(base: Path, happened: dict[str, An
 def test_a_full_disk_ends_all_and_leaves_nothing_half_written(name: str, base: Path, happened: dict[str, Any]) -> None:
     """The checkpoint of step 2 does not fit, or with checkpoints further apart a line of the metrics."""
     first, second = printed(happened, name, [1, 1])
-    assert re.match(
-        rf"OSError: .*cannot write to .*/{name}; there is no checkpoint yet. With that put right, resume", first
-    )
+    assert re.match(rf"OSError: .*cannot write to .*/{name}; there is no checkpoint yet. Once repaired, resume", first)
     assert second.startswith("WorkerError: worker 0 of 2: [Errno")
     if name == "full disk":  # it was run again, with space
         printed(happened, "full disk, restarted", [0, 0])

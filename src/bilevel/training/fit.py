@@ -1,4 +1,4 @@
-"""`fit`: the meta parameters are trained by a `torch.optim` optimiser on estimated hypergradients."""
+"""`fit` trains meta parameters by a `torch.optim` optimiser on estimated hypergradients."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _to_the_end(
     stop: Stop,
     progress: bool,
 ) -> None:
-    """All outer steps that are left, each made and recorded by all workers together."""
+    """Take all remaining outer steps. All workers take and record each step together."""
     phases = len(loop.progress.phases)
     with bar("outer steps", loop.progress.total_steps, loop.progress.outer_step, progress and workers.first) as shown:
         while not loop.progress.finished:

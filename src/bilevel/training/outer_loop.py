@@ -32,15 +32,15 @@ class OuterStep:
     number: int
     """Outer steps done, this one included."""
     meta: Any
-    """The meta parameters after the step, a copy in the form `fit` was given, with callable views for modules."""
+    """The meta parameters after the step, copied, in the form that `fit` was given; modules are callable views."""
     estimate: Estimate
-    """The (last) estimate of the step that this worker made, at the meta parameters before it."""
+    """The last estimate that this worker made in this step, at the meta parameters before the step."""
     row: Row
-    """The numbers that go into the metrics; a callback may add its own."""
+    """The numbers of this step in the metrics; a callback may add its own."""
 
 
 class OuterLoop:
-    """The state of an outer loop, and one step of it."""
+    """The state of an outer loop; `advance` takes one outer step."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class OuterLoop:
         optimizer: Optimizer,
         update: OuterUpdate,
     ) -> None:
-        """Check the meta parameters, and bind the outer optimiser to copies of them."""
+        """Check the meta parameters, copy them, and bind the outer optimiser to the copies."""
         self.draws, self.optimizer, self.update = draws, optimizer, update
         self.progress, self.noise = Progress(phases), NoiseWatch()
         self.past = PastEstimates.wanted_by([phase.estimator for phase in phases])
@@ -75,7 +75,7 @@ class OuterLoop:
         self.torch_optimizer, self.scheduler = self.optimizer.bind(self.parameters)
 
     def advance(self) -> OuterStep:
-        """One outer step."""
+        """Take one outer step."""
         began, compiling = time.perf_counter(), compile_seconds()
         number, phase = self.progress.phase, self.progress.current
         found, backtracks = self._estimates_or_backtrack(phase)
@@ -153,14 +153,14 @@ class OuterLoop:
             for parameter, value in zip(self.parameters, trees.leaves(allowed), strict=True):
                 parameter.copy_(value)
 
-    # -- meta parameters in the forms that others see them ---------------------------------------------------------
+    # -- the meta parameters in several forms ----------------------------------------------------------------------
 
     def meta_tree(self) -> Tree:
-        """φ as a tree, with views in place of modules."""
+        """Return φ as a tree, with views in place of modules."""
         return self._parts.rebuild(self._detached())
 
     def user_meta(self, write_modules: bool = False) -> Any:
-        """φ as the user gave it. Modules appear as views, or are themselves written to."""
+        """Return φ in the form that the user passed: with views of modules, or with the modules, updated in place."""
         tree = trees.map_leaves(torch.clone, self.meta_tree())
         return module_view.written_back(tree) if write_modules else tree
 
@@ -169,14 +169,15 @@ class OuterLoop:
 
 
 def _shapes(tree: Tree) -> dict[str, Any]:
-    """The shape of every leaf; of what is no tensor, the type."""
+    """Return the shape of every tensor, and the type of every other leaf."""
     return {n: tuple(t.shape) if isinstance(t, Tensor) else type(t) for n, t in trees.named_leaves(tree, "meta")}
 
 
 def _part_kept(gradients: Sequence[Tensor], clip_norm: float | None) -> float:
-    """What gradients are multiplied with so that their norm together is at most `clip_norm`.
+    """Return the factor by which the gradients are multiplied, so that their common norm is at most `clip_norm`.
 
-    The norm is taken in float64: the square of an exploding float32 gradient is infinite, and the factor would be zero.
+    The norm is computed in float64. In float32 the square of an exploding gradient is infinite, and the factor would be
+    zero.
     """
     if clip_norm is None:
         return 1.0

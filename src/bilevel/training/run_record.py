@@ -58,7 +58,7 @@ class RunRecord:
         self._complete = outer_state.state(loop)
 
     def share(self, workers: Workers) -> None:
-        """Put the other workers where the first one's checkpoint put it."""
+        """Restore the other workers from the checkpoint that the first worker has loaded."""
         content, rows = workers.broadcast("the checkpoint", (self._restored, self.rows))
         self._restored = None
         if content is not None and not workers.first:
@@ -66,7 +66,7 @@ class RunRecord:
             self.rows = rows
 
     def add(self, row: Row) -> None:
-        """The loop's last outer step is complete."""
+        """Record the row of an outer step that is complete."""
         if self._log is None:
             self.rows.append(row)
             return
@@ -75,7 +75,7 @@ class RunRecord:
         self._complete = outer_state.state(self._loop)
 
     def save(self) -> None:
-        """Write the checkpoint, if it is not there already."""
+        """Write a checkpoint of the last complete outer step, unless it was written already."""
         step = None if self._log is None else self._complete["counters"]["outer_step"]
         if self._log is None or self._saved_step == step:
             return
@@ -92,21 +92,21 @@ class RunRecord:
 
     @contextmanager
     def _saying_where_to_go_on(self) -> Iterator[None]:
-        """Errors of the file system, such as a full disk, with what the user has and can do."""
+        """Context manager that adds to errors of the file system how the run can be resumed."""
         try:
             yield
         except OSError as error:
             kept = "there is no checkpoint yet"
             if self._saved_step is not None:
                 kept = f"the checkpoint of outer step {self._saved_step} is whole"
-            advice = f"cannot write to {self._path.parent}; {kept}. With that put right, resume (resume=True, --resume)"
+            advice = f"cannot write to {self._path.parent}; {kept}. Once repaired, resume (resume=True, --resume)"
             raise OSError(error.errno, f"{error.strerror or error}: {advice}") from error
 
     def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
         return {"identity": self._identity, **state}
 
     def _load(self) -> dict[str, Any]:
-        """The newest checkpoint that is whole."""
+        """Return the newest checkpoint that is not damaged."""
         if not self._path.exists():  # killed between two moves of `files.write_bytes`
             return self._checked(self._previous, checkpoint_files.load(self._previous))
         try:
@@ -134,7 +134,7 @@ class RunRecord:
 
 
 def _require_same_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise with the settings that differ."""
+    """Raise an error that lists the settings that differ, if any do."""
     differing: dict[str, tuple[Any, Any]] = {}
     for old, new in (({**stored, "config": None}, {**wanted, "config": None}), (stored["config"], wanted["config"])):
         for name in {**old, **new}:
