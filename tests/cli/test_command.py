@@ -341,7 +341,7 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     "no number": (2, ["--ipc", "few"], ["--ipc", "'few'"]),
     "None": (2, ["--outer-steps", "None"], ["--outer-steps", "'None'"]),
     "choice": (2, ["--start", "dance"], ["dance", "noise", "real"]),
-    "setting of the task": (2, ["--ipc", "0"], ["ipc=0: a number of at least 1 is needed"]),
+    "setting of the task": (2, ["--ipc", "0"], ["ipc=0: a whole number of at least 1 is needed"]),
     "too many blocks": (1, ["--model", "convnet", "--blocks", "3"], ["blocks=3 on 8x8 images", "blocks <= 2"]),
     "too many images": (1, ["--ipc", "400"], ["ipc=400", "class 0 has 128 real images"]),
     "device": (1, ["--device", "abacus"], ["device='abacus' cannot be used", "cpu"]),
@@ -562,12 +562,12 @@ def test_resuming_gives_the_very_same_numbers(
 
 def test_resuming_what_was_killed(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys, pathlib, test_cli\n"
+        "import os, signal, sys, pathlib, test_command\n"
         "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "test_cli.CondensationTask.callbacks = test_cli.stop_after(3, kill)\n"
-        "test_cli.run(pathlib.Path(sys.argv[1]), *test_cli.LONG)"
+        "test_command.CondensationTask.callbacks = test_command.stop_after(3, kill)\n"
+        "test_command.run(pathlib.Path(sys.argv[1]), *test_command.LONG)"
     )
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=here, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (tmp_path / "results.json").exists()
