@@ -311,7 +311,7 @@ LEAVING = """
 import os, sys
 import torch
 import bilevel
-from bilevel import distributed
+from bilevel.distributed import workers as workers_module
 
 workers = bilevel.experimental.join_workers()
 problem = bilevel.GradientDescent(
@@ -326,7 +326,7 @@ def gloos_threads():
     return sum("gloo" in name for name in names)
 
 before = gloos_threads()
-distributed._leave()
+workers_module._leave()
 print(before > 0, gloos_threads())
 """
 

@@ -1263,7 +1263,7 @@ WRONG_PHASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an estimator's class": ({"estimator": Reverse}, TypeError, r"write Phase\(bilevel.Reverse\(\), steps=100\)"),
     "a name": ({"estimator": "reverse"}, TypeError, r"write Phase\(bilevel.Reverse\(\), steps=100\)"),
     **{
-        f"min_improvement={value}": ({"min_improvement": value}, ValueError, rf"min_improvement={value}: a fraction")
+        f"min_improvement={value}": ({"min_improvement": value}, ValueError, rf"min_improvement={value}: a number in")
         for value in (-0.1, 1, 1.5, float("nan"))
     },
 }
