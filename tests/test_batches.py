@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 import bilevel
+from bilevel.batches import require_batches
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -42,3 +45,37 @@ def test_nothing_is_computed_before_it_is_asked_for_nor_kept() -> None:
 
 def test_no_batches() -> None:
     assert list(bilevel.no_batches(3)) == [None] * 3
+
+
+@pytest.mark.parametrize("steps", [1, 3, numpy.int64(3)])
+def test_a_whole_number_means_so_many_steps_without_data(steps: int) -> None:
+    made = require_batches(steps)
+    assert [made[t] for t in range(len(made))] == [None] * int(steps)
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_a_number_of_steps_is_at_least_one(wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"inner_batches={wrong}: a whole number of at least 1"):
+        require_batches(wrong)
+
+
+@pytest.mark.parametrize("wrong", [True, 2.0, torch.tensor(3)])
+def test_other_numbers_are_no_batches(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="the whole number T for T steps without data"):
+        require_batches(wrong)
+
+
+def test_every_verb_takes_a_whole_number_for_a_problem_without_data() -> None:
+    problem = bilevel.GradientDescent(
+        inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi).square().sum(),
+        outer_loss=lambda theta, phi, batch: theta.square().sum(),
+        params=torch.zeros(3, dtype=torch.float64),
+        optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    )
+    phi = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(bilevel.Reverse()(problem, phi, 4).grad, 2 * (1 - 0.5**4) ** 2 * phi)
+    coarser = bilevel.ForwardGradient(2, control_variate=bilevel.CoarserProblem(steps=2))
+    assert torch.equal(coarser(problem, phi, 4).grad, coarser(problem, phi, [None] * 4).grad)
+    assert bilevel.plan(problem, phi, 4, memory="1GB").steps == 4
+    (row,) = bilevel.compare(problem, phi, 4, estimators=[bilevel.Auto("1GB")])
+    assert row.relative_error < 1e-12

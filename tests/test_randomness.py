@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,3 +75,26 @@ def test_torch_is_untouched_after_an_exception_and_by_nesting() -> None:
         with randomness.torch_seeded(0, 2):
             torch.rand(5)
         assert torch.equal(torch.rand(2), alone)
+
+
+def test_streams_that_serve_one_run_have_different_numbers() -> None:
+    streams = {name: value for name, value in vars(randomness).items() if name.isupper()}
+    tasks: dict[str, dict[str, int]] = {"CONDENSATION": {}, "CLEANING": {}, "PDE": {}, "GRAMMAR": {}, "LM": {}}
+    library: dict[str, int] = {}
+    for name, value in streams.items():
+        tasks.get(name.split("_")[0], library)[name] = value
+    together = [tasks["CONDENSATION"], tasks["CLEANING"], tasks["PDE"], tasks["GRAMMAR"] | tasks["LM"]]
+    assert len(library) == 7
+    for own in together:
+        assert own
+        numbers = [*library.values(), *own.values()]
+        assert len(set(numbers)) == len(numbers)
+
+
+def test_streams_are_numbered_in_one_place() -> None:
+    """A call names its stream; a number written elsewhere could be that of another stream."""
+    source = Path(randomness.__file__).parent
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("derive", "generator", "torch_seeded"):
+                assert not any(isinstance(each, ast.Constant) for each in node.args[1:2]), f"{path}:{node.lineno}"

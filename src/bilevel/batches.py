@@ -1,7 +1,11 @@
-"""Inner batches by random access, so that whoever recomputes step t sees the batch of step t."""
+"""Inner batches by random access: an inner step that is computed again receives the same batch.
+
+Users pass `inner_batches` as a sequence of T batches, or as the whole number T if the problem has no data.
+"""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, overload
 
@@ -9,7 +13,7 @@ from bilevel import checks
 
 
 class Batches(Protocol):
-    """A sequence of T batches: a list, a map-style `Dataset`, or what `batches` makes."""
+    """A sequence of T batches: a list, a map-style `Dataset`, or the result of `batches`."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +41,11 @@ class _Computed(Sequence[Any]):
 
 
 def batches(get: Callable[[int], Any], steps: int) -> Sequence[Any]:
-    """`steps` batches, computed on demand: `get(t)` gives the batch of inner step t, the same at every call.
+    """Return `steps` batches that are computed on demand: `get(t)` gives the batch of inner step t.
+
+    Args:
+        get: called with t = 0, …, steps − 1. It has to return the same batch whenever it is called with the same t.
+        steps: T, the number of inner steps.
 
     >>> list(batches(lambda t: t * t, steps=3))
     [0, 1, 4]
@@ -47,12 +55,21 @@ def batches(get: Callable[[int], Any], steps: int) -> Sequence[Any]:
 
 
 def no_batches(steps: int) -> Sequence[None]:
-    """`steps` inner steps of a problem that takes no data: every batch is `None`."""
+    """Return the batches of `steps` inner steps of a problem without data: every batch is `None`.
+
+    The number itself, `inner_batches=steps`, means the same everywhere.
+    """
     return _Computed(lambda t: None, checks.whole_number(steps, "steps"))
 
 
 def require_batches(value: Any) -> Batches:
-    """The value, if it has a length and random access; else an error that says what to write."""
+    """Return the batches that a user passed as `inner_batches`; a whole number T stands for T steps without data.
+
+    Raises:
+        TypeError, ValueError: the value has no length or no random access, or is empty; the message says what to pass.
+    """
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return no_batches(checks.whole_number(value, "inner_batches"))
     if isinstance(value, Mapping):
         raise TypeError(
             f"inner_batches is a {type(value).__name__}, which is one batch; a sequence with a batch for each inner "
@@ -67,11 +84,11 @@ def require_batches(value: Any) -> Batches:
         raise TypeError(
             f"inner_batches is {value!r} ({type(value).__name__}); steps are computed more than once, so a sequence "
             "with a length and random access is needed: a list (write list(...) around a DataLoader or a generator), a "
-            "Dataset, bilevel.batches(function, steps=T), or bilevel.no_batches(T) for a loss without data"
+            "Dataset, bilevel.batches(function, steps=T), or the whole number T for T steps without data"
         )
     if steps == 0:
         raise ValueError(
-            "inner_batches is empty: one batch for each inner step is needed, or bilevel.no_batches(T) for T steps "
+            "inner_batches is empty: one batch for each inner step is needed, or the whole number T for T steps "
             "without data"
         )
     return cast(Batches, value)

@@ -137,7 +137,7 @@ class Problem(BilevelProblem):
     ...     step=lambda state, meta, batch: state * meta,
     ...     outer_loss=lambda state, meta, batch: state**2,
     ... )
-    >>> bilevel.Reverse()(shrink, torch.tensor(0.5), bilevel.no_batches(3)).grad  # h = 64 φ⁶
+    >>> bilevel.Reverse()(shrink, torch.tensor(0.5), 3).grad  # h = 64 φ⁶
     tensor(12.)
     """
 
@@ -259,7 +259,7 @@ class GradientDescent(BilevelProblem):
     ...     params=torch.zeros(2),
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
     ... )
-    >>> bilevel.Reverse()(problem, torch.ones(2), bilevel.no_batches(2)).grad  # θ_2 = (1 − 0.5²) φ
+    >>> bilevel.Reverse()(problem, torch.ones(2), 2).grad  # θ_2 = (1 − 0.5²) φ
     tensor([0.7500, 0.7500])
     """
 

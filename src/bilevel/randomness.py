@@ -1,4 +1,8 @@
-"""Reproducible randomness: every draw is a function of a seed and of counters, never of what was drawn before."""
+"""Reproducible random numbers: each is a function of a seed and of counters, and of nothing that was drawn before.
+
+The first counter is the number of a *stream*. A stream serves one purpose, so random numbers for different purposes are
+independent even if they have the same seed. All numbers of streams are listed here.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,59 @@ PyTorch keeps its random generators, and the levels of forward mode, once for th
 layers may be taken while this one is held, and never the other way round.
 """
 
-# The first counter says what a stream is for, so that streams of one seed never meet.
-INIT, STEP, OUTER, DIRECTION, DRAW = range(5)
+# -- streams of the library. Changing a number changes the results of every seed.
+
+INIT = 0
+"""The initial inner state, and the whole solve of a black box."""
+STEP = 1
+"""An inner step; the next counter is the number of the step."""
+OUTER = 2
+"""The outer loss."""
+DIRECTION = 3
+"""Random directions."""
+DRAW = 4
+"""The seed of each estimate in `fit`."""
+SUPPORT_PROBE = 10
+"""Probes for the meta parameters that the inner loop uses."""
+FRESH_DIRECTION = 11
+"""Directions that join a stream of tangents in each window."""
+
+# -- streams of the tasks. A run is of one task, so two tasks may have the same numbers.
+
+CONDENSATION_START, CONDENSATION_INNER, CONDENSATION_OUTER, CONDENSATION_CONTROL = range(100, 104)
+"""The images to start from, inner batches, outer batches, and the real images of a control."""
+CONDENSATION_NETWORK, CONDENSATION_ORDER = range(200, 202)
+"""In the evaluation: the initial network, and the order of the images."""
+
+CLEANING_CHOICE, CLEANING_WRONG, CLEANING_INNER = range(300, 303)
+"""The choice of examples, their wrong labels, and inner batches."""
+CLEANING_NETWORK, CLEANING_BATCHES = range(400, 402)
+"""In the evaluation: the initial network, and the seed of its batches."""
+
+PDE_NOISE, PDE_START, PDE_NETWORK, PDE_POINTS = range(300, 304)
+"""Noise of the observations, start values, the initial network, and the points of a training step."""
+
+(
+    GRAMMAR_NAMES,
+    GRAMMAR_FACTS,
+    GRAMMAR_TUNE,
+    GRAMMAR_META,
+    GRAMMAR_VALIDATION,
+    GRAMMAR_TEST,
+    GRAMMAR_LOCALITY,
+    GRAMMAR_CHANGES,
+) = range(300, 308)
+"""Parts of the documents that the task online-lm makes up."""
+LM_ORDER = 310
+"""The order of documents in a pass over them."""
+LM_QUESTIONS, LM_LOCALITY = range(320, 322)
+"""The questions and the other text of an outer loss."""
+LM_EVALUATION = 330
+"""The documents of an evaluation stream, and their order."""
+LM_INIT, LM_BATCH = range(340, 342)
+"""In the stage that tunes a language model: its initial parameters, and its batches."""
+LM_WEIGHT_MODEL, LM_LORA = range(350, 352)
+"""Initial parameters of the weight model and of the low-rank matrices."""
 
 
 def _sequence(seed: int, *counters: int) -> np.random.SeedSequence:
@@ -30,7 +85,7 @@ def _sequence(seed: int, *counters: int) -> np.random.SeedSequence:
 
 @functools.lru_cache(maxsize=4096)  # the seed of a step is wanted again whenever the step is computed again
 def derive(seed: int, *counters: int) -> int:
-    """A new seed in [0, 2⁶³) from a seed and counters.
+    """Return a new seed in [0, 2⁶³) that is a function of a seed and counters.
 
     >>> derive(0, STEP, 3) == derive(0, STEP, 3), derive(0, STEP, 3) == derive(0, STEP, 4)
     (True, False)
@@ -39,15 +94,16 @@ def derive(seed: int, *counters: int) -> int:
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:
-    """A counter-based (Philox) generator of its own for this seed and these counters."""
+    """Return a counter-based (Philox) generator that is a function of a seed and counters."""
     return np.random.Generator(np.random.Philox(_sequence(seed, *counters)))
 
 
 @contextmanager
 def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
-    """Inside, torch's global generators start from (seed, counters); afterwards they are as they were before.
+    """Context manager in which torch's global generators start from (seed, counters).
 
-    Dropout and random initialisation inside an inner step then give the same numbers every time the step is computed.
+    Afterwards the generators are in the state that they had before. Dropout and random initialisation inside an inner
+    step then give the same numbers whenever the step is computed.
     """
     new_seed = derive(seed, *counters)
     with PROCESS_WIDE:
@@ -63,7 +119,7 @@ def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
 
 
 def generator_states() -> list[torch.Tensor]:
-    """Where torch's global generators are."""
+    """Return the states of torch's global generators."""
     return [each.get_state() for each in _generators()]
 
 
@@ -75,7 +131,7 @@ def restore(states: list[torch.Tensor]) -> None:
 
 @contextmanager
 def replayed(states: list[torch.Tensor]) -> Iterator[None]:
-    """Inside, torch's global generators go on from these states; afterwards they are as they were before."""
+    """Context manager in which torch's global generators continue from these states; their own states are restored."""
     before = generator_states()
     try:
         for each, state in zip(_generators(), states, strict=False):
@@ -94,5 +150,5 @@ def _generators() -> list[torch.Generator]:
 
 
 def check_seed(seed: int) -> None:
-    """Seeds are whole numbers from 0; NumPy's seed sequences take no others."""
+    """Raise unless the seed is a whole number of at least 0, as NumPy's seed sequences need it."""
     checks.whole_number(seed, "seed", at_least=0)

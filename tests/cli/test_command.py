@@ -26,6 +26,7 @@ from bilevel.tasks import running
 from bilevel.tasks.condensation import pictures
 from bilevel.tasks.condensation.task import CondensationTask
 from bilevel.tasks.registry import TASKS
+from bilevel.training.outer_loop import OuterStep
 
 Capture = pytest.CaptureFixture[str]
 
@@ -340,7 +341,7 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     "no number": (2, ["--ipc", "few"], ["--ipc", "'few'"]),
     "None": (2, ["--outer-steps", "None"], ["--outer-steps", "'None'"]),
     "choice": (2, ["--start", "dance"], ["dance", "noise", "real"]),
-    "setting of the task": (2, ["--ipc", "0"], ["ipc=0: a number of at least 1 is needed"]),
+    "setting of the task": (2, ["--ipc", "0"], ["ipc=0: a whole number of at least 1 is needed"]),
     "too many blocks": (1, ["--model", "convnet", "--blocks", "3"], ["blocks=3 on 8x8 images", "blocks <= 2"]),
     "too many images": (1, ["--ipc", "400"], ["ipc=400", "class 0 has 128 real images"]),
     "device": (1, ["--device", "abacus"], ["device='abacus' cannot be used", "cpu"]),
@@ -520,7 +521,7 @@ LONG = [
     *("--ipc", "2", "--inner-batch", "6", "--checkpoint-every", "2"),
     *("--phases", "hessian-free:2", "forward-gradient(directions=3):3"),
 ]
-Callbacks = Callable[..., list[Callable[[bilevel.OuterStep], None]]]
+Callbacks = Callable[..., list[Callable[[OuterStep], None]]]
 
 
 @pytest.fixture(scope="module")
@@ -534,7 +535,7 @@ def stop_after(number: int, stop: Callable[[], object]) -> Callbacks:
     """`CondensationTask.callbacks`, with a stop at the end of an outer step, before it is written down."""
     callbacks = CondensationTask.callbacks
 
-    def with_stop(*args: Any) -> list[Callable[[bilevel.OuterStep], None]]:
+    def with_stop(*args: Any) -> list[Callable[[OuterStep], None]]:
         return [*callbacks(*args), lambda step: stop() if step.number == number else None]  # type: ignore[list-item]
 
     return with_stop

@@ -16,6 +16,7 @@ from torch import Tensor
 import bilevel
 from bilevel import ForwardGradient, Phase, Reverse, TruncatedReverse, randomness
 from bilevel.directions import distributions as module
+from bilevel.training.outer_loop import OuterStep
 
 T, WINDOWS, N = 3, 4, 3
 
@@ -205,7 +206,7 @@ class Stop(KeyboardInterrupt):
 
 
 def fit(estimators: list[Any], out: Path | None = None, stop_at: int = 99, resume: bool = False, **more: Any) -> Any:
-    def stop(step: bilevel.OuterStep) -> None:
+    def stop(step: OuterStep) -> None:
         if step.number > stop_at:
             raise Stop
 
@@ -217,8 +218,7 @@ def fit(estimators: list[Any], out: Path | None = None, stop_at: int = 99, resum
         phases=[Phase(estimator, steps=4) for estimator in estimators],
         optimizer=more.pop("optimizer", bilevel.optimizer(torch.optim.SGD, lr=1e-2)),
         callbacks=[stop],
-        out=out,
-        resume=resume,
+        out=None if out is None else bilevel.RunFolder(out, resume=resume),
         progress=False,
         stream=more.pop("stream", True),
         **more,

@@ -114,7 +114,7 @@ def test_steps_to_share_need_an_inner_loss() -> None:
         torch.zeros(2),
         bilevel.optimizer(torch.optim.SGD, lr=0.1),
     )
-    with pytest.raises(bilevel.NoDependenceError, match="inner_loss does not depend on the parameters"):
+    with pytest.raises(bilevel.errors.NoDependenceError, match="inner_loss does not depend on the parameters"):
         ForwardGradient(2, tangents="shared")(unused, torch.ones(2), bilevel.no_batches(2))
 
 
@@ -202,8 +202,7 @@ def fit(estimator: bilevel.Estimator, steps: int, out: Path | None = None, resum
         phases=[Phase(estimator, steps=12)],
         optimizer=bilevel.optimizer(torch.optim.SGD, lr=1e-6),
         callbacks=[lambda step: _stop(step.number, steps)],
-        out=out,
-        resume=resume,
+        out=None if out is None else bilevel.RunFolder(out, resume=resume),
         progress=False,
     )
 

@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import bilevel
 from bilevel import trees
 from bilevel.directions import distributions
+from bilevel.errors import BilevelError, MissingDerivativeError
 
 DOUBLE = torch.float64
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -719,7 +720,7 @@ def test_operation_without_forward_mode_takes_hessian_products(name: str) -> Non
         chunks = 2 if estimator == bilevel.Forward(chunk_size=1) else 1
         units = 2 * chunks * (1 + 2 * 2 // chunks)
         assert found.diagnostics == {"hessian_product_steps": 2 * chunks, "hessian_product_steps_units": units}
-    with pytest.raises(bilevel.MissingDerivativeError, match=message):
+    with pytest.raises(MissingDerivativeError, match=message):
         bilevel.Reverse(product="mixed")(problem, PHI, bilevel.no_batches(2))
     the_only_one = bilevel.Reverse(product="auto")(problem, PHI, bilevel.no_batches(2)).grad
     torch.testing.assert_close(the_only_one, reverse, rtol=0, atol=0)
@@ -733,9 +734,7 @@ def test_operation_without_second_derivative_is_named_and_differences_take_it(es
         return functional.embedding_bag(torch.tensor([[0, 1]]), table[:2] * x)
 
     problem, h = problem_with(operation)
-    with pytest.raises(
-        bilevel.MissingDerivativeError, match="operation '_embedding_bag_backward' has no derivative"
-    ) as caught:
+    with pytest.raises(MissingDerivativeError, match="operation '_embedding_bag_backward' has no derivative") as caught:
         estimator(problem, PHI, bilevel.no_batches(2))
     assert "take ZerothOrder(...)" in str(caught.value)
     differences = bilevel.ZerothOrder(2, step_size=1e-5, distribution="coordinate")
@@ -759,7 +758,7 @@ def test_custom_function_marked_once_differentiable(
     estimator: bilevel.Estimator, function: type[torch.autograd.Function]
 ) -> None:
     problem, h = problem_with(function.apply)
-    with pytest.raises(bilevel.MissingDerivativeError, match=f"'{function.__name__}' is marked @once_differentiable"):
+    with pytest.raises(MissingDerivativeError, match=f"'{function.__name__}' is marked @once_differentiable"):
         estimator(problem, PHI, bilevel.no_batches(2))
     differences = bilevel.ZerothOrder(2, step_size=1e-5, distribution="coordinate")
     found = differences(problem, PHI, bilevel.no_batches(2)).grad
@@ -794,7 +793,7 @@ def test_activation_checkpointing_is_refused_where_it_would_be_wrong() -> None:
     torch.testing.assert_close(first_order, differences, rtol=1e-6, atol=1e-9)
     estimators = [bilevel.Reverse(), bilevel.Reverse("graph"), bilevel.HessianFree(), bilevel.ForwardGradient(2)]
     for estimator in estimators:
-        with pytest.raises(bilevel.MissingDerivativeError, match=r"activation checkpointing .* switch it off"):
+        with pytest.raises(MissingDerivativeError, match=r"activation checkpointing .* switch it off"):
             estimator(problem, meta, batches)
 
 
@@ -840,7 +839,7 @@ def test_other_errors_of_a_loss_come_through_as_they_are() -> None:
     for estimator in (bilevel.Reverse(), bilevel.ForwardGradient(2)):
         with pytest.raises(RuntimeError, match="shape '\\[3\\]' is invalid") as caught:
             estimator(problem, PHI, bilevel.no_batches(2))
-        assert not isinstance(caught.value, bilevel.BilevelError)
+        assert not isinstance(caught.value, BilevelError)
 
     def not_done(x: Tensor) -> Tensor:
         raise NotImplementedError("to be done")

@@ -14,9 +14,9 @@ from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bilevel
-from bilevel import ModuleView, trees
+from bilevel import trees
 from bilevel.models.conversion import as_plain_tree, as_tree, written_back
-from bilevel.models.module_view import modules_in
+from bilevel.models.module_view import ModuleView, modules_in
 
 
 class Network(nn.Module):

@@ -69,7 +69,7 @@ def test_the_exact_method_of_the_fewest_units_that_fits(memory: str, recommended
     auto = bilevel.Auto(memory)
     if recommended is None:
         assert "nothing fits into 1 kB; the least is" in plan.reason
-        with pytest.raises(bilevel.MemoryBudgetError, match="nothing fits into 1 kB"):
+        with pytest.raises(bilevel.errors.MemoryBudgetError, match="nothing fits into 1 kB"):
             auto(found, meta, bilevel.no_batches(T))
     else:
         expected = recommended(found, meta, bilevel.no_batches(T)).grad
@@ -129,7 +129,7 @@ def test_workers_share_the_directions() -> None:
 
 def test_on_paper() -> None:
     """GPT-2 XL, 48 steps of SGD, a weight model of 80 million parameters, 64 workers: states of 6 GB."""
-    plan = bilevel.on_paper(
+    plan = bilevel.plan_from_sizes(
         1.5e9, 8e7, 48, memory="80GB", directions=64, workers=64, optimizer_memory=0, activation_bytes=4e9
     )
     rows = {repr(row.estimator): row for row in plan.rows}
@@ -137,10 +137,10 @@ def test_on_paper() -> None:
     assert everything.bytes > 48 * 6e9
     assert not everything.fits
     assert plan.recommended == bilevel.Reverse("all", offload="disk")
-    roomier = bilevel.on_paper(1.5e9, 8e7, 48, memory="100GB", optimizer_memory=0, activation_bytes=4e9)
+    roomier = bilevel.plan_from_sizes(1.5e9, 8e7, 48, memory="100GB", optimizer_memory=0, activation_bytes=4e9)
     assert roomier.recommended == bilevel.Reverse("log")  # 6 states
     assert rows[repr(bilevel.ForwardGradient(64))].units == 3 * 48
-    assert bilevel.on_paper(1.5e9, 8e7, 48, memory="1GB").recommended is None
+    assert bilevel.plan_from_sizes(1.5e9, 8e7, 48, memory="1GB").recommended is None
 
 
 @pytest.mark.parametrize("memory", ["", "much", "8XB", "-1GB", "0", float("nan"), -3, "1e999GB"])

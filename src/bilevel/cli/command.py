@@ -34,7 +34,7 @@ _USAGE = """usage: bilevel COMMAND ...
   run TASK [options]      train, evaluate, write a folder with results and a report
   compare TASK [options]  several estimators at one point, against the exact hypergradient
   plan TASK [options]     memory and time of every estimator, and which one to take
-  plan --params 1.5e9 ... the same on paper, for a machine one does not have
+  plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
   report DIR              make the report of a finished run again
 
 Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
@@ -208,7 +208,7 @@ def _compare(rest: list[str]) -> None:
         write_json(options.out, {"task": task.name, "rows": compare.as_dicts(rows), "versions": running.versions()})
     console = Console()
     point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
-    title = point if inner_batches is None else f"{point}, T = {len(inner_batches)}"
+    title = f"{point}, T = {len(setup.problem.batches_of(inner_batches))}"
     print_methods(console, title, *_comparison_table(rows))
     console.print(
         "relative error: ‖estimate − exact‖/‖exact‖; standard error: what the estimator expects of itself, likewise "
@@ -218,8 +218,8 @@ def _compare(rest: list[str]) -> None:
     )
 
 
-def _comparison_table(compared: Sequence[compare.Compared]) -> tuple[list[Field], list[Row]]:
-    """The columns and the numbers of each method."""
+def _comparison_table(compared: Sequence[compare.ComparisonRow]) -> tuple[list[Field], list[Row]]:
+    """Return the columns and the numbers of each method."""
     headers = ["relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB"]
     if any(row.compile_seconds is not None for row in compared):
         headers.append("compiling, s")
@@ -243,7 +243,7 @@ def _comparison_table(compared: Sequence[compare.Compared]) -> tuple[list[Field]
     return [Field(header) for header in headers], rows
 
 
-def _with_interval(row: compare.Compared, name: str) -> str:
+def _with_interval(row: compare.ComparisonRow, name: str) -> str:
     value = getattr(row, name)
     if value is None:
         return "–"
@@ -255,8 +255,8 @@ def _plan(rest: list[str]) -> None:
     from bilevel.cli import plan_command
 
     if not rest or rest[0].startswith("-"):
-        (paper,) = arguments.parse("bilevel plan", plan_command.ON_PAPER, rest, paper=plan_command.PaperOptions())
-        plan_command.show(plan_command.plan_on_paper(paper), "on paper", in_units=True)
+        (sizes,) = arguments.parse("bilevel plan", plan_command.FROM_SIZES, rest, sizes=plan_command.SizeOptions())
+        plan_command.show(plan_command.plan_from_sizes(sizes), "from sizes", in_units=True)
         return
     task, preset = _task_and_preset("plan", rest)
     _, options, config = arguments.parse(

@@ -73,8 +73,8 @@ def everybodys_rows(
     leaves = trees.split(state).differentiable
     if workers.size > 1 and any(map(trees.is_spread, leaves)):
         raise ValueError(
-            "the tangents of a sharded inner model are carried on by one worker alone; pass sharers=bilevel.Workers(), "
-            'or take carry="nothing"'
+            "the tangents of a sharded inner model are carried on by one worker alone; pass "
+            'sharers=bilevel.experimental.Workers(), or take carry="nothing"'
         )
     own = (
         [torch.cat(parts) for parts in zip(*mine, strict=True)] if mine else [t.new_zeros(0, *t.shape) for t in leaves]

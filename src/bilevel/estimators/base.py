@@ -58,7 +58,7 @@ class Estimator(ABC):
         self,
         problem: BilevelProblem | Unrollable,
         meta: Any,
-        inner_batches: Batches | None = None,
+        inner_batches: Batches | int | None = None,
         outer_batch: Any = None,
         seed: int = 0,
         carried: Carried | None = None,
@@ -68,7 +68,8 @@ class Estimator(ABC):
         Args:
             problem: a `Problem`, `GradientDescent` or (for `ZerothOrder`) `BlackBox`.
             meta: φ: a tensor, a tree of tensors, or an `nn.Module`. It is not changed.
-            inner_batches: T batches by random access, one for each inner step; `None` for a black box.
+            inner_batches: T batches by random access, one for each inner step; or the whole number T for a problem
+                without data; `None` for a black box.
             outer_batch: passed to the outer loss.
             seed: determines every random number: directions, dropout, random initialisation.
             carried: `estimate.carried` of the window before, for an inner loop that goes on from call to call, at the

@@ -45,7 +45,7 @@ class Reverse(Estimator):
 
     Cost: in units of one inner gradient, 3T for `"graph"`, else 3T and the steps computed, at most (3 + r)·T: 4T for
     `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). With `product="mixed"`, T more. Besides the states, the graph of
-    one step is held, of which layers wrapped in `bilevel.Recomputed` keep their inputs alone. Bias: none.
+    one step is held, of which layers wrapped in `bilevel.experimental.Recomputed` keep their inputs alone. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
     schedule: Griewank and Walther, ACM TOMS 2000.

@@ -53,7 +53,6 @@ from bilevel.unrolling.unroll import Slopes, Unroll
 if TYPE_CHECKING:
     from bilevel.estimators.forward_gradient import ForwardGradient
 
-_FRESH = 11
 SYMMETRIC = ("rademacher", "gaussian", "low-rank")
 """Distributions with independent directions whose mean is zero."""
 
@@ -71,7 +70,7 @@ def estimate(settings: ForwardGradient, run: Unroll) -> Estimate:
 
 def _with_fresh_directions(settings: ForwardGradient, run: Unroll) -> Estimate:
     count, before = settings.directions, run.carried
-    directions = _directions(settings, run, randomness.derive(run.seed, _FRESH, run.first_step))
+    directions = _directions(settings, run, randomness.derive(run.seed, randomness.FRESH_DIRECTION, run.first_step))
     vectors = labels = directions.draw(range(count))  # by every worker: all labels are needed for the gradient
     balance = 1.0
     if before is not None and before.tangents is not None:

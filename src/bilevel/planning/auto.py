@@ -44,7 +44,7 @@ class Auto(Estimator):
     ...     params=torch.tensor(0.0),
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
     ... )
-    >>> bilevel.Auto("1GB")(problem, torch.tensor(2.0), bilevel.no_batches(4)).grad  # 2 (1 − 0.5⁴)² φ
+    >>> bilevel.Auto("1GB")(problem, torch.tensor(2.0), 4).grad  # 2 (1 − 0.5⁴)² φ
     tensor(3.5156)
     """
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an outer loop, and how a loop goes back to it."""
+"""The content of a checkpoint of an outer loop, and how a loop is restored from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COUNTERS = {
 
 
 def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes it must have in common."""
+    """Return the settings in which a checkpoint and the run that resumes it must agree."""
     leaves = trees.named_leaves(loop.meta_tree(), "meta")
     return {
         "seed": loop.draws.seed,
@@ -35,13 +35,13 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
         "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
         "config": dict(config),
         **({"stream": True} if loop.draws.stream else {}),
-        **({} if loop.clip_norm is None else {"clip_norm": loop.clip_norm}),
+        **({} if loop.update.clip_norm is None else {"clip_norm": loop.update.clip_norm}),
         **({} if loop.draws.backend is None else {"compile": loop.draws.backend}),
     }
 
 
 def state(loop: OuterLoop) -> dict[str, Any]:
-    """A copy of everything that the following steps depend on."""
+    """Return a copy of everything that the following outer steps depend on."""
     counters = {name: getattr(getattr(loop, part), name) for part, names in _COUNTERS.items() for name in names}
     return copy.deepcopy(
         {
@@ -57,7 +57,7 @@ def state(loop: OuterLoop) -> dict[str, Any]:
 
 
 def restore(loop: OuterLoop, stored: Mapping[str, Any]) -> None:
-    """Go back (or forward) to a `state`."""
+    """Restore a loop to a `state`."""
     with torch.no_grad():
         for parameter, value in zip(loop.parameters, stored["meta"], strict=True):
             parameter.copy_(value)

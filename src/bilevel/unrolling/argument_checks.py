@@ -54,7 +54,7 @@ def finite(meta: Tree) -> None:
 
 
 def whole_at_each_worker(state: Tree) -> None:
-    """Nobody shares work with a process without which he can compute nothing."""
+    """Raise if processes that make each estimate together also share the work of one estimate with each other."""
     workers = distributed.current()
     if workers.size == 1:
         return
@@ -64,9 +64,9 @@ def whole_at_each_worker(state: Tree) -> None:
         if len(holders) > 1:
             raise ValueError(
                 f"{name} is spread over processes {sorted(holders)}, which must make every estimate together, and they "
-                "share the estimator's work with each other; for fit, pass "
-                "workers=bilevel.Workers.of(sharers=bilevel.Workers()), or with a mesh of two dimensions "
-                "sharers=bilevel.Workers.of(mesh.get_group(...)) for the one along which the model is repeated"
+                "share the estimator's work with each other; for fit, pass workers=Workers.of(sharers=Workers()) with "
+                "bilevel.experimental.Workers, or with a mesh of two dimensions "
+                "sharers=Workers.of(mesh.get_group(...)) for the one along which the model is repeated"
             )
 
 

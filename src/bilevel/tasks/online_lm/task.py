@@ -32,7 +32,6 @@ from bilevel.tasks.task import Preset, Setup, Task
 from bilevel.training.outer_loop import OuterStep
 
 WEIGHT_MODEL = "weight_model"
-_WEIGHT_MODEL, _LORA = range(350, 352)
 _EXAMPLES = 3
 
 
@@ -126,7 +125,7 @@ def _weight_model(config: OnlineLM, base: Any, seed: int) -> Any:
                 f"body={config.body} has {body.config.vocab_size} tokens and {config.base} {base.config.vocab_size}; "
                 "the weight model reads the same tokens, so take one with the same tokenizer"
             )
-    with randomness.torch_seeded(seed, _WEIGHT_MODEL):
+    with randomness.torch_seeded(seed, randomness.LM_WEIGHT_MODEL):
         return WeightModel.on_top_of(body).to(next(base.parameters()).device)
 
 
@@ -134,7 +133,7 @@ def _learner(config: OnlineLM, base: Any, seed: int) -> Any:
     """What the documents change: the base model, or low-rank matrices in a copy of it."""
     if not config.lora_rank:
         return base
-    with randomness.torch_seeded(seed, _LORA):
+    with randomness.torch_seeded(seed, randomness.LM_LORA):
         return models.with_lora(copy.deepcopy(base), config.lora_rank)
 
 
