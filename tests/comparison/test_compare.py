@@ -107,6 +107,11 @@ def test_the_reference_can_be_chosen() -> None:
 
 @dataclass(frozen=True)
 class _MustNotRun(bilevel.Estimator):
+    is_random = False
+
+    def units(self, steps: int, meta_size: int) -> float:
+        raise NotImplementedError
+
     def _estimate(self, run: Any) -> bilevel.Estimate:  # noqa: ARG002
         raise AssertionError("the exact hypergradient should have been looked at first")
 
@@ -149,7 +154,7 @@ def test_units_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = bilevel.Problem(
         init=lambda phi: torch.zeros_like(phi), step=step, outer_loss=lambda theta, phi, batch: theta**2
     )
-    monkeypatch.setattr(compare, "time", clock.as_time(resolution=1e-9))
+    monkeypatch.setattr(comparison, "time", clock.as_time(resolution=1e-9))
     estimators = [
         bilevel.Reverse("graph"),  # T steps
         bilevel.TruncatedReverse(s),  # T steps plainly, s of them again
@@ -165,12 +170,17 @@ def test_what_torch_sets_up_once_is_not_charged(monkeypatch: pytest.MonkeyPatch)
 
     @dataclass(frozen=True)
     class SlowAtFirst(bilevel.Estimator):
+        is_random = False
+
+        def units(self, steps: int, meta_size: int) -> float:
+            raise NotImplementedError
+
         def _estimate(self, run: Any) -> bilevel.Estimate:  # noqa: ARG002
             clock.tick()
             return bilevel.Estimate(torch.zeros(()), torch.ones(2, dtype=torch.float64), None)
 
     # The plain inner loop takes no time on this clock: it is charged the least that the clock can tell.
-    monkeypatch.setattr(compare, "time", clock.as_time(resolution=0.5))
+    monkeypatch.setattr(comparison, "time", clock.as_time(resolution=0.5))
     (row,) = compare(SlowAtFirst())
     assert row.units == pytest.approx(1 / 0.5)
     assert row.seconds == pytest.approx(0.01)

@@ -82,6 +82,10 @@ def test_a_description_needs_no_defaults() -> None:
     class OfMyOwn(bilevel.Estimator):
         depth: int
         width: int = 2
+        is_random = False
+
+        def units(self, steps: int, meta_size: int) -> float:
+            raise NotImplementedError
 
         def _estimate(self, run: Any) -> bilevel.Estimate:
             raise NotImplementedError

@@ -46,6 +46,21 @@ class Estimator(ABC):
     """A method that estimates ∇h(φ) for h(φ) = outer_loss(θ_T(φ), φ)."""
 
     needs_derivatives: ClassVar[bool] = True
+    """Whether the inner loop is differentiated; if so, a `BlackBox` is refused."""
+    is_random: ClassVar[bool]
+    """Whether an estimate depends on random directions that the estimator draws itself. Every estimator states it.
+
+    Random numbers of the problem (dropout, random initialisation) do not count. A random estimator also defines
+    `redrawn`. It cannot be a control variate, and several workers share its directions instead of whole estimates.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "is_random"):
+            raise TypeError(
+                f"{cls.__name__} does not say whether it draws random directions: write is_random = True and define "
+                "redrawn(number), or is_random = False"
+            )
 
     def __call__(
         self,
@@ -80,8 +95,42 @@ class Estimator(ABC):
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
-        found = self._of(run)
+        found = self.resolved(run)._of(run)
         return replace(found, compile_seconds=compile_seconds() - before)
+
+    # -- what an estimator says about itself ---------------------------------------------------------------------
+
+    def redrawn(self, number: int) -> Estimator:
+        """Return the same estimator with other random directions: those of draw `number` = 0, 1, 2, …
+
+        At the same seed, all draws see the same initialisation and the same dropout. Draw 0 is the estimator itself,
+        and so is every draw of a deterministic estimator.
+        """
+        if self.is_random and number:
+            raise NotImplementedError(f"{type(self).__name__} is random, so it must define redrawn(number)")
+        return self
+
+    @abstractmethod
+    def units(self, steps: int, meta_size: int) -> float:
+        """Return about how many inner gradients one estimate costs on one worker.
+
+        The planner ranks methods by this number, and the work of control variates is assigned to workers by it.
+
+        Args:
+            steps: T, the number of inner steps.
+            meta_size: N, the number of meta parameters.
+        """
+
+    def resolved(self, run: Unroll) -> Estimator:  # noqa: ARG002
+        """Return the estimator that makes the estimate of this inner loop: itself, unless it chooses another one."""
+        return self
+
+    @property
+    def first_order(self) -> bool:
+        """Whether first derivatives of the inner loss are enough, so that any kernel will do."""
+        return False
+
+    # -- the estimate ----------------------------------------------------------------------------------------------
 
     def _of(self, run: Unroll) -> Estimate:
         if not self.needs_derivatives or self.first_order:
@@ -89,21 +138,9 @@ class Estimator(ABC):
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):  # which is not held any longer
             return _checked(run, self._estimate(run))
 
-    @property
-    def first_order(self) -> bool:
-        """Whether first derivatives of the inner loss are enough, so that any kernel will do."""
-        return False
-
-    def units(self, steps: int) -> float:
-        """About how many inner gradients an estimate over so many steps costs, where that depends on nothing else.
-
-        Plans are made from it, and a control variate of such a cost is dealt out to workers.
-        """
-        return 4.0 * steps
-
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:
-        """The estimate for checked arguments; `grad` is a tree like `run.meta`."""
+        """Return the estimate for checked arguments; its `grad` is a tree like `run.meta`."""
 
 
 def _checked(run: Unroll, estimate: Estimate) -> Estimate:

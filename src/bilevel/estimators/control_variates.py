@@ -98,7 +98,7 @@ class CoarserProblem(Variate):
         part = 1.0
         if self.batch is not None and (size := trees.size(whole := run.inner_batches[0])):
             part = trees.size(self.batch(whole)) / size
-        return part * self.estimator.units(self.steps or run.steps)
+        return part * self.estimator.units(self.steps or run.steps, run.meta_size)
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,9 @@ def as_tuple(variate: ControlVariate | None) -> tuple[Estimator | Variate, ...]:
     return several
 
 
-def draws_directions(estimator: Estimator) -> bool:
-    """Whether an estimator has random directions."""
-    return any(field.name == "directions" for field in dataclasses.fields(estimator))
-
-
 def require_deterministic(estimator: Any) -> None:
-    """Raise for an estimator that draws directions: those of the estimate, since the seed is the same."""
-    if not isinstance(estimator, Estimator) or draws_directions(estimator):
+    """Raise for an estimator that draws directions, which would be those of the estimate since the seed is the same."""
+    if not isinstance(estimator, Estimator) or estimator.is_random:
         raise ValueError(
             f"{estimator!r} cannot be a control variate: it must not depend on random directions; take "
             "TruncatedReverse, HessianFree, Implicit, or CoarserProblem"
@@ -202,7 +197,7 @@ def gradient_of(variate: Estimator | Variate, run: Unroll) -> list[Tensor]:
 
 def costs(variate: ControlVariate | None, run: Unroll) -> list[float]:
     """What each takes, in inner gradients for each inner step of the loop, to deal out work by."""
-    units = [v.units(run) if isinstance(v, Variate) else v.units(run.steps) for v in as_tuple(variate)]
+    units = [v.units(run) if isinstance(v, Variate) else v.units(run.steps, run.meta_size) for v in as_tuple(variate)]
     return [of_all_steps / max(1, run.steps) for of_all_steps in units]
 
 

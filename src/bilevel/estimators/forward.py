@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -41,10 +43,14 @@ class Forward(Estimator):
     """
 
     chunk_size: int | None = None
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
             checks.whole_number(self.chunk_size, "chunk_size")
+
+    def units(self, steps: int, meta_size: int) -> float:
+        return (math.ceil(meta_size / (self.chunk_size or meta_size)) + 2.0 * meta_size) * steps
 
     def _estimate(self, run: Unroll) -> Estimate:
         size, chunk = run.meta_size, self.chunk_size or run.meta_size

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ class ForwardGradient(Estimator):
     draw: int = 0
     carry: Literal["nothing", "tangents", "fresh"] = "nothing"
     exchange: Exchange = "auto"
+    is_random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.whole_number(self.directions, "directions")
@@ -131,6 +133,13 @@ class ForwardGradient(Estimator):
                 f'carry="fresh" takes no control_variate, and independent directions ({", ".join(uoro.SYMMETRIC)}); '
                 'carry="tangents" takes any'
             )
+
+    def redrawn(self, number: int) -> ForwardGradient:
+        return replace(self, draw=self.draw + number)
+
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        chunk = self.directions if self.tangents == "shared" else self.chunk_size or self.directions
+        return (math.ceil(self.directions / chunk) + 2.0 * self.directions) * steps
 
     @property
     def first_order(self) -> bool:

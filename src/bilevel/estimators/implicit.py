@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ class Implicit(Estimator):
             `Nystrom(...)`.
         batches: g is the mean over the last so many inner batches.
 
-    Cost: T units for the inner loop, one gradient with its graph, and 2 units per product with H. Memory: the graph
-    of one inner gradient, whatever T.
+    Cost: T + 3 + 2k units for k products with H: T for the inner loop, 1 for a gradient with its graph, and 2 for each
+    product with H and for the one with Y. With several `batches`, all but T is that many times as much. Memory: the
+    graph of one inner gradient for each batch, whatever T.
     Bias: the inner loop must have come to rest; what is missing, d(dθ_T/dφ + H⁻¹Y), is not measured by the method (the
     diagnostic `gradient_norm`, ‖∇g(θ_T)‖, says how far from rest it is). The solver adds its own error. Dependence on φ
     through the initial state or the learning rate does not move the solution and is not seen.
@@ -57,6 +59,7 @@ class Implicit(Estimator):
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)
     batches: int = 1
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):
@@ -66,8 +69,9 @@ class Implicit(Estimator):
             )
         checks.whole_number(self.batches, "batches")
 
-    def units(self, steps: int) -> float:
-        return steps + 2.0 * (2 + self.solver.products)
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        # For each batch: the gradient with its graph, and two units for each product with H and for the one with Y.
+        return steps + self.batches * (1.0 + 2.0 * (self.solver.products + 1))
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from bilevel import autodiff, checks
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
@@ -44,8 +44,8 @@ class Reverse(Estimator):
             again, could then differ by rounding. And there was nothing to gain by it: on an MLP, a convnet and a GPT-2
             `"reverse"` is 1.5 to 2 times faster (`benchmarks/results/products.md`).
 
-    Cost: in units of one inner gradient, about 3T for `"graph"`, (3 + r)·T or a little more otherwise: 4T to 5T for
-    `"all"` (r = 1), 5T to 6T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held, of which layers
+    Cost: in units of one inner gradient, 3T for `"graph"`, at most (3 + r)·T otherwise: 4T for `"all"` (r = 1), up to
+    5T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held, of which layers
     wrapped in `bilevel.Recomputed` keep their inputs alone. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
@@ -65,6 +65,7 @@ class Reverse(Estimator):
     checkpoints: Checkpoints | Literal["graph"] = "all"
     offload: Offload = None
     product: Product | Literal["auto"] = "reverse"
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checkpoint_schedules.check(self.checkpoints)
@@ -78,7 +79,7 @@ class Reverse(Estimator):
                     f'offload={self.offload!r} moves kept states, and checkpoints="graph" keeps none; take "all"'
                 )
 
-    def units(self, steps: int) -> float:
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
         if self.checkpoints == "graph":
             return 3.0 * steps
         made = checkpoint_schedules.steps_computed(steps, checkpoint_schedules.slots(self.checkpoints, steps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bilevel import checks
 from bilevel.estimators.base import Estimate, Estimator, like_meta
@@ -21,7 +22,7 @@ class TruncatedReverse(Estimator):
         steps: s, at most the number of inner steps T. At s = T the result is exact (the initial state's dependence on
             φ is then included).
 
-    Cost: T + 3s to T + 4s units. Memory: s states and the graph of one step.
+    Cost: T + 3s units. Memory: s states and the graph of one step.
     Bias: at most (1 − ηα)^s/(ηα) · ‖d_T‖ · max_{t ≤ T−s} ‖B_t‖, with B_0 = dθ_0/dφ, for gradient descent with rate
     η ≤ 2/(α + L) on an inner loss that is α-strongly convex and L-smooth; it does not shrink with more outer batches.
 
@@ -39,11 +40,12 @@ class TruncatedReverse(Estimator):
     """
 
     steps: int = 1
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.whole_number(self.steps, "steps")
 
-    def units(self, steps: int) -> float:
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
         return steps + 3.0 * self.steps
 
     def _estimate(self, run: Unroll) -> Estimate:

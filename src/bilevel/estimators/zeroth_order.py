@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -76,6 +76,7 @@ class ZerothOrder(Estimator):
     draw: int = 0
     exchange: Exchange = "auto"
     needs_derivatives: ClassVar[bool] = False
+    is_random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.whole_number(self.directions, "directions")
@@ -86,6 +87,12 @@ class ZerothOrder(Estimator):
         checks.one_of(self.exchange, "exchange", EXCHANGES)
         if control_variates.as_tuple(self.control_variate) and self.directions == 1:
             raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
+
+    def redrawn(self, number: int) -> ZerothOrder:
+        return replace(self, draw=self.draw + number)
+
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        return (1.0 + self._solves_each * self.directions) * steps
 
     def _estimate(self, run: Unroll) -> Estimate:
         directions = Directions(

@@ -13,10 +13,11 @@ from bilevel import distributed, randomness, trees
 from bilevel.directions.distributed_slopes import agreed_state
 from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError
-from bilevel.estimators import Estimate, Estimator, control_variates
+from bilevel.estimators import Estimate, Estimator
 from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.unroll import unroll
 
 
 def batches_of(inner_batches: Any, draw: int) -> Any:
@@ -73,8 +74,11 @@ class Draws:
         goes on where the one before ended.
         """
         workers = distributed.current()
-        alone = workers.size == 1 or count == 1 or self.stream
-        if alone or control_variates.draws_directions(estimator):
+        if workers.size == 1 or count == 1 or self.stream:
+            return self._these(range(count), estimator, meta, outer_step)
+        inner, outer = self.batches(self.draws)
+        estimator = estimator.resolved(unroll(self.problem, meta, inner, outer, self.seed))
+        if estimator.is_random:
             return self._these(range(count), estimator, meta, outer_step)
         mine = workers.share(count)
 
