@@ -28,8 +28,7 @@ from variance import ROOT, learning_rates
 
 import bilevel
 from bilevel import CoarserProblem, ForwardGradient, HessianFree, Reverse, RunningMean, TruncatedReverse
-from bilevel.estimators import control_variates
-from bilevel.planning import names
+from bilevel.estimators import control_variates, names
 from bilevel.report import page
 from bilevel.report.files import write_bytes, write_json, write_text
 from bilevel.report.progress import bar

@@ -21,7 +21,8 @@ from small_runs import SMALL, config_of, numbers_of, results_of, rows_of, run
 
 import bilevel
 from bilevel import cli
-from bilevel.planning import names
+from bilevel.estimators import names
+from bilevel.planning import registry
 from bilevel.tasks import running
 from bilevel.tasks.condensation import pictures
 from bilevel.tasks.condensation.task import CondensationTask
@@ -66,7 +67,7 @@ def test_list_names_everything_there_is(capsys: Capture) -> None:
         for preset, content in task.presets.items():
             assert preset in shown
             assert content.summary.split(",")[0] in shown
-    for name, kind in names.ESTIMATORS.items():
+    for name, kind in registry.by_name().items():
         assert name in shown
         for setting in names.settings_of(kind):  # a long list is broken over several lines
             assert setting in shown
@@ -105,7 +106,7 @@ def test_help_of_a_task(command: str, preset: str, capsys: Capture, monkeypatch:
         assert f"(default: {value})" in shown
     assert "None" not in re.sub(r"`None`", "", shown)
     if command == "run":
-        for kind in names.ESTIMATORS.values():
+        for kind in registry.ESTIMATORS:
             for setting in names.settings_of(kind):
                 assert "--" + setting.replace("_", "-") in shown
         assert "--directions INT Of forward-gradient, zeroth-order, auto: b, at most" in shown
@@ -277,7 +278,7 @@ ESTIMATORS: list[tuple[list[str], str]] = [
 
 
 def test_every_estimator_is_in_the_table() -> None:
-    assert set(names.ESTIMATORS) <= {flags[1] for flags, _ in ESTIMATORS if flags}
+    assert set(registry.by_name()) <= {flags[1] for flags, _ in ESTIMATORS if flags}
 
 
 @pytest.mark.filterwarnings("ignore:Implicit")  # untrained networks have negative curvature
@@ -319,7 +320,7 @@ def test_a_warning_is_a_line(tmp_path: Path, capsys: Capture) -> None:
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
-ESTIMATOR_NAMES = ", ".join(names.ESTIMATORS)
+ESTIMATOR_NAMES = ", ".join(registry.by_name())
 REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     # Code, arguments (after `run condensation` if they begin with a flag), what the message must say.
     "command": (2, ["dance"], ["no command 'dance'", "usage: bilevel COMMAND"]),
@@ -680,7 +681,7 @@ def test_compare_shows_every_estimator_against_the_exact_one(tmp_path: Path, cap
     cli.main([*COMPARE, "--out", str(out)])
     shown = capsys.readouterr().out
     lines = {line.split()[1]: line.split()[3::2] for line in shown.splitlines() if line.startswith("│")}
-    assert list(lines) == [name for name in names.ESTIMATORS if name != "forward"]
+    assert list(lines) == [name for name in registry.by_name() if name != "forward"]
     assert "N = 640 meta parameters, T = 3" in shown
     content = json.loads(out.read_text())
     assert content["task"] == "condensation"

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bilevel.checks import whole_number
-from bilevel.estimators import ZerothOrder
-from bilevel.planning import names, planner
+from bilevel.estimators import ZerothOrder, names
+from bilevel.planning import planner
 
 if TYPE_CHECKING:
     from bilevel.tasks.task import Setup

@@ -13,7 +13,7 @@ import numpy as np
 from bilevel import checks, trees
 from bilevel.batches import Batches
 from bilevel.estimators import Estimate, Estimator, Reverse
-from bilevel.planning.names import describe
+from bilevel.estimators.names import describe
 from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.report.peak_memory import PeakMemory
 from bilevel.report.progress import bar
