@@ -1202,7 +1202,6 @@ SETTINGS: list[tuple[Any, str, list[Any], list[str]]] = [
         ['"all", "sqrt", "log", "graph"', ">= 1"],
     ),
     (bilevel.Reverse, "offload", ["tape", 1], ["'cpu', 'disk'"]),
-    (bilevel.Reverse, "product", ["both", None], ["'reverse', 'mixed', 'auto'"]),
     (bilevel.Auto, "directions", NOT_WHOLE, ["a whole number of at least 1"]),
     (bilevel.TruncatedReverse, "steps", [*NOT_WHOLE, None], ["a whole number of at least 1"]),
     (bilevel.Forward, "chunk_size", NOT_WHOLE, ["a whole number of at least 1"]),

@@ -104,21 +104,21 @@ ESTIMATORS: dict[str, bilevel.Estimator] = {
 }
 
 
-CARRIED: dict[str, bilevel.ForwardGradient] = {
-    "same directions": bilevel.ForwardGradient(5, carry="tangents", exchange="gradient"),
-    "same directions, chunks": bilevel.ForwardGradient(7, carry="tangents", exchange="slopes", chunk_size=2),
-    "same directions, variate": bilevel.ForwardGradient(
-        4, carry="tangents", control_variate=bilevel.TruncatedReverse(2), exchange="gradient"
+CARRIED: dict[str, bilevel.StreamingForwardGradient] = {
+    "same directions": bilevel.StreamingForwardGradient(5, "same", exchange="gradient"),
+    "same directions, chunks": bilevel.StreamingForwardGradient(7, "same", exchange="slopes", chunk_size=2),
+    "same directions, variate": bilevel.StreamingForwardGradient(
+        4, "same", control_variate=bilevel.TruncatedReverse(2), exchange="gradient"
     ),
-    "same directions, differences": bilevel.ForwardGradient(3, carry="tangents", tangents="difference", chunk_size=1),
-    "fresh directions": bilevel.ForwardGradient(5, carry="fresh"),
-    "fresh directions, chunks": bilevel.ForwardGradient(7, carry="fresh", chunk_size=2),
-    "fresh directions, fewer than workers": bilevel.ForwardGradient(2, carry="fresh", chunk_size=1),
+    "same directions, differences": bilevel.StreamingForwardGradient(3, "same", tangents="difference", chunk_size=1),
+    "fresh directions": bilevel.StreamingForwardGradient(5),
+    "fresh directions, chunks": bilevel.StreamingForwardGradient(7, chunk_size=2),
+    "fresh directions, fewer than workers": bilevel.StreamingForwardGradient(2, chunk_size=1),
 }
 """Estimators whose tangents go on from one window to the next."""
 
 
-def windows(estimator: bilevel.ForwardGradient) -> list[float]:
+def windows(estimator: bilevel.StreamingForwardGradient) -> list[float]:
     """What three windows give, and the tangents at the end of the last."""
     problem, meta, batches = weights_problem()
     numbers: list[float] = []
@@ -129,8 +129,8 @@ def windows(estimator: bilevel.ForwardGradient) -> list[float]:
         numbers += [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
         numbers.append(estimate.standard_error or 0.0)
     assert estimate is not None
-    tangents = estimate.carried.tangents  # type: ignore[union-attr]
-    return [*numbers, *torch.cat([t.reshape(-1) for t in tangents or []]).tolist()]
+    tangents = estimate.carried.memory["tangents"]  # type: ignore[union-attr]
+    return [*numbers, *torch.cat([t.reshape(-1) for t in tangents]).tolist()]
 
 
 def estimates(folder: Path) -> None:
@@ -169,7 +169,7 @@ def curves(folder: Path) -> None:
     (folder / f"curves-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
 
 
-def streaming(estimator: bilevel.ForwardGradient, out: Path) -> list[Any]:
+def streaming(estimator: bilevel.StreamingForwardGradient, out: Path) -> list[Any]:
     """Training on a stream; interrupted after the second outer step, and gone on from its checkpoint."""
     problem, meta, batches = weights_problem()
 

@@ -1,7 +1,8 @@
 """Hypergradients at any scale, for PyTorch.
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`), then take its hypergradient by any method:
-`Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `ZerothOrder`, `Implicit`, `HessianFree`.
+`Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
+`HessianFree`.
 """
 
 from bilevel.batches import batches, no_batches
@@ -28,10 +29,11 @@ from bilevel.estimators import (
     HessianFree,
     Implicit,
     Reverse,
+    StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
 )
-from bilevel.estimators.control_variates import CoarserProblem, Constant, RunningMean
+from bilevel.estimators.variates import CoarserProblem, Constant, RunningMean
 from bilevel.integrations.outside_program import FailedAttempt, OutsideProgram
 from bilevel.models.module_view import ModuleView
 from bilevel.models.recomputed import Recomputed
@@ -44,7 +46,7 @@ from bilevel.training.fit import FitResult, fit
 from bilevel.training.outer_loop import OuterStep
 from bilevel.training.phases import Phase
 from bilevel.unrolling.freed_memory import keep_freed_memory
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.inner_loop import WindowEnd
 
 __version__ = "0.1.0"
 
@@ -52,7 +54,6 @@ __all__ = [
     "Auto",
     "BilevelError",
     "BlackBox",
-    "Carried",
     "CheckpointError",
     "CoarserProblem",
     "Compared",
@@ -88,8 +89,10 @@ __all__ = [
     "Reverse",
     "RunningMean",
     "SolverError",
+    "StreamingForwardGradient",
     "Terminated",
     "TruncatedReverse",
+    "WindowEnd",
     "WorkerError",
     "Workers",
     "ZerothOrder",

@@ -173,7 +173,7 @@ class GradientDescent:
         if backend is not None:
             self.eager = copy.copy(self)
             self.eager.eager = self.eager
-            self._compiled = CompiledGradient(self.eager.gradient, self.eager.joint_gradient, backend)
+            self._compiled = CompiledGradient(self.eager.gradient, backend)
 
     @property
     def backend(self) -> str | None:
@@ -255,14 +255,6 @@ class GradientDescent:
         return autodiff.push_forward(
             lambda params, meta: self.gradient(params, meta, batch), [params, meta], [along, along_meta]
         )
-
-    def joint_product(self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor]) -> list[Tensor]:
-        """The derivative of ∇_{θ,φ} inner_loss along one direction in θ: the Hessian's first columns times it."""
-        if self._compiled is not None:
-            return self._compiled.joint_product(params, meta, batch, along)
-        direction = [t.unsqueeze(0) for t in along]
-        pushed = autodiff.push_forward(lambda params: self.joint_gradient(params, meta, batch), [params], [direction])
-        return [tangent[0] for tangent in pushed.tangents]
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor]:
         """What vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss (minus

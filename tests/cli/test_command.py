@@ -273,7 +273,7 @@ ESTIMATORS: list[tuple[list[str], str]] = [
     (["--estimator", "implicit", "--solver", "Neumann(iterations=3)"], "implicit(solver=neumann(iterations=3))"),
     (["--estimator", "hessian-free", "--scale", "0.5"], "hessian-free(scale=0.5)"),
     (["--estimator", "auto", "--memory", "1GB"], "auto(memory='1GB')"),
-    (["--estimator", "reverse", "--offload", "disk", "--product", "mixed"], "reverse(offload='disk', product='mixed')"),
+    (["--estimator", "reverse", "--offload", "disk"], "reverse(offload='disk')"),
 ]
 
 

@@ -61,8 +61,6 @@ EXACT: dict[str, Callable[[ClosedForm], bilevel.Estimator]] = {
     "Reverse, all": lambda case: Reverse("all"),
     "Reverse, sqrt": lambda case: Reverse("sqrt"),
     "Reverse, log, disk": lambda case: Reverse("log", offload="disk"),
-    "Reverse, mixed product": lambda case: Reverse("log", product="mixed" if case.stationarity else "auto"),
-    "Reverse, the faster product": lambda case: Reverse(product="auto"),
     "Reverse, graph": lambda case: Reverse("graph"),
     "Reverse, 3": lambda case: Reverse(3),
     "Reverse, more than T": lambda case: Reverse(case.T + 1),

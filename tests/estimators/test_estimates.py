@@ -46,7 +46,7 @@ DETERMINISTIC = [
     HessianFree(),
     HessianFree(preconditioner="optimizer"),
     Auto("1GB"),
-    Reverse("log", offload="disk", product="mixed"),
+    Reverse("log", offload="disk"),
 ]
 STOCHASTIC = [
     ForwardGradient(3),

@@ -26,7 +26,7 @@ SETTINGS: list[Any] = [
     bilevel.ForwardGradient(),
     bilevel.ForwardGradient(32, "gaussian", chunk_size=8),
     bilevel.ForwardGradient(distribution="coordinate"),
-    bilevel.ForwardGradient(4, control_variate=bilevel.TruncatedReverse(5), tangents="difference", support="touched"),
+    bilevel.ForwardGradient(4, control_variate=bilevel.TruncatedReverse(5), tangents="difference", support="reached"),
     bilevel.ForwardGradient(4, "block", control_variate=(bilevel.RunningMean(0.5), bilevel.HessianFree(scale=2.0))),
     bilevel.ForwardGradient(4, control_variate=(bilevel.CoarserProblem(steps=3, estimator=bilevel.Reverse("sqrt")),)),
     bilevel.ZerothOrder(4, control_variate=bilevel.Implicit(Neumann(iterations=3))),
@@ -42,7 +42,7 @@ SETTINGS: list[Any] = [
     bilevel.HessianFree(),
     bilevel.Auto(),
     bilevel.Auto(memory="512MiB", directions=4),
-    bilevel.Reverse("log", offload="disk", product="mixed"),
+    bilevel.Reverse("log", offload="disk"),
     bilevel.HessianFree(scale=1e-7, preconditioner="optimizer"),
 ]
 

@@ -19,8 +19,8 @@ from closed_forms import ClosedForm, descent, tensor
 import bilevel
 from bilevel import CoarserProblem, Constant, ForwardGradient, HessianFree, TruncatedReverse, ZerothOrder
 from bilevel.directions import distributions as module
+from bilevel.directions.control_variates import combine
 from bilevel.directions.distributions import Directions
-from bilevel.estimators.control_variates import combine
 
 Outcome = tuple[np.ndarray, float]
 """All directions `[b, N]` and the probability of just these."""
@@ -195,7 +195,7 @@ def test_blocks(m: int) -> None:
 
 
 def test_a_scale_fitted_to_all_directions_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bilevel.estimators import control_variates
+    from bilevel.directions import control_variates
 
     def leaky(w: torch.Tensor, p: torch.Tensor, variates: Any) -> torch.Tensor:
         return ((w @ p) / (p.square().sum() + 1)).expand_as(p)

@@ -138,7 +138,7 @@ def test_differences_take_fused_attention_and_activation_checkpointing(dtype: to
 
 
 def weighted() -> tuple[bilevel.GradientDescent, Any]:
-    """A weight for each of 40 examples, of which mini-batches touch 6."""
+    """A weight for each of 40 examples, of which mini-batches reach 6."""
     torch.manual_seed(0)
     inputs, targets = torch.randn(40, 3).double(), torch.randn(40).double()
     chosen = [torch.tensor([3, 8]), torch.tensor([3, 30]), torch.tensor([39, 0]), torch.tensor([8, 1])]
@@ -150,15 +150,15 @@ def weighted() -> tuple[bilevel.GradientDescent, Any]:
     ), chosen
 
 
-def test_a_touched_support_needs_as_many_directions_as_entries_were_touched() -> None:
+def test_a_support_needs_as_many_directions_as_entries_are_reached() -> None:
     problem, chosen = weighted()
     meta = torch.zeros(40, dtype=torch.float64)
     exact = Reverse()(problem, meta, chosen)
-    found = ForwardGradient(6, "coordinate", support="touched")(problem, meta, chosen)
+    found = ForwardGradient(6, "coordinate", support="reached")(problem, meta, chosen)
     assert (exact.grad != 0).sum() == 6
     assert found.grad.numpy() == pytest.approx(exact.grad.numpy(), abs=1e-12)
-    with pytest.raises(ValueError, match="directions=7 for 6 touched"):
-        ForwardGradient(7, support="touched")(problem, meta, chosen)
+    with pytest.raises(ValueError, match="directions=7 for 6 reached"):
+        ForwardGradient(7, support="reached")(problem, meta, chosen)
 
 
 def test_other_draws_are_other_directions_at_the_same_seed() -> None:

@@ -16,7 +16,7 @@ from bilevel.models.module_view import as_plain_tree, modules_in
 from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import Unroll, unroll
 
 
@@ -34,8 +34,8 @@ class Estimate:
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     """What the method observed on the way, such as the residual of a linear solve."""
-    carried: Carried | None = None
-    """Where the inner loop ended; passed to the next call as `carried=`, that one goes on from there."""
+    carried: WindowEnd | None = None
+    """The end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from there."""
     compile_seconds: float = 0.0
     """Wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up for the first time.
     """
@@ -69,7 +69,7 @@ class Estimator(ABC):
         inner_batches: Batches | None = None,
         outer_batch: Any = None,
         seed: int = 0,
-        carried: Carried | None = None,
+        carried: WindowEnd | None = None,
     ) -> Estimate:
         """Estimate the hypergradient at `meta`.
 
@@ -79,9 +79,9 @@ class Estimator(ABC):
             inner_batches: T batches by random access, one for each inner step; `None` for a black box.
             outer_batch: passed to the outer loss.
             seed: determines every random number: directions, dropout, random initialisation.
-            carried: `estimate.carried` of the window before, for an inner loop that goes on from call to call, at the
-                same seed. The estimate then is that of the derivative through these T steps, with the state that they
-                start from as a constant; `ForwardGradient(..., carry=...)` looks back further.
+            carried: `estimate.carried` of the call before, for an inner loop that goes on from call to call (a stream),
+                at the same seed. The estimate is then the derivative through these T steps, with the state from which
+                they start as a constant. `StreamingForwardGradient` looks back further.
 
         Raises:
             NonFiniteError: the outer loss, an inner state or the hypergradient is NaN or infinite.
@@ -151,7 +151,7 @@ def _checked(run: Unroll, estimate: Estimate) -> Estimate:
         state=trees.detach(estimate.state),
         standard_error=estimate.standard_error,
         diagnostics=estimate.diagnostics,
-        carried=estimate.carried or Carried(trees.detach(estimate.state), run.first_step + run.steps),
+        carried=estimate.carried or run.window_end(estimate.state),
     )
 
 

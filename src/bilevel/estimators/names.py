@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from bilevel.estimators.base import Estimator
-from bilevel.estimators.control_variates import CoarserProblem, RunningMean, Variate
+from bilevel.estimators.variates import CoarserProblem, RunningMean, Variate
 from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
 
 SOLVERS: tuple[type[LinearSolver], ...] = (ConjugateGradient, Neumann, Nystrom)

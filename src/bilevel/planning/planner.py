@@ -19,7 +19,7 @@ from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.planning import step_costs
-from bilevel.planning.step_costs import Carried, Price, StepCosts
+from bilevel.planning.step_costs import Price, PricePerDirection, StepCosts
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.unroll import Unroll, unroll
@@ -165,8 +165,8 @@ def on_paper(
         back=Price(3 * gradient, 2 * state + 2 * size + 3 * activation_bytes),
         graph=Price(3 * gradient, state + size + 3 * activation_bytes),
         product=Price(2 * gradient, 2 * size + 3 * activation_bytes),
-        pushed=Carried(step, Price(2 * gradient, state + size + activation_bytes)),
-        outer_pushed=Carried(half, half),
+        pushed=PricePerDirection(step, Price(2 * gradient, state + size + activation_bytes)),
+        outer_pushed=PricePerDirection(half, half),
     )
     return from_costs(paper, steps, memory, directions, workers)
 

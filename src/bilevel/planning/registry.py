@@ -14,6 +14,7 @@ from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.reverse import Reverse
+from bilevel.estimators.streaming_forward_gradient import StreamingForwardGradient
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.planning.auto import Auto
@@ -23,6 +24,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     TruncatedReverse,
     Forward,
     ForwardGradient,
+    StreamingForwardGradient,
     ZerothOrder,
     Implicit,
     HessianFree,

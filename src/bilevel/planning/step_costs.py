@@ -19,7 +19,6 @@ from bilevel.models.module_view import modules_in
 from bilevel.planning.live_memory import counting
 from bilevel.problem import BlackBox, GradientDescent
 from bilevel.trees import Tree
-from bilevel.unrolling.step_products import pull_back_step
 from bilevel.unrolling.unroll import Unroll
 
 _REPEATS = 3
@@ -36,8 +35,8 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Carried:
-    """A price that grows with the number of directions carried at once."""
+class PricePerDirection:
+    """A price that grows with the number of directions that are pushed at once."""
 
     shared: Price
     each: Price
@@ -69,9 +68,9 @@ class StepCosts:
     """One more step in a stored graph, the way back included."""
     product: Price | None = None
     """The graph of one inner gradient, and one product with its Jacobian."""
-    pushed: Carried | None = None
+    pushed: PricePerDirection | None = None
     """One step with directions."""
-    outer_pushed: Carried | None = None
+    outer_pushed: PricePerDirection | None = None
     """The outer loss with directions."""
 
 
@@ -103,7 +102,7 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
     two, four = through_graph(2), through_graph(4)
     prices = {
         "outer_back": _price(lambda: run.outer_cotangents(state)),
-        "back": _price(lambda: pull_back_step(run, 0, state, d, "reverse")),
+        "back": _price(lambda: run.pull_back_step(0, state, d)),
         "graph": Price((four.seconds - two.seconds) / 2, (four.bytes - two.bytes) / 2),
     }
     if isinstance(problem := run.problem, GradientDescent):
@@ -121,10 +120,10 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
 
 
 def _forwards(run: Unroll, state: Tree) -> dict[str, Any]:
-    def carried(function: Callable[..., Tree]) -> Carried:
+    def per_direction(function: Callable[..., Tree]) -> PricePerDirection:
         few, more = (pushed(function, count) for count in (2, 6))
         each = Price((more.seconds - few.seconds) / 4, (more.bytes - few.bytes) / 4)
-        return Carried(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
+        return PricePerDirection(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
 
     def pushed(function: Callable[..., Tree], count: int) -> Price:
         vectors = [t.new_ones(count, *t.shape) for t in trees.split(run.meta).differentiable]
@@ -132,8 +131,8 @@ def _forwards(run: Unroll, state: Tree) -> dict[str, Any]:
         return _price(lambda: autodiff.push_forward(function, [state, run.meta], [tangents, vectors]))
 
     return {
-        "pushed": carried(lambda state, meta: run.step(0, state, meta)),
-        "outer_pushed": carried(run.outer_loss),
+        "pushed": per_direction(lambda state, meta: run.step(0, state, meta)),
+        "outer_pushed": per_direction(run.outer_loss),
     }
 
 

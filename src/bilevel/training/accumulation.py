@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, randomness, trees
-from bilevel.directions.distributed_slopes import agreed_state
+from bilevel.directions.distributed_slopes import agreed_tree
 from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator
 from bilevel.problem import BlackBox, GradientDescent, Unrollable
 from bilevel.trees import Tree
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import unroll
 
 
@@ -55,8 +55,8 @@ class Draws:
     stream: bool = False
     draws: int = 0
     """Estimates made so far."""
-    carried: Carried | None = None
-    """In a stream, where its inner loop has got to."""
+    carried: WindowEnd | None = None
+    """The end of the last window of a stream."""
 
     @property
     def backend(self) -> str | None:
@@ -122,7 +122,8 @@ class Draws:
             raise SolverError(f"outer step {outer_step}: {error}") from error
         if self.stream and found.carried is not None:
             self.carried = found.carried
-            if found.carried.tangents is None:  # with them, all workers have agreed already
-                state = agreed_state(found.carried.state, distributed.current())
-                self.carried = replace(found.carried, state=state)
+            if not found.carried.agreed:
+                workers = distributed.current()
+                state, memory = (agreed_tree(tree, workers) for tree in (found.carried.state, found.carried.memory))
+                self.carried = replace(found.carried, state=state, memory=memory, agreed=True)
         return found

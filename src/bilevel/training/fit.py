@@ -77,7 +77,7 @@ def fit(
         project: maps the meta parameters to the nearest allowed ones after each step: `lambda x: x.clamp(0, 1)`.
         stream: the inner loop is one long history, of which every estimate takes the next T steps: it goes on from the
             state where the one before ended, instead of from the start. Estimators see their own window alone, with
-            that state as a constant, but for `ForwardGradient(..., carry=...)`, whose tangents go on as well.
+            that state as a constant, except `StreamingForwardGradient`, whose tangents go on as well.
         retreats: where the inner loop fails (`NonFiniteError`, `SolverError`), go back half of the outer step that led
             there and try again, so many times at most; counted in `history` as `retreats`. 0: such an error ends the
             run. The outer optimiser's own memory stays as it is.
