@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from estimator_table import ROWS
 
 import bilevel
 from bilevel.estimators import names
 from bilevel.planning import registry
 from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver, Neumann
 
-SETTINGS: list[Any] = [
-    bilevel.Reverse(),
-    bilevel.Reverse("sqrt"),
-    bilevel.Reverse("graph"),
-    bilevel.Reverse(3),
-    bilevel.TruncatedReverse(),
-    bilevel.TruncatedReverse(7),
-    bilevel.Forward(),
-    bilevel.Forward(chunk_size=2),
-    bilevel.ForwardGradient(),
-    bilevel.ForwardGradient(32, "gaussian", chunk_size=8),
-    bilevel.ForwardGradient(distribution="coordinate"),
-    bilevel.ForwardGradient(4, control_variate=bilevel.TruncatedReverse(5), tangents="difference", support="reached"),
-    bilevel.ForwardGradient(4, "block", control_variate=(bilevel.RunningMean(0.5), bilevel.HessianFree(scale=2.0))),
-    bilevel.ForwardGradient(4, control_variate=(bilevel.CoarserProblem(steps=3, estimator=bilevel.Reverse("sqrt")),)),
-    bilevel.ZerothOrder(4, control_variate=bilevel.Implicit(Neumann(iterations=3))),
-    bilevel.ZerothOrder(4, step_size=1 / 3, scheme="forward"),
-    bilevel.ZerothOrder(step_size=1e-300),
-    bilevel.ZerothOrder(step_size=1e22, distribution="gaussian"),
-    bilevel.Implicit(),
-    bilevel.Implicit(batches=5),
-    bilevel.Implicit(ConjugateGradient(iterations=7, tolerance=1e-12, damping=0.5)),
-    bilevel.Implicit(Neumann(), batches=2),
-    bilevel.Implicit(bilevel.Nystrom(rank=3, damping=0.5)),
-    bilevel.Implicit(Neumann(iterations=3, step_size=math.pi)),
-    bilevel.HessianFree(),
-    bilevel.Auto(),
-    bilevel.Auto(memory="512MiB", directions=4),
-    bilevel.Reverse("log", offload="disk"),
-    bilevel.HessianFree(scale=1e-7, preconditioner="optimizer"),
+SETTINGS = [
+    estimator
+    for kind, row in ROWS.items()
+    for estimator in dict.fromkeys([kind(), *row.estimates, *row.small.values(), *row.named])
 ]
 
 
@@ -57,11 +31,16 @@ def test_python_reads_back_as_well(estimator: bilevel.Estimator) -> None:
     assert registry.parse(repr(estimator)) == estimator
 
 
-def test_every_public_estimator_and_solver_has_a_name_and_a_row_above() -> None:
+def test_every_public_estimator_and_solver_has_a_name() -> None:
     public = {value for value in vars(bilevel).values() if isinstance(value, type)}
     estimators = {kind for kind in public if issubclass(kind, bilevel.Estimator)} - {bilevel.Estimator}
-    assert set(registry.ESTIMATORS) == estimators == {type(estimator) for estimator in SETTINGS}
+    assert set(registry.ESTIMATORS) == estimators
+    assert len(registry.by_name()) == len(registry.ESTIMATORS)
     assert set(names.SOLVERS) == {kind for kind in public if issubclass(kind, LinearSolver)}
+
+
+def test_every_estimator_has_a_row_in_the_table_of_the_shared_tests() -> None:
+    assert list(ROWS) == list(registry.ESTIMATORS)
 
 
 @pytest.mark.parametrize(
