@@ -35,12 +35,12 @@ from torch.nn.functional import cross_entropy
 import bilevel
 from bilevel.directions.distributions import DISTRIBUTIONS, Directions
 from bilevel.distributed import communication
-from bilevel.estimators import control_variates
+from bilevel.estimators import forward_gradient
+from bilevel.estimators.variates import as_tuple
 from bilevel.experimental import Workers, join_workers
 from bilevel.planning import planner
 from bilevel.report.files import write_text
 from bilevel.report.progress import bar
-from bilevel.unrolling.unroll import Unroll
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, STEPS, TARGET = 7, 4, 1.85
@@ -168,7 +168,7 @@ def measured(workers: Workers, name: str, rounds: int, advance: Callable[[], Non
     limit = [2 * a[0] / u for a, u in zip(alone, unrelated, strict=True)] if workers.first else []
     how = communication.chosen("auto", getattr(estimator, "directions", 1), meta.numel(), 2)
     directions = getattr(estimator, "directions", 0)
-    variates = len(control_variates.as_tuple(getattr(estimator, "control_variate", None)))
+    variates = len(as_tuple(getattr(estimator, "control_variate", None)))
     sent = communication.sent_bytes(how, directions, meta.numel(), 2, variates=variates)
     return {
         "name": name,
@@ -202,7 +202,7 @@ def parts(workers: Workers) -> list[str]:
         for count in (1, STEPS):  # the first one pays for what torch sets up once
             spent.update(chunks=0.0, meetings=0.0)
             with (
-                patch.object(Unroll, "push_forward", timed(Unroll.push_forward, "chunks")),
+                patch.object(forward_gradient, "push_forward", timed(forward_gradient.push_forward, "chunks")),
                 patch.object(Workers, "_meet", timed(Workers._meet, "meetings")),
             ):
                 began = time.process_time()

@@ -34,7 +34,7 @@ from bilevel import (
     TruncatedReverse,
     ZerothOrder,
 )
-from bilevel.planning.names import describe
+from bilevel.estimators.names import describe
 from bilevel.report.files import write_text
 from bilevel.report.progress import bar
 from bilevel.unrolling.checkpoint_schedules import slots, steps_computed

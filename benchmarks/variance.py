@@ -27,7 +27,7 @@ import bilevel
 from bilevel import ForwardGradient, HessianFree, Reverse, TruncatedReverse
 from bilevel.comparison import compare, plot
 from bilevel.comparison.compare import ComparisonRow
-from bilevel.estimators.control_variates import ControlVariate
+from bilevel.estimators.variates import ControlVariate
 from bilevel.report.files import write_json, write_text
 from bilevel.report.progress import bar
 from bilevel.tasks import image_data

@@ -1,13 +1,12 @@
 """Bad input gives one clear error: what was passed, what is needed, what to write instead. Good input is not refused.
 
 Most tests are rows of tables: what is wrong, how it is called, the exception's class, and fragments that its message
-must contain. `ESTIMATORS` is the list they are run over; every public estimator must have a row there.
+must contain. They are run over the estimators that are `small` in `estimator_table.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from estimator_table import ROWS
 from torch import Tensor, nn
 
 import bilevel
-import bilevel.estimators
 from bilevel import autodiff
 from bilevel.directions import distributions
 from bilevel.errors import NoDependenceError, NonFiniteError
@@ -30,26 +29,13 @@ from bilevel.unrolling import unroll
 NAN, INF = float("nan"), float("inf")
 RATE = 0.1
 
-ESTIMATORS: dict[str, bilevel.Estimator] = {
-    "reverse": bilevel.Reverse(),
-    "reverse-sqrt": bilevel.Reverse("sqrt"),
-    "reverse-graph": bilevel.Reverse("graph"),
-    "truncated-reverse": bilevel.TruncatedReverse(1),
-    "forward": bilevel.Forward(),
-    "forward-chunked": bilevel.Forward(chunk_size=1),
-    "forward-gradient": bilevel.ForwardGradient(1),
-    "zeroth-order": bilevel.ZerothOrder(1, step_size=1e-4),
-    "zeroth-order-forward": bilevel.ZerothOrder(1, step_size=1e-4, scheme="forward"),
-    "implicit": bilevel.Implicit(),
-    "implicit-neumann": bilevel.Implicit(bilevel.Neumann(20, step_size=0.5)),
-    "hessian-free": bilevel.HessianFree(),
-    "hessian-free-optimizer": bilevel.HessianFree(preconditioner="optimizer"),
-}
+ESTIMATORS = {name: estimator for row in ROWS.values() for name, estimator in row.small.items()}
 EVERY = list(ESTIMATORS)
-ZEROTH_ORDER = [name for name in EVERY if name.startswith("zeroth")]
+ROW_OF = {name: row for row in ROWS.values() for name in row.small}
+ZEROTH_ORDER = [name for name in EVERY if not ESTIMATORS[name].needs_derivatives]
 DERIVATIVES = [name for name in EVERY if name not in ZEROTH_ORDER]
-FORWARD_MODE = [name for name in EVERY if name.startswith("forward")]
-IMPLICIT = [name for name in EVERY if name.startswith(("implicit", "hessian"))]
+FORWARD_MODE = [name for name in EVERY if ROW_OF[name].forward_mode]
+IMPLICIT = [name for name in EVERY if ROW_OF[name].needs_inner_loss]
 UNROLLED = [name for name in DERIVATIVES if name not in IMPLICIT]
 """Those that take any steps (`Problem`), and differentiate them."""
 
@@ -135,16 +121,6 @@ def plain_table(rows: list[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", [pytest.param(row, id=row.what) for row in rows])
 
 
-def test_every_estimator_is_in_the_table() -> None:
-    public = {
-        member
-        for member in vars(bilevel.estimators).values()
-        if inspect.isclass(member) and issubclass(member, bilevel.Estimator) and not inspect.isabstract(member)
-    }
-    # Auto hands its arguments to one of the others
-    assert {type(estimator) for estimator in ESTIMATORS.values()} == public - {bilevel.Auto}
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_the_call_that_the_tables_spoil_is_good(name: str) -> None:
     estimate = call(name)
@@ -153,7 +129,7 @@ def test_the_call_that_the_tables_spoil_is_good(name: str) -> None:
     factor = {"truncated-reverse": RATE, "hessian-free-optimizer": RATE, **dict.fromkeys(IMPLICIT[:3], 1.0)}.get(
         name, exact
     )
-    if name not in ("forward-gradient", *ZEROTH_ORDER):  # those see one direction of the two
+    if not ESTIMATORS[name].is_random:  # those see one direction of the two
         torch.testing.assert_close(estimate.grad, factor * torch.tensor([1.0, 2.0]), rtol=1e-5, atol=0)
     torch.testing.assert_close(estimate.value, torch.tensor((1 - exact) * 5.0 + exact * -0.5))
 
@@ -878,7 +854,7 @@ def test_a_meta_parameter_without_effect_gets_zero_beside_one_with(name: str) ->
     meta = {"used": torch.ones(2), "unused": torch.ones(3)}
     grad = call(name, descent(loss), meta).grad
     assert grad["used"].abs().sum() > 0
-    if name not in (*ZEROTH_ORDER, "forward-gradient"):  # they spread noise over all of φ
+    if not ESTIMATORS[name].is_random:  # they spread noise over all of φ
         assert torch.equal(grad["unused"], torch.zeros(3))
 
 
@@ -1205,7 +1181,6 @@ SETTINGS: list[tuple[Any, str, list[Any], list[str]]] = [
         ['"all", "sqrt", "log", "graph"', ">= 1"],
     ),
     (bilevel.Reverse, "offload", ["tape", 1], ["'cpu', 'disk'"]),
-    (bilevel.Reverse, "product", ["both", None], ["'reverse', 'mixed', 'auto'"]),
     (bilevel.Auto, "directions", NOT_WHOLE, ["a whole number of at least 1"]),
     (bilevel.TruncatedReverse, "steps", [*NOT_WHOLE, None], ["a whole number of at least 1"]),
     (bilevel.Forward, "chunk_size", NOT_WHOLE, ["a whole number of at least 1"]),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from estimator_table import ROWS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -73,56 +74,13 @@ def black_box() -> bilevel.BlackBox:
     return bilevel.BlackBox(solve, problem.outer_loss)
 
 
-ESTIMATORS: dict[str, bilevel.Estimator] = {
-    "slopes": bilevel.ForwardGradient(7, exchange="slopes"),
-    "gradient": bilevel.ForwardGradient(7, exchange="gradient"),
-    "one at a time": bilevel.ForwardGradient(7, chunk_size=1, exchange="slopes"),
-    "chunks": bilevel.ForwardGradient(7, chunk_size=2, exchange="slopes"),
-    "chunks, gradient": bilevel.ForwardGradient(7, chunk_size=2, exchange="gradient"),
-    "fewer than workers": bilevel.ForwardGradient(1),
-    "basis": bilevel.ForwardGradient(5, "orthogonal", exchange="gradient", control_variate=bilevel.TruncatedReverse(2)),
-    "variates": bilevel.ForwardGradient(
-        6, control_variate=(bilevel.TruncatedReverse(1), bilevel.HessianFree()), exchange="slopes", chunk_size=2
-    ),
-    "variates, gradient": bilevel.ForwardGradient(
-        6, control_variate=(bilevel.TruncatedReverse(1), bilevel.HessianFree()), exchange="gradient", chunk_size=2
-    ),
-    "an expensive variate": bilevel.ForwardGradient(
-        7, control_variate=bilevel.CoarserProblem(steps=3, estimator=bilevel.Reverse("log")), exchange="slopes"
-    ),
-    "an expensive variate, chunks": bilevel.ForwardGradient(
-        7, control_variate=bilevel.CoarserProblem(steps=3), exchange="slopes", chunk_size=1
-    ),
-    "solves and variates": bilevel.ZerothOrder(
-        5, step_size=1e-4, exchange="slopes", control_variate=(bilevel.Implicit(), bilevel.HessianFree())
-    ),
-    "blocks": bilevel.ForwardGradient(6, "block", exchange="gradient", control_variate=bilevel.TruncatedReverse(2)),
-    "differences": bilevel.ForwardGradient(5, tangents="difference", exchange="slopes"),
-    "solves": bilevel.ZerothOrder(5, step_size=1e-4, exchange="slopes"),
-    "solves, gradient": bilevel.ZerothOrder(5, step_size=1e-4, exchange="gradient"),
-    "forward solves": bilevel.ZerothOrder(4, step_size=1e-6, scheme="forward", exchange="slopes"),
-    "black box": bilevel.ZerothOrder(5, step_size=1e-4, exchange="slopes"),
-    "exact": bilevel.Reverse(),
-    "auto": bilevel.Auto(),
-}
+ESTIMATORS = {name: estimator for row in ROWS.values() for name, estimator in row.workers.items()}
+CARRIED = {name: estimator for row in ROWS.values() for name, estimator in row.streams.items()}
+"""Estimators with a memory, which goes on from one window to the next."""
 
 
-CARRIED: dict[str, bilevel.ForwardGradient] = {
-    "same directions": bilevel.ForwardGradient(5, carry="tangents", exchange="gradient"),
-    "same directions, chunks": bilevel.ForwardGradient(7, carry="tangents", exchange="slopes", chunk_size=2),
-    "same directions, variate": bilevel.ForwardGradient(
-        4, carry="tangents", control_variate=bilevel.TruncatedReverse(2), exchange="gradient"
-    ),
-    "same directions, differences": bilevel.ForwardGradient(3, carry="tangents", tangents="difference", chunk_size=1),
-    "fresh directions": bilevel.ForwardGradient(5, carry="fresh"),
-    "fresh directions, chunks": bilevel.ForwardGradient(7, carry="fresh", chunk_size=2),
-    "fresh directions, fewer than workers": bilevel.ForwardGradient(2, carry="fresh", chunk_size=1),
-}
-"""Estimators whose tangents go on from one window to the next."""
-
-
-def windows(estimator: bilevel.ForwardGradient) -> list[float]:
-    """What three windows give, and the tangents at the end of the last."""
+def windows(estimator: bilevel.Estimator) -> list[float]:
+    """Return the numbers of three windows, and the memory at the end of the last."""
     problem, meta, batches = weights_problem()
     numbers: list[float] = []
     estimate = None
@@ -132,8 +90,8 @@ def windows(estimator: bilevel.ForwardGradient) -> list[float]:
         numbers += [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
         numbers.append(estimate.standard_error or 0.0)
     assert estimate is not None
-    tangents = estimate.carried.tangents  # type: ignore[union-attr]
-    return [*numbers, *torch.cat([t.reshape(-1) for t in tangents or []]).tolist()]
+    memory = trees.leaves(estimate.carried.memory)  # type: ignore[union-attr]
+    return [*numbers, *torch.cat([torch.as_tensor(each).reshape(-1) for each in memory]).tolist()]
 
 
 def estimates(folder: Path) -> None:
@@ -172,7 +130,7 @@ def curves(folder: Path) -> None:
     (folder / f"curves-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
 
 
-def streaming(estimator: bilevel.ForwardGradient, out: Path) -> list[Any]:
+def streaming(estimator: bilevel.Estimator, out: Path) -> list[Any]:
     """Training on a stream; interrupted after the second outer step, and gone on from its checkpoint."""
     problem, meta, batches = weights_problem()
 

@@ -1,7 +1,8 @@
 """Hypergradients at any scale, for PyTorch.
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
-`Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `ZerothOrder`, `Implicit`, `HessianFree`.
+`Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
+`HessianFree`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
@@ -17,10 +18,11 @@ from bilevel.estimators import (
     HessianFree,
     Implicit,
     Reverse,
+    StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
 )
-from bilevel.estimators.control_variates import CoarserProblem, Constant, RunningMean
+from bilevel.estimators.variates import CoarserProblem, Constant, RunningMean
 from bilevel.optim.update_rule import optimizer
 from bilevel.planning.auto import Auto
 from bilevel.planning.planner import Plan, plan, plan_from_sizes
@@ -56,6 +58,7 @@ __all__ = [
     "Reverse",
     "RunFolder",
     "RunningMean",
+    "StreamingForwardGradient",
     "TruncatedReverse",
     "ZerothOrder",
     "batches",

@@ -3,12 +3,12 @@
 - `Workers` and `join_workers`: how several processes share the work. Programs started by torchrun need neither name.
 - `OutsideProgram` and `FailedAttempt`: another program as the solver of a `BlackBox`.
 - `Recomputed`: layers that keep only their inputs, until PyTorch's own checkpoints support both derivatives.
-- `Carried`: what an estimate passes on to the next window of a stream.
+- `WindowEnd`: what an estimate passes on to the next window of a stream.
 """
 
 from bilevel.distributed.workers import Workers, join_workers
 from bilevel.integrations.outside_program import FailedAttempt, OutsideProgram
 from bilevel.models.recomputed import Recomputed
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.inner_loop import WindowEnd
 
-__all__ = ["Carried", "FailedAttempt", "OutsideProgram", "Recomputed", "Workers", "join_workers"]
+__all__ = ["FailedAttempt", "OutsideProgram", "Recomputed", "WindowEnd", "Workers", "join_workers"]

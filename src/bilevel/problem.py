@@ -294,7 +294,7 @@ class GradientDescent(BilevelProblem):
         if backend is not None:
             self._eager = copy.copy(self)
             self._eager._eager = self._eager
-            self._compiled = CompiledGradient(self._eager.gradient, self._eager.joint_gradient, backend)
+            self._compiled = CompiledGradient(self._eager.gradient, backend)
 
     @property
     def as_gradient_descent(self) -> GradientDescent:
@@ -421,15 +421,6 @@ class GradientDescent(BilevelProblem):
             after[0] = trees.detach(after[0])
         return Evaluated(found, after[0])
 
-    def joint_gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
-        """Compute ∇_{θ,φ} inner_loss, one tensor for each differentiable leaf of `params`, then of `meta`; zeros for
-        those that inner_loss does not depend on.
-        """
-        found = self.evaluate_jointly(params, meta, batch, (), []).gradient
-        return autodiff.zeros_where_none(
-            found, [t for tree in (params, meta) for t in trees.split(tree).differentiable]
-        )
-
     def evaluate_jointly(
         self, params: Tree, meta: Tree, batch: Any, buffers: Tree, weights: Sequence[Tensor]
     ) -> Evaluated:
@@ -486,36 +477,11 @@ class GradientDescent(BilevelProblem):
             autodiff.memory_of(self),
         )
 
-    def joint_product(
-        self,
-        params: Tree,
-        meta: Tree,
-        batch: Any,
-        along: Sequence[Tensor],
-        buffers: Tree = (),
-        along_buffers: Sequence[Tensor] = (),
-    ) -> list[Tensor]:
-        """The derivative of ∇_{θ,φ,b} L along one direction in (θ, w), L as in `evaluate_jointly`.
-
-        Without buffers these are the first columns of the Hessian times the direction; `along_buffers` is a cotangent
-        of the buffers after the loss, and adds what is pulled back from it.
-        """
-        if self._compiled is not None:
-            return self._compiled.joint_product(params, meta, batch, along)
-        directions = [[t.unsqueeze(0) for t in group] for group in (along, along_buffers)]
-        weights = [torch.zeros_like(t) for t in along_buffers]
-        leaves = [t for tree in (params, meta, buffers) for t in trees.split(tree).differentiable]
-
-        def gradient(params: Tree, weights: Sequence[Tensor]) -> list[Tensor]:
-            found = self.evaluate_jointly(params, meta, batch, buffers, weights).gradient
-            return autodiff.zeros_where_none(found, leaves)
-
-        pushed = autodiff.push_forward_or_refuse(gradient, [params, weights], directions, autodiff.memory_of(self))
-        return [tangent[0] for tangent in pushed.tangents]
-
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
-        """Compute what vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss
-        (minus for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for coupled weight decay λ.
+        """Compute the gradient of what the inner loop descends on, which vanishes where the loop comes to rest.
+
+        It is ±∇_θ inner_loss (minus for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for
+        coupled weight decay λ.
 
         An entry is `None` where the loss does not reach the leaf, which the optimiser then leaves alone. Clipping is
         left out: it has no effect where the gradient vanishes.

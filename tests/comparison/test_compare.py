@@ -108,6 +108,11 @@ def test_the_reference_can_be_chosen() -> None:
 
 @dataclass(frozen=True)
 class _MustNotRun(bilevel.Estimator):
+    is_random = False
+
+    def units(self, steps: int, meta_size: int) -> float:
+        raise NotImplementedError
+
     def _estimate(self, run: Any) -> bilevel.Estimate:  # noqa: ARG002
         raise AssertionError("the exact hypergradient should have been looked at first")
 
@@ -166,6 +171,11 @@ def test_what_torch_sets_up_once_is_not_charged(monkeypatch: pytest.MonkeyPatch)
 
     @dataclass(frozen=True)
     class SlowAtFirst(bilevel.Estimator):
+        is_random = False
+
+        def units(self, steps: int, meta_size: int) -> float:
+            raise NotImplementedError
+
         def _estimate(self, run: Any) -> bilevel.Estimate:  # noqa: ARG002
             clock.tick()
             return bilevel.Estimate(torch.zeros(()), torch.ones(2, dtype=torch.float64), None)

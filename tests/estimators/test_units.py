@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bilevel.planning import names
+from bilevel.estimators import names
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -84,7 +84,7 @@ def close(found: Any, expected: Any, relative: float = 1e-10) -> None:
     [
         bilevel.Reverse(),
         bilevel.Reverse("graph"),
-        bilevel.Reverse("sqrt", product="mixed"),
+        bilevel.Reverse("sqrt"),
         bilevel.TruncatedReverse(3),
         bilevel.Forward(),
         bilevel.ForwardGradient(2),

@@ -13,7 +13,6 @@ import bilevel
 from bilevel.cli import plan_command
 from bilevel.planning import planner
 from bilevel.planning.live_memory import counting
-from bilevel.unrolling import step_products
 
 T = 30
 
@@ -82,15 +81,6 @@ def test_auto_measures_a_problem_once(monkeypatch: pytest.MonkeyPatch) -> None:
     auto(found, meta, bilevel.no_batches(3))
     monkeypatch.setattr(planner, "plan_of", None)
     auto(found, meta, bilevel.no_batches(3))
-
-
-def test_the_product_is_timed_once_for_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that every later hypergradient of it is computed alike."""
-    found, meta = problem()
-    reverse = bilevel.Reverse(product="auto")
-    first = reverse(found, meta, bilevel.no_batches(3)).grad
-    monkeypatch.setattr(step_products, "_measured", None)
-    assert torch.equal(reverse(found, meta, bilevel.no_batches(3)).grad, first)
 
 
 def test_a_black_box_is_differenced() -> None:

@@ -426,6 +426,10 @@ class Scripted(Estimator):
     """An estimator whose outer losses are prescribed, draw by draw; its gradient is all ones."""
 
     losses: tuple[float, ...]
+    is_random = False
+
+    def units(self, steps: int, meta_size: int) -> float:
+        raise NotImplementedError
 
     def _estimate(self, run: Unroll) -> Estimate:
         ones = trees.map_leaves(torch.ones_like, run.meta)

@@ -20,7 +20,8 @@ from bilevel.cli import arguments
 from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
-from bilevel.planning import names
+from bilevel.estimators import names
+from bilevel.planning import registry
 from bilevel.report.files import write_json
 from bilevel.training.run_record import CHECKPOINT
 from bilevel.unrolling import freed_memory
@@ -50,7 +51,8 @@ class CompareOptions:
     """What `bilevel compare` is told besides the task's own settings."""
 
     estimators: tuple[str, ...] = field(
-        default=tuple(name for name in names.ESTIMATORS if name != "forward"), metadata={"metavar": "NAME [NAME ...]"}
+        default=tuple(name for name in registry.by_name() if name != "forward"),
+        metadata={"metavar": "NAME [NAME ...]"},
     )
     """Estimators, such as reverse or "forward-gradient(directions=32)"."""
     seed: int = 0
@@ -122,7 +124,7 @@ def _list(rest: list[str]) -> None:
         for i, (name, preset) in enumerate(task.presets.items()):
             tasks.add_row(task.name if i == 0 else "", name, preset.summary)
     console.print(tasks)
-    settings = [f"{setting}," for kind in names.ESTIMATORS.values() for setting in names.settings_of(kind)]
+    settings = [f"{setting}," for kind in registry.by_name().values() for setting in names.settings_of(kind)]
     estimators = Table(
         Column("estimator", no_wrap=True),
         Column("settings", min_width=max(map(len, settings))),
@@ -130,7 +132,7 @@ def _list(rest: list[str]) -> None:
         title="estimators",
         title_justify="left",
     )
-    for name, kind in names.ESTIMATORS.items():
+    for name, kind in registry.by_name().items():
         summary = (kind.__doc__ or "").split(". ")[0].split("\n")[0]
         estimators.add_row(name, ", ".join(names.settings_of(kind)), summary)
     console.print(estimators)
@@ -184,8 +186,8 @@ def _compare(rest: list[str]) -> None:
         task=task.presets[preset].config,
     )
     if not options.estimators:
-        raise ValueError(f"--estimators needs at least one; there are {', '.join(names.ESTIMATORS)}")
-    estimators = [names.parse(text) for text in options.estimators]
+        raise ValueError(f"--estimators needs at least one; there are {', '.join(registry.by_name())}")
+    estimators = [registry.parse(text) for text in options.estimators]
     setup = task.setup(config, options.data_dir, 1, options.seed)
     if setup.problem.is_black_box:
         raise ValueError(

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from bilevel.checks import whole_number
 from bilevel.cli.method_tables import Field, Row, print_methods
-from bilevel.estimators import ZerothOrder
-from bilevel.planning import names, planner
+from bilevel.estimators import ZerothOrder, names
+from bilevel.planning import planner
 
 if TYPE_CHECKING:
     from bilevel.tasks.task import Setup

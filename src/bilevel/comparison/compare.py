@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from bilevel import checks, trees
 from bilevel.batches import Batches
 from bilevel.estimators import Estimate, Estimator, Reverse
-from bilevel.planning.names import describe
+from bilevel.estimators.names import describe
 from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.report.peak_memory import PeakMemory
 from bilevel.report.progress import bar
@@ -111,9 +111,10 @@ def compare(
             compiling = call(estimator).compile_seconds if run.problem is not problem else None
             with PeakMemory() as memory:
                 first, process, wall = _timed(partial(call, estimator))
-            draws = _draws(estimator, repeats)
-            found = [first, *(call(each) for each in draws[1:])]
-            row = _compared(describe(estimator), found, truth, length, process / plain, wall, memory.peak)
+            resolved = estimator.resolved(run)
+            draws = repeats if resolved.is_random else 1
+            found = [first, *(call(resolved.redrawn(number)) for number in range(1, draws))]
+            row = _compared(describe(estimator), resolved, found, truth, length, process / plain, wall, memory.peak)
             rows.append(replace(row, compile_seconds=compiling))
             shown.advance(rows[-1].estimator)
     return rows
@@ -128,16 +129,9 @@ def _call(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: i
     return estimator(problem, meta, inner_batches, outer_batch, seed)
 
 
-def _draws(estimator: Estimator, repeats: int) -> list[Estimator]:
-    """The estimator with other directions each time; once if it draws none."""
-    if all(field.name != "draw" for field in fields(estimator)):
-        return [estimator]
-    first: int = getattr(estimator, "draw")  # noqa: B009
-    return [replace(estimator, draw=first + number) for number in range(repeats)]  # pyright: ignore[reportCallIssue]
-
-
 def _compared(
     name: str,
+    estimator: Estimator,
     found: Sequence[Estimate],
     truth: Estimate,
     length: float,
@@ -153,7 +147,7 @@ def _compared(
     values = _statistics(products, cosines)
     claimed = [None if e.standard_error is None else (e.standard_error / length) ** 2 for e in found]
     known = [c for c in claimed if c is not None]
-    if not known:  # deterministic: all of the error is bias
+    if not estimator.is_random:  # all of the error is bias
         values["squared_bias"], values["variance"] = values["squared_error"], 0.0
     return ComparisonRow(
         estimator=name,

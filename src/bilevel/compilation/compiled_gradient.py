@@ -2,13 +2,12 @@
 
 What a step of `GradientDescent` costs lies in the gradient of the inner loss and in that gradient's derivatives; the
 optimiser's update around it is a few operations an entry, and its step numbers would be compiled anew at every step.
-So four functions of tensors are compiled, when they are first called for:
+So three functions of tensors are compiled, when they are first called for:
 
     gradient        (θ, φ, batch) ↦ ∇_θ g
     pulled back     (θ, φ, batch), then w ↦ wᵀ ∂(∇_θ g)/∂(θ, φ): two halves, between which only what the second one
                     needs is kept (the least that can be, by a minimal cut)
     pushed          (θ, φ, batch, k tangents) ↦ ∇_θ g and its derivative along each
-    joint product   (θ, φ, batch, w) ↦ the derivative of ∇_{θ,φ} g along w in θ
 
 Each is traced with all its differentiation inside, by the very code that computes it uncompiled, so that what
 autograd would do (`torch.no_grad()`, custom functions) is in the trace, and nothing is differentiated afterwards.
@@ -110,9 +109,8 @@ class _Case:
 class CompiledGradient:
     """What `GradientDescent(..., compile=...)` computes its gradients with."""
 
-    def __init__(self, gradient: Gradient, joint_gradient: JointGradient, backend: str) -> None:
-        self._gradient, self._joint_gradient = gradient, joint_gradient
-        self.backend = backend
+    def __init__(self, gradient: Gradient, backend: str) -> None:
+        self._gradient, self.backend = gradient, backend
         self._cases: dict[str, dict[Hashable, _Case]] = {}
         self._estimate = 0
 
@@ -164,24 +162,6 @@ class CompiledGradient:
         found = _run(case.run, [*call.inputs, *tangents])
         value, tangents = (case.where_reached(part) for part in (found[: call.count], found[call.count :]))
         return autodiff.Pushed(value, [tangent for tangent in tangents if tangent is not None])
-
-    def joint_product(self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor]) -> list[Tensor]:
-        """The derivative of ∇_{θ,φ} g along one direction in θ."""
-        call = LossCall(params, meta, batch)
-        tangents = [t.contiguous() for t in along]
-
-        def product(primals: Tensors, tangents: Tensors) -> list[Tensor]:
-            with call.with_inputs(primals) as (params, meta, batch):
-                found = autodiff.push_forward(
-                    lambda params: self._joint_gradient(params, meta, batch),
-                    [params],
-                    [[t.unsqueeze(0) for t in tangents]],
-                )
-            return [*found.value[: call.count], *(t[0] for t in found.tangents)]
-
-        case = self._case("joint product", call, lambda: _Case(self._compiled(product, call.inputs, tangents)))
-        self._check(case, call, lambda inputs: case.run([*inputs, *tangents]))
-        return _run(case.run, [*call.inputs, *tangents])[call.count :]
 
     def _pulled_back(self, call: LossCall) -> _Case:
         connected: list[bool] = []

@@ -209,7 +209,7 @@ class Directions:
         """Raise when there are more directions than meta parameters, where the exact gradient is cheaper."""
         if self.count > self.size:
             raise ValueError(
-                f"directions={self.count} for {self.size} {'' if self.support is None else 'touched '}meta "
+                f"directions={self.count} for {self.size} {'' if self.support is None else 'reached '}meta "
                 f"parameter{'s' * (self.size != 1)}: {exact_instead} with {self.size} evaluations; "
                 f"take directions <= {self.size}"
             )

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
-from bilevel.directions.distributions import Directions
 from bilevel.distributed.workers import Workers
 
 Exchange: TypeAlias = Literal["auto", "slopes", "gradient"]
@@ -74,8 +73,7 @@ def sent_bytes(
     return gathered_bytes(directions, workers) + gradient + computed_elsewhere
 
 
-def partners(exchange: Exchange, directions: Directions, workers: Workers) -> Workers:
-    """Those among whom adding up the directions is shared: all workers, or this one alone."""
-    bytes_per_number = max(leaf.element_size() for leaf in directions.like)
-    how = chosen(exchange, directions.count, directions.size, workers.size, bytes_per_number)
+def partners(exchange: Exchange, directions: int, meta_size: int, bytes_per_number: int, workers: Workers) -> Workers:
+    """Return the workers who share the adding up of directions: all of them, or this one alone."""
+    how = chosen(exchange, directions, meta_size, workers.size, bytes_per_number)
     return workers if how == "gradient" else Workers()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from bilevel import checks, trees
 from bilevel.estimators.base import Estimate, Estimator, like_meta
-from bilevel.unrolling.unroll import Slopes, Unroll
+from bilevel.unrolling.tangents import Slopes, push_forward
+from bilevel.unrolling.unroll import Unroll
 
 
 @dataclass(frozen=True)
 class Forward(Estimator):
-    """Exact hypergradient by carrying the whole tangent matrix forward. The literature's FGU, RTRL.
+    """Exact hypergradient by carrying the whole tangent matrix forward. The literature's FGU and RTRL.
 
     With Z_t = dθ_t/dφ `[M, N]`, A_t = ∂θ_t/∂θ_{t−1} `[M, M]`, B_t = ∂θ_t/∂φ `[M, N]`,
 
@@ -42,10 +45,14 @@ class Forward(Estimator):
     """
 
     chunk_size: int | None = None
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
             checks.whole_number(self.chunk_size, "chunk_size")
+
+    def units(self, steps: int, meta_size: int) -> float:
+        return (math.ceil(meta_size / (self.chunk_size or meta_size)) + 2.0 * meta_size) * steps
 
     def _estimate(self, run: Unroll) -> Estimate:
         size, chunk = run.meta_size, self.chunk_size or run.meta_size
@@ -57,7 +64,7 @@ class Forward(Estimator):
             stop = min(start + chunk, size)
             columns = torch.zeros(stop - start, size, dtype=grad.dtype, device=grad.device)
             columns[torch.arange(stop - start), torch.arange(start, stop)] = 1
-            pushed = run.push_forward(_as_leaves(columns, shapes))
+            pushed = push_forward(run, _as_leaves(columns, shapes))
             grad[start:stop] = pushed.slopes
             moved = moved or pushed.moved
         assert pushed is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -50,13 +50,14 @@ class HessianFree(Estimator):
 
     scale: float = 1.0
     preconditioner: Literal["identity", "optimizer"] = "identity"
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.positive(self.scale, "scale")
         checks.one_of(self.preconditioner, "preconditioner", ("identity", "optimizer"))
 
-    def units(self, steps: int) -> float:
-        return steps + 3.0
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        return steps + 3.0 + (self.preconditioner == "optimizer")
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class Implicit(Estimator):
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)
     batches: int = 1
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):
@@ -68,8 +70,9 @@ class Implicit(Estimator):
             )
         checks.whole_number(self.batches, "batches")
 
-    def units(self, steps: int) -> float:
-        return steps + 2.0 * (2 + self.solver.products)
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        # For each batch: the gradient with its graph, and two units for each product with H and for the one with Y.
+        return steps + self.batches * (1.0 + 2.0 * (self.solver.products + 1))
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)

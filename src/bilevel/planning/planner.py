@@ -19,7 +19,7 @@ from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.planning import step_costs
-from bilevel.planning.step_costs import Carried, Price, StepCosts
+from bilevel.planning.step_costs import Price, PricePerDirection, StepCosts
 from bilevel.problem import BilevelProblem, Unrollable
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.unroll import Unroll, unroll
@@ -205,8 +205,8 @@ def plan_from_sizes(
         back=Price(3 * gradient, 2 * state + 2 * size + 3 * activation_bytes),
         graph=Price(3 * gradient, state + size + 3 * activation_bytes),
         product=Price(2 * gradient, 2 * size + 3 * activation_bytes),
-        pushed=Carried(step, Price(2 * gradient, state + size + activation_bytes)),
-        outer_pushed=Carried(half, half),
+        pushed=PricePerDirection(step, Price(2 * gradient, state + size + activation_bytes)),
+        outer_pushed=PricePerDirection(half, half),
     )
     return from_costs(paper, steps, memory, directions, workers)
 
@@ -260,11 +260,12 @@ def _predictions(p: StepCosts, T: int, b: int, workers: int) -> Iterator[tuple[E
     share = -(-b // workers)
     if p.pushed is not None and p.outer_pushed is not None:
         if p.meta_size <= max(b, _FEW):
-            yield Forward(), 0.0, (1 + 2 * p.meta_size) * T, _pushed(p, T, p.meta_size)
-        yield ForwardGradient(b), (p.meta_size - 1) / b, (1 + 2 * share) * T, _pushed(p, T, share)
+            yield _priced(p, Forward(), 0.0, T, _pushed(p, T, p.meta_size))
+        units = ForwardGradient(share).units(T, p.meta_size)
+        yield ForwardGradient(b), (p.meta_size - 1) / b, units, _pushed(p, T, share)
     solve = T * p.plain.seconds + p.outer.seconds
     price = Price((1 + 2 * share) * solve, 2 * p.state_bytes + 2 * p.meta_bytes + max(p.plain.bytes, p.outer.bytes))
-    yield ZerothOrder(b), (p.meta_size - 1) / b, (1 + 2 * share) * T, price
+    yield ZerothOrder(b), (p.meta_size - 1) / b, ZerothOrder(share).units(T, p.meta_size), price
 
 
 def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float | None, float, Price]]:
@@ -273,33 +274,33 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
     S, meta = p.state_bytes, 2 * p.meta_bytes
     outer = p.outer_back.seconds
     graph = Price(T * p.graph.seconds + outer, T * p.graph.bytes + S + p.outer_back.bytes)
-    yield _priced(Reverse("graph"), 0.0, T, graph)
+    yield _priced(p, Reverse("graph"), 0.0, T, graph)
     one_back = max(p.back.bytes, p.outer_back.bytes) + S + meta  # with the cotangent of the state
     for name in ("all", "sqrt", "log"):
         kept = checkpoint_schedules.slots(name, T)
         made = checkpoint_schedules.steps_computed(T, kept)
         held = kept if kept == T else kept + 1  # the state before last is not among those kept
         price = Price(made * p.plain.seconds + T * p.back.seconds + outer, held * S + one_back)
-        yield _priced(Reverse(name), 0.0, T, price)
+        yield _priced(p, Reverse(name), 0.0, T, price)
     price = Price(T * (p.plain.seconds + p.back.seconds) + outer, 2 * S + one_back)
-    yield _priced(Reverse("all", offload="disk"), 0.0, T, price)
+    yield _priced(p, Reverse("all", offload="disk"), 0.0, T, price)
     there = T * p.plain.seconds + outer
     few = min(_TRUNCATION, T)
     if p.step_depends_on_meta or few == T:
         variance = 0.0 if few == T else None  # through all steps it is exact
-        yield _priced(TruncatedReverse(few), variance, T, Price(there + few * p.back.seconds, few * S + one_back))
+        yield _priced(p, TruncatedReverse(few), variance, T, Price(there + few * p.back.seconds, few * S + one_back))
     if p.product is not None:
         implicit = Implicit()
         products = 2 + implicit.solver.products
         held = 2 * S + meta + max(p.product.bytes, p.outer_back.bytes)
-        yield _priced(implicit, None, T, Price(there + products * p.product.seconds, held))
-        yield _priced(HessianFree(), None, T, Price(there + p.product.seconds, held))
+        yield _priced(p, implicit, None, T, Price(there + products * p.product.seconds, held))
+        yield _priced(p, HessianFree(), None, T, Price(there + p.product.seconds, held))
 
 
 def _priced(
-    estimator: Estimator, variance: float | None, T: int, price: Price
+    p: StepCosts, estimator: Estimator, variance: float | None, T: int, price: Price
 ) -> tuple[Estimator, float | None, float, Price]:
-    return estimator, variance, estimator.units(T), price
+    return estimator, variance, estimator.units(T, p.meta_size), price
 
 
 def _pushed(p: StepCosts, T: int, count: int) -> Price:

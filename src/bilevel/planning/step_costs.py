@@ -18,7 +18,7 @@ from bilevel.errors import MissingDerivativeError
 from bilevel.models.module_view import modules_in
 from bilevel.planning.live_memory import counting
 from bilevel.trees import Tree
-from bilevel.unrolling.step_products import pull_back_step, push_step
+from bilevel.unrolling.step_products import push_step
 from bilevel.unrolling.unroll import Unroll
 
 _REPEATS = 3
@@ -35,8 +35,8 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Carried:
-    """A price that grows with the number of directions carried at once."""
+class PricePerDirection:
+    """A price that grows with the number of directions that are pushed at once."""
 
     shared: Price
     each: Price
@@ -69,9 +69,9 @@ class StepCosts:
     product: Price | None = None
     """The graph of one inner gradient, and one product with its Jacobian; `None` also where that gradient does not
     depend on φ, so that implicit methods see nothing of φ."""
-    pushed: Carried | None = None
+    pushed: PricePerDirection | None = None
     """One step with directions."""
-    outer_pushed: Carried | None = None
+    outer_pushed: PricePerDirection | None = None
     """The outer loss with directions."""
     step_depends_on_meta: bool = True
     """Whether a step depends on φ, and not the initial state alone, of which truncation sees nothing."""
@@ -103,11 +103,11 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
         return _price(lambda: autodiff.pull_back(final, [state, run.meta], d))
 
     two, four = through_graph(2), through_graph(4)
-    _, across = pull_back_step(run, 0, state, d, "reverse")
+    _, across = run.pull_back_step(0, state, d)
     prices = {
         "step_depends_on_meta": any(part is not None for part in across),
         "outer_back": _price(lambda: run.outer_cotangents(state)),
-        "back": _price(lambda: pull_back_step(run, 0, state, d, "reverse")),
+        "back": _price(lambda: run.pull_back_step(0, state, d)),
         "graph": Price((four.seconds - two.seconds) / 2, (four.bytes - two.bytes) / 2),
     }
     if (problem := run.problem.as_gradient_descent) is not None:
@@ -129,10 +129,10 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
 
 
 def _forwards(run: Unroll, state: Tree) -> dict[str, Any]:
-    def carried(pushed: Callable[[list[torch.Tensor], list[torch.Tensor]], Any]) -> Carried:
+    def per_direction(pushed: Callable[[list[torch.Tensor], list[torch.Tensor]], Any]) -> PricePerDirection:
         few, more = (price(pushed, count) for count in (2, 6))
         each = Price((more.seconds - few.seconds) / 4, (more.bytes - few.bytes) / 4)
-        return Carried(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
+        return PricePerDirection(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
 
     def price(pushed: Callable[[list[torch.Tensor], list[torch.Tensor]], Any], count: int) -> Price:
         vectors = [t.new_ones(count, *t.shape) for t in trees.split(run.meta).differentiable]
@@ -140,8 +140,8 @@ def _forwards(run: Unroll, state: Tree) -> dict[str, Any]:
         return _price(lambda: pushed(tangents, vectors))
 
     return {
-        "pushed": carried(lambda y, v: push_step(run, 0, autodiff.Pushed(state, y), v)),
-        "outer_pushed": carried(lambda y, v: run.push_outer(autodiff.Pushed(state, y), v)),
+        "pushed": per_direction(lambda y, v: push_step(run, 0, autodiff.Pushed(state, y), v)),
+        "outer_pushed": per_direction(lambda y, v: run.push_outer(autodiff.Pushed(state, y), v)),
     }
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bilevel import checks, distributed, randomness
-from bilevel.planning import names
+from bilevel.estimators import names
+from bilevel.planning import registry
 from bilevel.tasks.task import Preset
 from bilevel.training.phases import Phase
 
@@ -60,9 +61,9 @@ def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str,
         raise ValueError('--phases needs at least one ESTIMATOR:STEPS, such as --phases hessian-free:50 "reverse:100"')
     phases, used = [], set()
     for text, steps, patience in specs:
-        kind, own = names.read(text)
+        kind, own = registry.read(text)
         fitting = {k: v for k, v in settings.items() if k in names.settings_of(kind) and k not in own}
-        phases.append(Phase(names.parse(text, **fitting), steps, options.accumulate, patience))
+        phases.append(Phase(registry.parse(text, **fitting), steps, options.accumulate, patience))
         used |= set(fitting)
     for name in settings:
         if name not in used:
@@ -82,7 +83,7 @@ def _phase_spec(text: str) -> tuple[str, int, int | None]:
 
 
 def _why_unused(setting: str, texts: Sequence[str]) -> str:
-    known = {text: names.settings_of(names.read(text)[0]) for text in texts}
+    known = {text: names.settings_of(registry.read(text)[0]) for text in texts}
     if any(setting in settings for settings in known.values()):
         return f"{', '.join(text for text in texts if setting in known[text])} says it already"
     return "; ".join(f"{text} has no such setting (it has: {', '.join(has)})" for text, has in known.items())

@@ -20,7 +20,7 @@ import torch
 from bilevel import distributed
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.distributed.workers import Workers
-from bilevel.planning import names
+from bilevel.estimators import names
 from bilevel.problem import BilevelProblem
 from bilevel.report import page
 from bilevel.report.files import write_json

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, randomness, trees
-from bilevel.directions.distributed_slopes import agreed_state
+from bilevel.directions.distributed_slopes import agreed_tree
 from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError
-from bilevel.estimators import Estimate, Estimator, control_variates
+from bilevel.estimators import Estimate, Estimator
 from bilevel.models.sharing import leaves_once
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Tree
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.inner_loop import WindowEnd
+from bilevel.unrolling.unroll import unroll
 
 
 def batches_of(inner_batches: Any, draw: int) -> Any:
@@ -55,8 +56,8 @@ class Draws:
     stream: bool = False
     draws: int = 0
     """Estimates made so far."""
-    carried: Carried | None = None
-    """In a stream, where its inner loop has got to."""
+    carried: WindowEnd | None = None
+    """The end of the last window of a stream."""
 
     @property
     def backend(self) -> str | None:
@@ -74,8 +75,11 @@ class Draws:
         goes on where the one before ended.
         """
         workers = distributed.current()
-        alone = workers.size == 1 or count == 1 or self.stream
-        if alone or control_variates.draws_directions(estimator):
+        if workers.size == 1 or count == 1 or self.stream:
+            return self._these(range(count), estimator, meta, outer_step)
+        inner, outer = self.batches(self.draws)
+        estimator = estimator.resolved(unroll(self.problem, meta, inner, outer, self.seed))
+        if estimator.is_random:
             return self._these(range(count), estimator, meta, outer_step)
         mine = workers.share(count)
 
@@ -119,7 +123,8 @@ class Draws:
             raise SolverError(f"outer step {outer_step}: {error}") from error
         if self.stream and found.carried is not None:
             self.carried = found.carried
-            if found.carried.tangents is None:  # with them, all workers have agreed already
-                state = agreed_state(found.carried.state, distributed.current())
-                self.carried = replace(found.carried, state=state)
+            if not found.carried.agreed:
+                workers = distributed.current()
+                state, memory = (agreed_tree(tree, workers) for tree in (found.carried.state, found.carried.memory))
+                self.carried = replace(found.carried, state=state, memory=memory, agreed=True)
         return found

@@ -79,7 +79,7 @@ def fit(
         update: a projection, the clipping of hypergradients, and backtracking: see `OuterUpdate`.
         stream: treat the inner loop as one long history, of which every estimate takes the next T steps. An estimate
             then starts from the state in which the one before ended. Estimators take that state as a constant;
-            `ForwardGradient(..., carry=...)` also carries its tangents on.
+            `StreamingForwardGradient` also carries its tangents on.
         out: the folder into which the run is written, with checkpoints: a path, or a `RunFolder` with its settings.
         callbacks: functions that are called after each outer step, with a `bilevel.training.outer_loop.OuterStep`.
         progress: show a progress bar.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from bilevel import trees
 from bilevel.training.outer_loop import OuterLoop
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import unroll
 
 _COUNTERS = {
@@ -84,30 +83,30 @@ def _placed_like(loop: OuterLoop, tensors: Sequence[Tensor] | None) -> list[Tens
     return None if tensors is None else [t.to(p.device) for t, p in zip(tensors, loop.parameters, strict=True)]
 
 
-def _as_dict(carried: Carried) -> dict[str, Any]:
-    """For a checkpoint: the leaves of the state instead of its tree, which the problem can make again."""
-    for name, leaf in trees.named_leaves(carried.state, "state"):
+def _as_dict(carried: WindowEnd) -> dict[str, Any]:
+    """Return what a checkpoint stores of a stream: the leaves of the inner state, since the problem can make its tree
+    again, and the estimator's memory as it is.
+    """
+    for name, leaf in [*trees.named_leaves(carried.state, "state"), *trees.named_leaves(carried.memory, "memory")]:
         if trees.is_spread(leaf):
             raise ValueError(
                 f"{name} of the stream is spread over processes, and a checkpoint is written by one of them; for a "
                 "stream over a sharded model call fit without out="
             )
-    return {**{f.name: getattr(carried, f.name) for f in fields(carried)}, "state": trees.leaves(carried.state)}
+    return {"state": trees.leaves(carried.state), "steps": carried.steps, "memory": carried.memory}
 
 
-def _carried_from(loop: OuterLoop, stored: Mapping[str, Any]) -> Carried:
-    """What `_as_dict` made, in the form and on the devices of this problem's inner states."""
+def _carried_from(loop: OuterLoop, stored: Mapping[str, Any]) -> WindowEnd:
+    """Return what `_as_dict` stored, with the inner state on the devices where this problem has it, and the memory on
+    the device of the inner state.
+    """
     draws = loop.draws
     inner, outer = draws.batches(draws.draws)
     like, spec = trees.flatten(unroll(draws.problem, loop.meta_tree(), inner, outer, draws.seed).start())
-
-    def placed(leaves: Sequence[Any], places: Sequence[Any]) -> list[Any]:
-        return [x.to(y.device) if isinstance(x, Tensor) else x for x, y in zip(leaves, places, strict=True)]
-
-    inner_state = trees.unflatten(spec, placed(stored["state"], like))
-    parts = ("tangents", trees.split(inner_state).differentiable), ("labels", loop.parameters)
-    kept = {name: None if stored[name] is None else placed(stored[name], places) for name, places in parts}
-    return Carried(inner_state, stored["steps"], first_norm=stored["first_norm"], **kept)
+    leaves = [x.to(y.device) if isinstance(x, Tensor) else x for x, y in zip(stored["state"], like, strict=True)]
+    device = next(leaf.device for leaf in like if trees.is_differentiable(leaf))
+    memory = trees.map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, stored["memory"])
+    return WindowEnd(trees.unflatten(spec, leaves), stored["steps"], memory, agreed=True)
 
 
 def _without_addresses(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Tangents of an inner loop without forward mode: differences of first-order gradients, step by step.
+"""Pushes tangents without forward mode: by differences of first-order gradients, step by step.
 
     ∇g's tangent along (y, v) ≈ (∇g(θ + εy, φ + εv) − ∇g(θ − εy, φ − εv)) / 2ε
 
@@ -21,51 +21,49 @@ from bilevel import autodiff, trees
 from bilevel.models.conversion import standing_in
 from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
-from bilevel.unrolling.unroll import Slopes, Unroll
+from bilevel.unrolling.tangents import Part, TangentRule
+from bilevel.unrolling.unroll import Unroll
 
 Pair = tuple[list[Tensor], list[Tensor]]
 """Tangents of the state and of φ, one tensor for each differentiable leaf."""
 
 
-def push_forward_by_differences(run: Unroll, directions: list[Tensor]) -> Slopes:
-    """What `Unroll.push_forward` gives, from first-order gradients alone, one direction after the other.
+class FiniteDifferences(TangentRule):
+    """Pushes one tangent after the other, by central differences.
 
     For a `GradientDescent` gradients are differenced; for a `Problem` whole steps. The slope of the outer loss comes
     from its own first-order gradient, exactly. 1 + 2k units a step for k directions.
     """
-    vectors = _one_by_one(directions)
-    state = run.start()
-    tangents = [_difference(lambda _, meta: run.init(meta), state, run.meta, ([], v)) for v in vectors]
-    return push_on_by_differences(run, autodiff.Pushed(state, _stacked(tangents)), directions)[0]
 
+    def parts(self, stacks: list[Tensor]) -> list[Part]:
+        return [list(each) for each in zip(*stacks, strict=True)]
 
-def push_on_by_differences(
-    run: Unroll, pushed: autodiff.Pushed, directions: list[Tensor]
-) -> tuple[Slopes, list[Tensor]]:
-    """What `Unroll.push_on` gives: the same from a given state and its tangents."""
-    vectors, state, tangents = _one_by_one(directions), pushed.value, _one_by_one(pushed.tangents)
-    for t in range(run.steps):
-        pairs = list(zip(tangents, vectors, strict=True))
+    def stacked(self, parts: list[Part]) -> list[Tensor]:
+        return [torch.stack(leaves) for leaves in zip(*parts, strict=True)]
+
+    def start(self, run: Unroll, directions: list[Part]) -> tuple[Tree, list[Part]]:
+        state = run.start()
+        return state, [_difference(lambda _, meta: run.init(meta), state, run.meta, ([], v)) for v in directions]
+
+    def step(
+        self, run: Unroll, t: int, state: Tree, tangents: list[Part], directions: list[Part]
+    ) -> tuple[Tree, list[Part]]:
+        pairs = list(zip(tangents, directions, strict=True))
         if (problem := run.problem.as_gradient_descent) is None:
-            state, tangents = _push_step(run, t, state, pairs)
-        else:
-            state, tangents = _push_descent(run, problem, t, state, pairs)
-    value, d, c = _outer_gradients(run, state)
-    slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
-    moved = any(bool(trees.whole(part.any())) for y in tangents for part in y)
-    return Slopes(value, state, torch.stack(slopes), moved), _stacked(tangents)
+            return _push_step(run, t, state, pairs)
+        return _push_descent(run, problem, t, state, pairs)
 
-
-def _one_by_one(tensors: list[Tensor]) -> list[list[Tensor]]:
-    return [list(each) for each in zip(*tensors, strict=True)]
-
-
-def _stacked(tangents: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.stack(leaves) for leaves in zip(*tangents, strict=True)]
+    def outer_loss(
+        self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
+    ) -> tuple[Tensor, Tensor]:
+        value, d, c = _outer_gradients(run, state)
+        return value, torch.stack(
+            [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, directions, strict=True)]
+        )
 
 
 def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The outer loss and its gradients by state and φ."""
+    """Return the outer loss and its gradients by the state and by φ."""
     parts = (trees.split(state), trees.split(run.meta))
     tensors = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
     there, meta = (part.rebuild(ts) for part, ts in zip(parts, tensors, strict=True))
@@ -124,7 +122,7 @@ def _spread_like(leaf: Any, like: Any) -> Any:
 
 
 def _difference(function: Callable[[Tree, Tree], Tree], state: Tree, meta: Tree, tangents: Pair) -> list[Tensor]:
-    """The central difference of a function of (state, φ) along a pair of tangents."""
+    """Return the central difference of a function of (state, φ) along a pair of tangents."""
     places = (trees.split(state), trees.split(meta))
     points = [*places[0].differentiable[: len(tangents[0])], *places[1].differentiable]
     along = [*tangents[0], *tangents[1]]

@@ -1,4 +1,4 @@
-"""Tangents of all chunks of directions pushed together, by Hessian-vector products that share one graph of each step.
+"""Pushes tangents by Hessian-vector products: the graph of a step's gradient is made once and serves all chunks.
 
 In forward mode each chunk would compute the inner step again.
 """
@@ -6,22 +6,57 @@ In forward mode each chunk would compute the inner step again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import trees
 from bilevel.errors import CompileError
+from bilevel.problem import GradientDescent
+from bilevel.trees import Tree
 from bilevel.unrolling.step_products import push_step_by_hessian_products
-from bilevel.unrolling.unroll import Slopes, Unroll
+from bilevel.unrolling.tangents import Part, TangentRule
+from bilevel.unrolling.unroll import Unroll
 
 
-def push_forward_sharing_steps(run: Unroll, chunks: Sequence[list[Tensor]]) -> Slopes:
-    """Return what `Unroll.push_forward` returns, for all chunks of directions together.
+class SharedSteps(TangentRule):
+    """Pushes tangents chunk by chunk through one graph of each step's gradient.
 
-    Cost: T (1 + 2b) units for b directions, whatever the size of a chunk. Memory: the tangents of all directions, one
-    graph of a step, and the backward passes of one chunk through it.
+    T (1 + 2b) units for b directions, whatever the length of a chunk. Memory: the tangents of all directions, one graph
+    of a step, and the backward passes of one chunk through it.
     """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """Take the number of directions in each chunk."""
+        self._lengths = list(lengths)
+
+    def parts(self, stacks: list[Tensor]) -> list[Part]:
+        return [list(each) for each in zip(*(stack.split(self._lengths) for stack in stacks), strict=True)]
+
+    def stacked(self, parts: list[Part]) -> list[Tensor]:
+        return [torch.cat(leaves) for leaves in zip(*parts, strict=True)]
+
+    def start(self, run: Unroll, directions: list[Part]) -> tuple[Tree, list[Part]]:
+        _require_shareable(run)
+        return run.start(), [run.push_init(vectors).tangents for vectors in directions]
+
+    def step(
+        self, run: Unroll, t: int, state: Any, tangents: list[Part], directions: list[Part]
+    ) -> tuple[Tree, list[Part]]:
+        after = push_step_by_hessian_products(run, _require_shareable(run), t, state, tangents, directions)
+        return after, tangents
+
+    def outer_loss(
+        self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
+    ) -> tuple[Tensor, Tensor]:
+        value, d, c = run.outer_cotangents(state)
+        slopes = [trees.dots([*d, *c], [*y, *vectors]) for y, vectors in zip(tangents, directions, strict=True)]
+        return value, torch.cat(slopes)
+
+
+def _require_shareable(run: Unroll) -> GradientDescent:
+    """Return the problem, or raise if there is no graph of a gradient that chunks could share."""
     problem = run.problem.require_inner_loss(
         'tangents="shared"', "whose second derivatives are symmetric", instead='tangents="exact"'
     )
@@ -30,11 +65,4 @@ def push_forward_sharing_steps(run: Unroll, chunks: Sequence[list[Tensor]]) -> S
             f'tangents="shared" takes many products of one graph, and compiled code (compile={problem.backend!r}) has '
             'none to share; take tangents="exact", or compile=False'
         )
-    state = run.start()
-    tangents = [run.push_init(vectors).tangents for vectors in chunks]
-    for t in range(run.steps):
-        state = push_step_by_hessian_products(run, problem, t, state, tangents, chunks)
-    value, d, c = run.outer_cotangents(state)
-    slopes = [trees.dots([*d, *c], [*y, *vectors]) for y, vectors in zip(tangents, chunks, strict=True)]
-    moved = any(bool(part.any()) for y in tangents for part in y)
-    return Slopes(value, state, torch.cat(slopes), moved)
+    return problem

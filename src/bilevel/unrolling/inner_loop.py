@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Carried:
-    """Where one window of an inner loop ended, for the next to go on from. Part of every `Estimate`."""
+class WindowEnd:
+    """The end of one window of a stream, from which the next window goes on. Every `Estimate` has one, as `carried`."""
 
     state: Tree
-    """The inner state at the border."""
+    """The inner state at the end of the window."""
     steps: int
-    """Inner steps taken until there since the history began."""
-    tangents: list[Tensor] | None = None
-    """Of the state along b directions, `[b, *leaf.shape]`; `None` if nothing is known of how it came to depend on φ:
-    a history of tangents then begins at this state, with zeros."""
-    labels: list[Tensor] | None = None
-    """What the tangents' slopes multiply, `[b, *leaf.shape]` for each leaf of φ, if not the directions themselves."""
-    first_norm: float = 0.0
-    """Length of the first window's tangents, with labels."""
+    """The number of inner steps since the stream began."""
+    memory: Tree = None
+    """What the estimator itself carries on, besides the inner state: dicts, lists and tuples of tensors and numbers.
+
+    Each estimator decides what its memory holds, and checkpoints store it as it is. `None` is no memory: an estimator
+    that finds none begins its history at this state."""
+    agreed: bool = False
+    """Whether several workers hold the same state and memory to the last bit already. If not, `fit` sends all of them
+    the first worker's."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class InnerLoop:
     inner_batches: Batches
     outer_batch: Any
     seed: int
-    carried: Carried | None = None
-    """The window before, if this is not the first one of its history."""
+    carried: WindowEnd | None = None
+    """The end of the window before, if this is not the first window of a stream."""
 
     @property
     def steps(self) -> int:
@@ -64,8 +65,17 @@ class InnerLoop:
 
     @property
     def first_step(self) -> int:
-        """The number of this window's first step in its history."""
+        """The number of this window's first step, counted from the beginning of the stream."""
         return 0 if self.carried is None else self.carried.steps
+
+    @property
+    def memory(self) -> Tree:
+        """What an estimator stored at the end of the window before; `None` if there is nothing."""
+        return None if self.carried is None else self.carried.memory
+
+    def window_end(self, state: Tree, memory: Tree = None, agreed: bool = False) -> WindowEnd:
+        """Return the end of this window, given its final state and what the estimator wants to find in the next one."""
+        return WindowEnd(trees.detach(state), self.first_step + self.steps, trees.detach(memory), agreed)
 
     # -- the three functions of the problem, seeded ------------------------------------------------------------
 

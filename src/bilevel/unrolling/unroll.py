@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,42 +20,14 @@ from bilevel.problem import as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.diagnosis import require_dependence, require_finite
-from bilevel.unrolling.inner_loop import Carried, InnerLoop
-from bilevel.unrolling.step_products import Product, pull_back_step, push_step
-
-
-class Slopes(NamedTuple):
-    """What pushing k directions through the inner loop gives."""
-
-    value: Tensor
-    state: Tree
-    slopes: Tensor
-    """∇h · v for every direction, `[k]`."""
-    moved: bool
-    """Whether any direction moves the final state at all."""
+from bilevel.unrolling.inner_loop import InnerLoop, WindowEnd
 
 
 @dataclass(frozen=True)
 class Unroll(InnerLoop):
     """An inner loop and the ways derivatives take through it. Made by `unroll`, which checks what the user passed."""
 
-    # -- forward: tangents -------------------------------------------------------------------------------------
-
-    def push_forward(self, directions: list[Tensor]) -> Slopes:
-        """The outer loss h and its slopes along k directions v, `[k, *leaf.shape]` for each leaf of φ, in one pass.
-
-        y_0 = B_0 v, y_t = A_t y_{t−1} + B_t v, slope = d y_T + c v. Memory: one state and k tangents of it, whatever T.
-        """
-        return self.push_on(self.push_init(directions), directions)[0]
-
-    def push_on(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> tuple[Slopes, list[Tensor]]:
-        """Return the same from a given θ_0 and its tangents y_0, and the tangents y_T."""
-        with torch.no_grad():
-            for t in range(self.steps):
-                pushed = push_step(self, t, pushed, directions)
-            moved = any(bool(tangent.any()) for tangent in pushed.tangents)
-            outer = self.push_outer(pushed, directions)
-        return Slopes(outer.value, pushed.value, outer.tangents[0], moved), pushed.tangents
+    # -- forward: the start of tangents (the way through the steps: bilevel.unrolling.tangents) ---------------------
 
     def push_outer(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
         """Return the outer loss and its slopes d y_T + c v."""
@@ -95,9 +67,12 @@ class Unroll(InnerLoop):
         require_finite(self, value, state, derivatives)
         return value, *derivatives
 
-    def pull_back(
-        self, trail: Iterable[tuple[int, Tree]], d: list[Tensor], product: Product = "reverse"
-    ) -> list[Tensor]:
+    def pull_back_step(self, t: int, state: Tree, d: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Return d A_t and d B_t for the step from θ_t: one backward pass through the step, which contains one of its own."""
+        _, (down, across) = autodiff.pull_back(lambda state, meta: self.step(t, state, meta), [state, self.meta], d)
+        return down, across
+
+    def pull_back(self, trail: Iterable[tuple[int, Tree]], d: list[Tensor]) -> list[Tensor]:
         """Σ_t d_t B_t over a trail of (t, θ_t) that runs backwards; `d` is changed in place.
 
         From the last step down: sum ← sum + d B_t, d ← d A_t, each a vector-Jacobian product of one step. `d` ends as
@@ -105,7 +80,7 @@ class Unroll(InnerLoop):
         """
         total = [torch.zeros_like(leaf) for leaf in trees.leaves(self.meta)]
         for t, state in trail:
-            down, across = pull_back_step(self, t, state, d, product)
+            down, across = self.pull_back_step(t, state, d)
             d[:] = autodiff.fill_zeros(down, state)
             _accumulate(total, across)
         return total
@@ -132,7 +107,7 @@ class Unroll(InnerLoop):
 
 
 def unroll(
-    problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, carried: Carried | None = None
+    problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, carried: WindowEnd | None = None
 ) -> Unroll:
     """Check what was passed to an estimator and gather it."""
     randomness.check_seed(seed)

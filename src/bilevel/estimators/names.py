@@ -1,7 +1,8 @@
-"""Estimators (and linear solvers) by name: `forward-gradient(directions=32)`.
+"""Estimators, linear solvers and control variates as text: `forward-gradient(directions=32)`.
 
-A name is the class name in kebab case; settings are the constructor's, with Python's literals or names as values. The
-class name itself will do as well: `ForwardGradient(directions=32)`.
+A name is the class name in kebab case. Settings are those of the constructor, with Python literals or names as values.
+The class name itself can be used as well: `ForwardGradient(directions=32)`. Which estimators there are is not decided
+here: `read` and `parse` are given the list (`bilevel.planning.registry` holds the list of all).
 """
 
 from __future__ import annotations
@@ -9,77 +10,66 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from bilevel.estimators.base import Estimator
-from bilevel.estimators.control_variates import CoarserProblem, RunningMean, Variate
-from bilevel.estimators.forward import Forward
-from bilevel.estimators.forward_gradient import ForwardGradient
-from bilevel.estimators.hessian_free import HessianFree
-from bilevel.estimators.implicit import Implicit
-from bilevel.estimators.reverse import Reverse
-from bilevel.estimators.truncated_reverse import TruncatedReverse
-from bilevel.estimators.zeroth_order import ZerothOrder
-from bilevel.planning.auto import Auto
+from bilevel.estimators.variates import CoarserProblem, RunningMean, Variate
 from bilevel.solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
+
+SOLVERS: tuple[type[LinearSolver], ...] = (ConjugateGradient, Neumann, Nystrom)
+"""The solvers that a text may name."""
+VARIATES: tuple[type[Variate], ...] = (CoarserProblem, RunningMean)
+"""The control variates, besides estimators, that a text may name."""
+Kind = TypeVar("Kind")
 
 
 def kebab(name: str) -> str:
-    """`ForwardGradient` -> `forward-gradient`."""
+    """Return a class name in kebab case.
+
+    >>> kebab("ForwardGradient")
+    'forward-gradient'
+    """
     return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
 
 
-ESTIMATORS: dict[str, type[Estimator]] = {
-    kebab(c.__name__): c
-    for c in (Reverse, TruncatedReverse, Forward, ForwardGradient, ZerothOrder, Implicit, HessianFree, Auto)
-}
-SOLVERS: dict[str, type[LinearSolver]] = {kebab(c.__name__): c for c in (ConjugateGradient, Neumann, Nystrom)}
-VARIATES: dict[str, type[Variate]] = {kebab(c.__name__): c for c in (CoarserProblem, RunningMean)}
+def by_name(kinds: Sequence[type[Kind]]) -> dict[str, type[Kind]]:
+    """Return classes by their names in kebab case."""
+    return {kebab(kind.__name__): kind for kind in kinds}
 
 
 def settings_of(kind: type[Any]) -> list[str]:
-    """The names of a class's settings."""
+    """Return the names of a class's settings."""
     return [field.name for field in dataclasses.fields(kind)]
 
 
 def default_of(kind: type[Any], setting: str) -> Any:
-    """A setting's default, `dataclasses.MISSING` if it has none."""
+    """Return the default of a setting, or `dataclasses.MISSING` if it has none."""
     (field,) = (field for field in dataclasses.fields(kind) if field.name == setting)
     factory = field.default_factory
     return field.default if factory is dataclasses.MISSING else factory()
 
 
-def read(text: str) -> tuple[type[Estimator], dict[str, Any]]:
-    """The estimator that a text names, and the settings that it gives, not yet checked.
-
-    >>> read("forward-gradient(directions=32)")
-    (<class 'bilevel.estimators.forward_gradient.ForwardGradient'>, {'directions': 32})
-    """
+def read(text: str, estimators: Sequence[type[Estimator]]) -> tuple[type[Estimator], dict[str, Any]]:
+    """Return the estimator among these that a text names, and the settings in the text, which are not checked yet."""
     name, settings = _name_and_settings(text)
-    if name not in ESTIMATORS:
-        raise ValueError(f"there is no estimator {name!r}; there are {', '.join(ESTIMATORS)}")
-    return ESTIMATORS[name], settings
+    known = by_name(estimators)
+    if name not in known:
+        raise ValueError(f"there is no estimator {name!r}; there are {', '.join(known)}")
+    return known[name], settings
 
 
-def parse(text: str, **defaults: Any) -> Estimator:
-    """The estimator that a text describes; `defaults` are settings that the text may override.
-
-    >>> parse("forward-gradient(directions=32)", chunk_size=8).chunk_size
-    8
-    >>> parse("forward-gradient(control_variate=truncated-reverse(steps=5), directions=32)").control_variate
-    TruncatedReverse(steps=5)
-    >>> parse("implicit(solver=neumann(iterations=5))").solver
-    Neumann(iterations=5, step_size=0.01)
-    """
-    kind, settings = read(text)
-    return _build(kind, {**defaults, **settings})
+def parse(text: str, estimators: Sequence[type[Estimator]], **defaults: Any) -> Estimator:
+    """Return the estimator among these that a text describes; `defaults` are settings that the text may override."""
+    kind, settings = read(text, estimators)
+    return _build(kind, {**defaults, **settings}, estimators)
 
 
 def describe(estimator: Estimator | LinearSolver | Variate) -> str:
-    """The text that `parse` turns into this estimator; settings at their defaults are left out.
+    """Return the text that `parse` turns into this object. Settings at their defaults are left out.
 
-    >>> describe(ForwardGradient(directions=4)), describe(Reverse())
-    ('forward-gradient(directions=4)', 'reverse')
+    >>> describe(Neumann(iterations=4)), describe(Neumann())
+    ('neumann(iterations=4)', 'neumann')
     """
     changed = []
     for name in settings_of(type(estimator)):
@@ -97,7 +87,7 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-def _build(kind: type[Any], settings: dict[str, Any]) -> Any:
+def _build(kind: type[Any], settings: dict[str, Any], estimators: Sequence[type[Estimator]]) -> Any:
     name, known = kebab(kind.__name__), settings_of(kind)
     for setting in settings:
         if setting not in known:
@@ -107,9 +97,9 @@ def _build(kind: type[Any], settings: dict[str, Any]) -> Any:
     if "solver" in settings and not isinstance(solver, LinearSolver):
         settings = {**settings, "solver": _solver(str(solver))}
     if "control_variate" in settings:
-        settings = {**settings, "control_variate": _variate(settings["control_variate"])}
+        settings = {**settings, "control_variate": _variate(settings["control_variate"], estimators)}
     if isinstance(settings.get("estimator"), str):
-        settings = {**settings, "estimator": parse(settings["estimator"])}
+        settings = {**settings, "estimator": parse(settings["estimator"], estimators)}
     try:
         return kind(**settings)
     except TypeError as error:  # a word where a number is needed
@@ -119,22 +109,24 @@ def _build(kind: type[Any], settings: dict[str, Any]) -> Any:
 
 def _solver(text: str) -> LinearSolver:
     name, settings = _name_and_settings(text)
-    if name not in SOLVERS:
-        raise ValueError(f"there is no solver {name!r}; there are {', '.join(SOLVERS)}")
-    return _build(SOLVERS[name], settings)
+    known = by_name(SOLVERS)
+    if name not in known:
+        raise ValueError(f"there is no solver {name!r}; there are {', '.join(known)}")
+    return _build(known[name], settings, ())
 
 
-def _variate(given: Any) -> Any:
+def _variate(given: Any, estimators: Sequence[type[Estimator]]) -> Any:
     if isinstance(given, tuple | list):
-        return tuple(_variate(each) for each in given)
+        return tuple(_variate(each, estimators) for each in given)
     if not isinstance(given, str):
         return given
     name, settings = _name_and_settings(given)
-    if name in VARIATES:
-        return _build(VARIATES[name], settings)
-    if name not in ESTIMATORS:
-        raise ValueError(f"there is no control variate {name!r}; there are {', '.join([*VARIATES, *ESTIMATORS])}")
-    return parse(given)
+    known = by_name(VARIATES)
+    if name in known:
+        return _build(known[name], settings, estimators)
+    if name not in by_name(estimators):
+        raise ValueError(f"there is no control variate {name!r}; there are {', '.join([*known, *by_name(estimators)])}")
+    return parse(given, estimators)
 
 
 def _name_and_settings(text: str) -> tuple[str, dict[str, Any]]:
