@@ -69,7 +69,6 @@ def reverse(checkpoints: Any) -> Case:
 CASES = [
     Case(Reverse("graph"), "3T", lambda T, N: 3 * T),
     *map(reverse, ("all", "sqrt", "log", 3)),
-    Case(Reverse(product="mixed"), "5T", lambda T, N: 5 * T),
     Case(TruncatedReverse(6), "T + 3s", lambda T, N: T + 3 * 6),
     Case(Forward(), "(1 + 2N)·T", lambda T, N: (1 + 2 * N) * T),
     Case(Forward(chunk_size=2), "(2N + ⌈N/k⌉)·T", lambda T, N: (2 * N + N / 2) * T),

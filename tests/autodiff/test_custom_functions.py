@@ -185,7 +185,7 @@ def test_a_function_whose_backward_has_no_right_derivative_is_refused(
     estimator: bilevel.Estimator, function: Any, message: str
 ) -> None:
     for first in (0, 2):
-        with pytest.raises(bilevel.MissingDerivativeError, match=message):
+        with pytest.raises(bilevel.errors.MissingDerivativeError, match=message):
             estimator(problem(function.apply, first), PHI, range(3))
     differences = bilevel.ForwardGradient(2, "coordinate", tangents="difference")
     found = differences(problem(function.apply), PHI, range(3)).grad
@@ -194,7 +194,9 @@ def test_a_function_whose_backward_has_no_right_derivative_is_refused(
 
 def test_a_forward_mode_that_contradicts_the_backward_pass_is_refused() -> None:
     for estimator in ESTIMATORS:
-        with pytest.raises(bilevel.MissingDerivativeError, match=r"'WrongForwardMode' do not agree: .* its jvp gives"):
+        with pytest.raises(
+            bilevel.errors.MissingDerivativeError, match=r"'WrongForwardMode' do not agree: .* its jvp gives"
+        ):
             estimator(problem(WrongForwardMode.apply), PHI, range(3))
 
 
@@ -206,7 +208,7 @@ def test_a_function_inside_the_step_of_a_general_problem_is_refused() -> None:
 
     general = bilevel.Problem(lambda phi: THETA, step, losses(torch.sin)[1])
     for estimator in (bilevel.Reverse(), bilevel.Reverse("graph"), bilevel.Forward()):
-        with pytest.raises(bilevel.MissingDerivativeError, match="'KeepsAnIntermediateResult' do not agree"):
+        with pytest.raises(bilevel.errors.MissingDerivativeError, match="'KeepsAnIntermediateResult' do not agree"):
             estimator(general, PHI, range(3))
 
 

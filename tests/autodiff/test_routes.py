@@ -143,7 +143,7 @@ def test_a_tensor_of_inference_mode_that_is_multiplied_is_refused() -> None:
         return (scale * theta * phi).sum()
 
     for estimator in ESTIMATORS.values():
-        with pytest.raises(bilevel.MissingDerivativeError, match=r"torch.inference_mode.*write torch.no_grad"):
+        with pytest.raises(bilevel.errors.MissingDerivativeError, match=r"torch.inference_mode.*write torch.no_grad"):
             estimator(problem(inner), PHI, bilevel.no_batches(STEPS))
 
 
@@ -215,7 +215,7 @@ def test_a_gradient_by_an_input_of_every_step_is_refused_in_one_graph_of_all_ste
     for estimator in (bilevel.Reverse(), bilevel.Forward()):
         found = estimator(problem(inner), PHI, bilevel.no_batches(STEPS)).grad
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
-    with pytest.raises(bilevel.MissingDerivativeError, match=r"take Reverse\(\)"):
+    with pytest.raises(bilevel.errors.MissingDerivativeError, match=r"take Reverse\(\)"):
         bilevel.Reverse("graph")(problem(inner), PHI, bilevel.no_batches(STEPS))
 
 
@@ -495,6 +495,8 @@ def test_a_hook_on_a_tensor_inside_of_a_loss_may_look_and_not_change() -> None:
     for estimator in ESTIMATORS.values():
         found = estimator(problem(hooked(lambda g: seen.append(g.detach()))), PHI, bilevel.no_batches(STEPS)).grad
         torch.testing.assert_close(found, by_differences(plain), rtol=1e-7, atol=1e-8)
-        with pytest.raises(bilevel.MissingDerivativeError, match="registered on a tensor inside a loss, changes"):
+        with pytest.raises(
+            bilevel.errors.MissingDerivativeError, match="registered on a tensor inside a loss, changes"
+        ):
             estimator(problem(hooked(lambda g: 0.5 * g)), PHI, bilevel.no_batches(STEPS))
     assert seen

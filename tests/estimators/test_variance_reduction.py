@@ -584,7 +584,7 @@ def steps_that_warn(script: Any, phases: Callable[[Estimator], list[Phase]] | No
     estimator = Scripted(tuple(script))
     ends, stop_at = [0], changes.pop("stop_at", 99)
 
-    def note(step: bilevel.OuterStep) -> None:
+    def note(step: bilevel.training.outer_loop.OuterStep) -> None:
         ends.extend([step.number] * (len(caught) - len(ends) + 1))
         _stop(step.number, stop_at)
 

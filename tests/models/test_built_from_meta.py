@@ -18,7 +18,7 @@ X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
 META = torch.tensor([1.0, 0.4, -0.3], dtype=DOUBLE)
 ESTIMATORS: list[bilevel.Estimator] = [
     bilevel.Reverse(),
-    bilevel.Reverse("sqrt", product="mixed"),
+    bilevel.Reverse("sqrt"),
     bilevel.Reverse("graph"),
     bilevel.Forward(),
     bilevel.Forward(chunk_size=1),
@@ -145,5 +145,5 @@ def test_a_detached_meta_parameter_stays_a_constant() -> None:
         make,
         bilevel.optimizer(torch.optim.SGD, lr=0.1),
     )
-    with pytest.raises(bilevel.NoDependenceError):
+    with pytest.raises(bilevel.errors.NoDependenceError):
         bilevel.Reverse()(problem, META, [None] * 2)

@@ -18,7 +18,7 @@ from bilevel.models.sharing import presented
 DOUBLE = torch.float64
 ESTIMATORS: list[bilevel.Estimator] = [
     bilevel.Reverse(),
-    bilevel.Reverse("sqrt", product="mixed"),
+    bilevel.Reverse("sqrt"),
     bilevel.Forward(),
     bilevel.ForwardGradient(3, "coordinate", tangents="shared"),
     bilevel.ForwardGradient(3, "coordinate", tangents="difference"),
@@ -244,7 +244,7 @@ def test_hooks_on_parameters_are_applied(name: str, alone: bool) -> None:
         bilevel.optimizer(torch.optim.SGD, lr=0.5),
     )
     if name == "constant":  # then no step depends on meta
-        with pytest.raises(bilevel.NoDependenceError):
+        with pytest.raises(bilevel.errors.NoDependenceError):
             bilevel.Reverse()(problem, META, [None] * 3)
         return
     assert_right(problem, h)

@@ -14,6 +14,7 @@ from plain_training import numerical_gradient, trained_module
 from torch import Tensor, nn
 
 import bilevel
+import bilevel.experimental
 
 DOUBLE = torch.float64
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
@@ -84,7 +85,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "meta device": (lambda: nn.Linear(3, 1, device="meta"), r"'weight' of params is on the meta device"),
     "SyncBatchNorm": (lambda: nn.SyncBatchNorm(3), r"is a SyncBatchNorm whose batch statistics"),
     "recomputed": (
-        lambda: nn.Sequential(bilevel.Recomputed(nn.BatchNorm1d(3))),
+        lambda: nn.Sequential(bilevel.experimental.Recomputed(nn.BatchNorm1d(3))),
         r"'0.layer' of params is a BatchNorm1d inside a Recomputed layer",
     ),
     "hook on .grad": (
@@ -229,7 +230,7 @@ def test_module_is_left_as_it_was(estimator: bilevel.Estimator, fails: bool) -> 
 def test_threads_may_share_a_module() -> None:
     made = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1)).double()
     problems = [problem_with(made), problem_with(made)]
-    estimators = [bilevel.Reverse(), bilevel.Forward(), bilevel.Reverse("sqrt", product="mixed")]
+    estimators = [bilevel.Reverse(), bilevel.Forward(), bilevel.Reverse("sqrt")]
     metas = [META * k for k in (1.0, 1.3, 0.8, 0.5)]
     expected = [bilevel.Reverse()(problems[0], meta, BATCHES).grad for meta in metas]
     state = torch.get_rng_state()
@@ -268,7 +269,7 @@ def test_threads_may_call_views_of_one_module() -> None:
     wrong: list[float] = []
 
     def work(value: float) -> None:
-        view = bilevel.ModuleView(made, {"weight": torch.full((1, 1), value, dtype=DOUBLE)})
+        view = bilevel.models.module_view.ModuleView(made, {"weight": torch.full((1, 1), value, dtype=DOUBLE)})
         for _ in range(10):
             found = view(torch.ones(1, dtype=DOUBLE)).item()
             if found != 2 * value or view.weight.item() != value:

@@ -19,7 +19,7 @@ META = torch.linspace(0.5, 1.5, 6, dtype=DOUBLE)
 
 EXACT: list[bilevel.Estimator] = [
     bilevel.Reverse(),
-    bilevel.Reverse("sqrt", product="mixed"),
+    bilevel.Reverse("sqrt"),
     bilevel.Reverse("log"),
     bilevel.Reverse("graph"),
     bilevel.Reverse(2, offload="disk"),
@@ -316,7 +316,7 @@ def test_compiling_refuses_statistics_by_name() -> None:
     problem = bilevel.GradientDescent(
         case.inner, case.outer, case.network, bilevel.optimizer(torch.optim.SGD, lr=0.1), compile="aot_eager"
     )
-    with pytest.raises(bilevel.CompileError, match=r"updates '1.running_mean'.*take compile=False"):
+    with pytest.raises(bilevel.errors.CompileError, match=r"updates '1.running_mean'.*take compile=False"):
         bilevel.Reverse()(problem, META, BATCHES)
 
 

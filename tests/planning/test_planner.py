@@ -165,7 +165,9 @@ STEPS = 48
 
 def on_paper(meta_params: float, memory: str) -> planner.Plan:
     """A large model on 64 workers, for which 100 GB hold an exact method, and no less does."""
-    return bilevel.on_paper(1.5e9, meta_params, STEPS, memory=memory, directions=64, workers=64, activation_bytes=1e8)
+    return bilevel.plan_from_sizes(
+        1.5e9, meta_params, STEPS, memory=memory, directions=64, workers=64, activation_bytes=1e8
+    )
 
 
 def test_an_estimate_that_is_noise_is_not_recommended_where_a_biased_method_fits() -> None:

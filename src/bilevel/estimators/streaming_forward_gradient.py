@@ -185,7 +185,7 @@ class StreamingForwardGradient(Estimator):
 
     def _memory(self, run: Unroll) -> dict[str, Any] | None:
         """Return what the window before left, or raise if it does not fit to these settings."""
-        memory = run.memory
+        memory = run.carried_memory
         if memory is None:
             return None
         if not isinstance(memory, dict) or "tangents" not in memory:

@@ -78,7 +78,7 @@ def _fault(layer: nn.Module) -> str | None:
     if isinstance(layer, DistributedDataParallel):
         return (
             "whose hooks average gradients over processes in .grad, which inner steps do not have; pass model.module, "
-            "and let fit share its work among processes (see bilevel.Workers)"
+            "and let fit share its work among processes (see bilevel.experimental.Workers)"
         )
     if isinstance(layer, nn.DataParallel):
         return "inside another module, which copies layers to other devices; use the layers without it"

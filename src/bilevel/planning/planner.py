@@ -345,7 +345,7 @@ def _without_exact(memory: float, prices: StepCosts) -> str:
     return f"no exact method fits into {size_text(memory)}"
 
 
-def _worth(row: Planned, prices: StepCosts) -> str:
+def _worth(row: PlanRow, prices: StepCosts) -> str:
     """What an estimate along random directions is worth."""
     assert isinstance(row.estimator, ForwardGradient | ZerothOrder)
     directions, size = row.estimator.directions, prices.meta_size

@@ -69,7 +69,7 @@ class InnerLoop:
         return 0 if self.carried is None else self.carried.steps
 
     @property
-    def memory(self) -> Tree:
+    def carried_memory(self) -> Tree:
         """What an estimator stored at the end of the window before; `None` if there is nothing."""
         return None if self.carried is None else self.carried.memory
 
