@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bilevel import autodiff, trees
+from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.models.module_view import as_plain_tree, modules_in
@@ -80,7 +80,8 @@ class Estimator(ABC):
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
-        found = self._of(run)
+        with randomness.preserved():
+            found = self._of(run)
         return replace(found, compile_seconds=compile_seconds() - before)
 
     def _of(self, run: Unroll) -> Estimate:

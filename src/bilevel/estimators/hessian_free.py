@@ -76,8 +76,7 @@ def _through_update(run: Unroll, problem: GradientDescent, state: Descent, d: li
     """
     last = run.steps - 1
     again = state._replace(steps=last)
-    with run.seeded_step(last):
-        gradient = problem.gradient(state.params, run.meta, run.inner_batches[last])
+    gradient = run.at_step(last, lambda batch: problem.gradient(state.params, run.meta, batch))
 
     def update(gradient: list[Tensor]) -> list[Tensor]:
         return trees.split(problem.apply(again, gradient, run.meta).params).differentiable

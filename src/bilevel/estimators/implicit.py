@@ -110,8 +110,8 @@ def stationarity_transpose(run: Unroll, problem: GradientDescent, state: Descent
         moved = state._replace(params=params)
         each = []
         for t in range(run.steps - batches, run.steps):
-            with run.seeded_step(t), autodiff.RefuseOnceDifferentiable():
-                each.append(problem.stationarity(moved, meta, run.inner_batches[t]))
+            with autodiff.RefuseOnceDifferentiable():
+                each.append(run.at_step(t, lambda batch: problem.stationarity(moved, meta, batch)))
         return [torch.stack(parts).mean(0) for parts in zip(*each, strict=True)]
 
     return autodiff.Transpose(gradient, [state.params, run.meta])
@@ -138,9 +138,10 @@ def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: De
     """Raise unless ∇_θ g is computed from φ on some batch, if not on the last ones."""
     meta = autodiff.start_graph(run.meta)
     for t in range(run.steps):
-        with torch.enable_grad(), run.seeded_step(t):
-            if autodiff.has_graph(problem.eager.stationarity(state, meta, run.inner_batches[t])):
-                return
+        with torch.enable_grad():
+            found = run.at_step(t, lambda batch: problem.eager.stationarity(state, meta, batch))
+        if autodiff.has_graph(found):
+            return
     raise NoDependenceError(
         "inner_loss does not depend on the meta parameters (in no term that has params in it as well), and an implicit "
         "method sees no other dependence; for meta parameters in the optimiser's settings or in the initial parameters "

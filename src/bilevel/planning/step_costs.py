@@ -110,8 +110,7 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
         count = len(trees.split(state.params).differentiable)
 
         def gradient(params: Tree, meta: Tree) -> list[torch.Tensor]:
-            with run.seeded_step(0):
-                return problem.gradient(params, meta, run.inner_batches[0])
+            return run.at_step(0, lambda batch: problem.gradient(params, meta, batch))
 
         def product() -> None:
             autodiff.Transpose(gradient, [state.params, run.meta])(d[:count])

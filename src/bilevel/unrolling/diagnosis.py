@@ -67,11 +67,14 @@ def _inner_fault(run: InnerLoop, t: int, state: Tree) -> str:
     """What may have gone wrong in an inner step from a finite state."""
     if not isinstance(run.problem, GradientDescent):
         return "the state before it is kept in last_finite_state"
-    with run.seeded_step(t):
-        loss = run.problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+    loss = _inner_loss(run, run.problem, t, state)
     if bool(torch.isfinite(loss)):
         return f"inner_loss was {loss.item():.6g} there: a smaller inner learning rate is the usual cure"
     return f"inner_loss was {loss.item()} there: check the batch, or lower the inner learning rate"
+
+
+def _inner_loss(run: InnerLoop, problem: GradientDescent, t: int, state: Tree) -> Tensor:
+    return run.at_step(t, lambda batch: problem.inner_loss(state.params, run.meta, batch))
 
 
 def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
@@ -122,8 +125,7 @@ def require_finite_losses(run: InnerLoop) -> None:
         return
     state = run.start()
     for t in range(run.steps):
-        with run.seeded_step(t):
-            loss = run.problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+        loss = _inner_loss(run, run.problem, t, state)
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
                 f"inner_loss was {loss.item()} at inner step {t} of {run.steps} (counted from 0), with a gradient of "

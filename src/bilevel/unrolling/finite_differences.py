@@ -84,8 +84,7 @@ def _push_descent(run: Unroll, t: int, state: Descent, pairs: list[Pair]) -> tup
     assert isinstance(problem, GradientDescent)
 
     def gradient(params: Tree, meta: Tree) -> list[Tensor]:
-        with run.seeded_step(t):
-            return problem.gradient(params, meta, run.inner_batches[t])
+        return run.at_step(t, lambda batch: problem.gradient(params, meta, batch))
 
     found, after, tangents = gradient(state.params, run.meta), None, []
     size = len(trees.split(state.params).differentiable)

@@ -60,18 +60,16 @@ def _push_step(
     chunks: Sequence[list[Tensor]],
 ) -> Descent:
     """The next state; the tangents are moved on in place."""
-    batch = run.inner_batches[t]
 
     def joint(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
-        return problem.joint_gradient(params, meta, batch)
+        return run.at_step(t, lambda batch: problem.joint_gradient(params, meta, batch))
 
-    with run.seeded_step(t):
-        shared = autodiff.Transpose(joint, [state.params, run.meta])
+    shared = autodiff.Transpose(joint, [state.params, run.meta])
     size = len(trees.split(state.params).differentiable)
     gradient, after = shared.value[:size], state
     if not any(bool(g.any()) for g in gradient):
-        with run.seeded_step(t):
-            problem.gradient(state.params, run.meta, batch)  # says so if the loss does not depend on the parameters
+        # Raises if the loss does not depend on the parameters.
+        run.at_step(t, lambda batch: problem.gradient(state.params, run.meta, batch))
     for number, (y, vectors) in enumerate(zip(tangents, chunks, strict=True)):
         (bend,) = shared.many([*y[:size], *vectors], of=[0])
         pushed = autodiff.push_forward(problem.apply, [state, gradient, run.meta], [y, bend, vectors])

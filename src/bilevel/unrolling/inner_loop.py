@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bilevel import randomness, trees
-from bilevel.batches import Batches
+from bilevel.batches import Batches, ChangesInPlace, draws_nothing, with_own_containers
 from bilevel.models.module_view import modules_in, refuse_running_statistics
 from bilevel.problem import BlackBox, GradientDescent, Unrollable, require_scalar
 from bilevel.trees import Tree
@@ -19,6 +18,8 @@ from bilevel.unrolling import argument_checks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,46 +71,82 @@ class InnerLoop:
     # -- the three functions of the problem, seeded ------------------------------------------------------------
 
     def init(self, meta: Tree) -> Tree:
-        """θ_0, or where the window before ended (a constant then), or the whole solve of a black box."""
+        """θ_0, or the state where the window before ended (a constant then), or the whole solve of a black box."""
         if self.carried is not None:
             return self.carried.state
         start = self.problem.solve if isinstance(self.problem, BlackBox) else self.problem.init
-        with randomness.torch_seeded(self.seed, randomness.INIT):
-            return start(meta)
+        return randomness.evaluate(lambda _: start(meta), self.seed, randomness.INIT)
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
-        assert not isinstance(self.problem, BlackBox)
-        batch = self.inner_batches[t]
-        self.require_one_device(t, state, meta)
-        with self.seeded_step(t):
-            after = self.problem.step(state, meta, batch)
+        problem = self.problem
+        assert not isinstance(problem, BlackBox)
+
+        def function(batch: Any) -> Tree:
+            self.require_one_device(t, state, meta, batch)
+            with argument_checks.left_as_given(state=state, meta=meta):
+                return problem.step(state, meta, batch)
+
+        after = self.at_step(t, function)
         if t == 0:
             argument_checks.same_structure(state, after)
         return after
 
-    def require_one_device(self, t: int, state: Tree, meta: Tree) -> None:
-        """Raise, at the first step, unless all that it needs is on one device."""
+    def require_one_device(self, t: int, state: Tree, meta: Tree, batch: Any) -> None:
+        """Raise, at the first step, unless everything that it needs is on one device."""
         if t == 0:
-            argument_checks.one_device(meta=meta, inner_state=state, inner_batch=self.inner_batches[t])
+            argument_checks.one_device(meta=meta, inner_state=state, inner_batch=batch)
+
+    def at_step(self, t: int, function: Callable[[Any], Result]) -> Result:
+        """`function(batch of step t)`, with the random numbers of step t of this window.
+
+        The batch is read once for each call of the function. Raises if the function wrote into data that the next
+        reading of the batch would give again.
+        """
+        given: list[Any] = []
+
+        def fetched() -> Any:
+            given[:] = [self._fetch(t)]
+            given.append(ChangesInPlace(given[0], "batch"))
+            return with_own_containers(given[0])
+
+        result = randomness.evaluate(function, self.seed, randomness.STEP, self.first_step + t, given=fetched)
+        changed = given[1].found()
+        if changed:
+            again = ChangesInPlace(self._fetch(t), "batch").memory()
+            argument_checks.batch_left_as_given(changed, again, f"the batch of inner step {t}")
+        return result
+
+    def _fetch(self, t: int) -> Any:
+        """The batch of step t, read while a random stream of its own is set."""
+        if draws_nothing(self.inner_batches):
+            return self.inner_batches[t]
+        return randomness.evaluate(lambda _: self.inner_batches[t], self.seed, randomness.BATCH, self.first_step + t)
 
     @property
     def eager(self) -> Self:
         """The same inner loop, not compiled."""
         return replace(self, problem=self.problem.eager) if isinstance(self.problem, GradientDescent) else self
 
-    def seeded_step(self, t: int) -> AbstractContextManager[None]:
-        """Inside, torch draws the random numbers of inner step t of this window."""
-        return randomness.torch_seeded(self.seed, randomness.STEP, self.first_step + t)
-
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
         """The outer loss at a state."""
-        with randomness.torch_seeded(self.seed, randomness.OUTER):
-            return require_scalar(self.problem.outer_loss(state, meta, self.outer_batch), "outer_loss")
+        kept = ChangesInPlace(self.outer_batch, "outer_batch")
+
+        def function(batch: Any) -> Tensor:
+            return require_scalar(self.problem.outer_loss(state, meta, batch), "outer_loss")
+
+        value = randomness.evaluate(
+            function,
+            self.seed,
+            randomness.OUTER,
+            given=lambda: with_own_containers(self.outer_batch),
+        )
+        argument_checks.batch_left_as_given(kept.found(), kept.memory(), "outer_batch")
+        return value
 
     # -- plain -------------------------------------------------------------------------------------------------
-    # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same: a user's step or
-    # solver may take gradients of its own with torch.autograd.
+    # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same, because a step or
+    # solver of the user may take gradients of its own with torch.autograd.
 
     @torch.enable_grad()
     def start(self) -> Tree:
@@ -148,8 +185,9 @@ class InnerLoop:
                 yield self.at(meta).value()
             return
         metas = list(metas)
-        with torch.enable_grad(), randomness.torch_seeded(self.seed, randomness.INIT):
-            states = list(problem.solve_all(metas))
+        solve_all = problem.solve_all
+        with torch.enable_grad():
+            states = randomness.evaluate(lambda _: list(solve_all(metas)), self.seed, randomness.INIT)
         if len(states) != len(metas):
             raise ValueError(f"solve_all returned {len(states)} states for {len(metas)} points; one for each is needed")
         for meta, solved in zip(metas, states, strict=True):

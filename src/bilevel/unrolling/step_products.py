@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,10 +31,13 @@ def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[
         return autodiff.push_forward(
             lambda state, meta: run.step(t, state, meta), [state, run.meta], [pushed.tangents, directions]
         )
-    run.require_one_device(t, state, run.meta)
     along = pushed.tangents[: len(trees.split(state.params).differentiable)]
-    with run.seeded_step(t):
-        gradient = problem.push_gradient(state.params, run.meta, run.inner_batches[t], along, directions)
+
+    def push_gradient(batch: Any) -> autodiff.Pushed:
+        run.require_one_device(t, state, run.meta, batch)
+        return problem.push_gradient(state.params, run.meta, batch, along, directions)
+
+    gradient = run.at_step(t, push_gradient)
     return autodiff.push_forward(
         problem.apply, [state, gradient.value, run.meta], [pushed.tangents, gradient.tangents, directions]
     )
@@ -95,12 +98,11 @@ def _synchronise(tensors: list[Tensor]) -> None:
 def _mixed(
     run: InnerLoop, problem: GradientDescent, t: int, state: Descent, d: list[Tensor]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    batch = run.inner_batches[t]
-    with torch.enable_grad(), run.seeded_step(t):
-        gradient = problem.gradient(state.params, run.meta, batch)
+    with torch.enable_grad():
+        gradient = run.at_step(t, lambda batch: problem.gradient(state.params, run.meta, batch))
     _, (down, weights, across) = autodiff.pull_back(problem.apply, [state, gradient, run.meta], d)
-    with run.seeded_step(t):
-        through = problem.joint_product(state.params, run.meta, batch, autodiff.fill_zeros(weights, gradient))
+    along = autodiff.fill_zeros(weights, gradient)
+    through = run.at_step(t, lambda batch: problem.joint_product(state.params, run.meta, batch, along))
     count = len(gradient)
     down = [*_sums(down[:count], through[:count]), *down[count:]]
     return down, _sums(across, through[count:])
