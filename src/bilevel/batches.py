@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, overload
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bilevel import checks
@@ -159,8 +160,16 @@ class ChangesInPlace:
 
     def memory(self) -> set[int]:
         """The addresses of all tensors and arrays."""
-        tensors = {tensor.untyped_storage().data_ptr() for _, tensor, _ in self._tensors}
-        return tensors | {array.__array_interface__["data"][0] for _, array, _ in self._arrays}
+        return {address(tensor) for _, tensor, _ in self._tensors} | {address(array) for _, array, _ in self._arrays}
+
+
+def address(data: Tensor | np.ndarray) -> int:
+    """Where the data begin in memory; those of a tensor of a function transform are the ones inside."""
+    if not isinstance(data, Tensor):
+        return data.__array_interface__["data"][0]
+    while torch._C._functorch.is_functorch_wrapped_tensor(data):
+        data = torch._C._functorch.get_unwrapped(data)
+    return data.untyped_storage().data_ptr()
 
 
 def _length(value: Any) -> int | None:

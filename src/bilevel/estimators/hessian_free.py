@@ -59,7 +59,7 @@ class HessianFree(Estimator):
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
-        state: Descent = run.descend(run.start())
+        state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
         d = d[: len(trees.split(state.params).differentiable)]
         jacobian = stationarity_transpose(run, problem, state, batches=1)

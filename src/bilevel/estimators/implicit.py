@@ -76,7 +76,7 @@ class Implicit(Estimator):
                 f"Implicit(batches={self.batches}) of an inner loop with {run.steps} batches; take batches <= "
                 f"{run.steps}"
             )
-        state: Descent = run.descend(run.start())
+        state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
         jacobian = stationarity_transpose(run, problem, state, self.batches)
         theta = trees.split(state.params).differentiable

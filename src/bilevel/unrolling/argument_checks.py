@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, trees
-from bilevel.errors import NonFiniteError
+from bilevel.errors import NonFiniteError, ReplayError
 from bilevel.models.module_view import modules_in, refuse_running_statistics
 from bilevel.problem import BlackBox, Unrollable
 from bilevel.trees import Tree
@@ -143,6 +143,26 @@ def _in_place(what: str) -> str:
         "that is passed in may change: return a new tensor (state * 0.9 instead of state.mul_(0.9)), or work on a copy "
         "(state.clone())"
     )
+
+
+@contextmanager
+def nothing_kept(number: int) -> Iterator[None]:
+    """Context manager that names the cause where a tensor of an earlier step was kept, and PyTorch fails at it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in _OF_AN_EARLIER_STEP):
+            raise ReplayError(
+                f"inner step {number} (counted from 0) uses a tensor that was kept from an earlier call of a loss or "
+                "step, in a list, a queue or a closure, and that belongs to a derivative which is finished by now. "
+                "Keep such memory in the inner state (bilevel.Problem takes any tree of tensors as state), or keep "
+                'numbers and detached tensors alone and take Reverse("graph"), which computes each step once',
+                number,
+            ) from error
+        raise
+
+
+_OF_AN_EARLIER_STEP = ("level <= current_level", "backward through the graph a second time")
 
 
 def batch_left_as_given(changed: Mapping[str, Tensor | np.ndarray], given_again: set[int], where: str) -> None:

@@ -19,6 +19,7 @@ from bilevel import autodiff, trees
 from bilevel.models.module_view import standing_in
 from bilevel.problem import Descent, GradientDescent
 from bilevel.trees import Tree
+from bilevel.unrolling.replay import require_repeatable
 from bilevel.unrolling.unroll import Slopes, Unroll
 
 Pair = tuple[list[Tensor], list[Tensor]]
@@ -44,9 +45,13 @@ def push_on_by_differences(
     vectors, state, tangents = _one_by_one(directions), pushed.value, _one_by_one(pushed.tangents)
     for t in range(run.steps):
         push = _push_descent if isinstance(run.problem, GradientDescent) else _push_step
+        before = state
         state, tangents = push(run, t, state, list(zip(tangents, vectors, strict=True)))
+        if t == 0:
+            require_repeatable(run, before, state)
     value, d, c = _outer_gradients(run, state)
     slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
+    run.same_value("differences", value)
     moved = any(bool(trees.whole(part.any())) for y in tangents for part in y)
     return Slopes(value, state, torch.stack(slopes), moved), _stacked(tangents)
 

@@ -110,7 +110,8 @@ class InnerLoop:
             given.append(ChangesInPlace(given[0], "batch"))
             return with_own_containers(given[0])
 
-        result = randomness.evaluate(function, self.seed, randomness.STEP, self.first_step + t, given=fetched)
+        with argument_checks.nothing_kept(self.first_step + t):
+            result = randomness.evaluate(function, self.seed, randomness.STEP, self.first_step + t, given=fetched)
         changed = given[1].found()
         if changed:
             again = ChangesInPlace(self._fetch(t), "batch").memory()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +19,17 @@ Product: TypeAlias = Literal["reverse", "mixed"]
 _REPEATS = 3
 _FASTER: WeakKeyDictionary[GradientDescent, Product] = WeakKeyDictionary()
 """What was found for a problem, so that it is measured once, and every later hypergradient of it is computed alike."""
+
+
+class Pulled(NamedTuple):
+    """A cotangent d pulled back through one step."""
+
+    after: Tree
+    """θ_{t+1}, computed again."""
+    down: list[Tensor | None]
+    """d A_t."""
+    across: list[Tensor | None]
+    """d B_t."""
 
 
 def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
@@ -43,10 +54,8 @@ def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[
     )
 
 
-def pull_back_step(
-    run: InnerLoop, t: int, state: Tree, d: list[Tensor], product: Product
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """D A_t and d B_t for the step from θ_t.
+def pull_back_step(run: InnerLoop, t: int, state: Tree, d: list[Tensor], product: Product) -> Pulled:
+    """θ_{t+1}, d A_t and d B_t for the step from θ_t.
 
     `"reverse"`: one backward pass through the step, which contains a backward pass of its own (reverse over reverse).
 
@@ -57,8 +66,8 @@ def pull_back_step(
     """
     if product == "mixed" and isinstance(run.problem, GradientDescent):
         return _mixed(run, run.problem, t, state, d)
-    _, (down, across) = autodiff.pull_back(lambda state, meta: run.step(t, state, meta), [state, run.meta], d)
-    return down, across
+    after, (down, across) = autodiff.pull_back(lambda state, meta: run.step(t, state, meta), [state, run.meta], d)
+    return Pulled(after, down, across)
 
 
 def faster_product(run: InnerLoop, d: list[Tensor]) -> Product:
@@ -95,17 +104,15 @@ def _synchronise(tensors: list[Tensor]) -> None:
         torch.cuda.synchronize()
 
 
-def _mixed(
-    run: InnerLoop, problem: GradientDescent, t: int, state: Descent, d: list[Tensor]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def _mixed(run: InnerLoop, problem: GradientDescent, t: int, state: Descent, d: list[Tensor]) -> Pulled:
     with torch.enable_grad():
         gradient = run.at_step(t, lambda batch: problem.gradient(state.params, run.meta, batch))
-    _, (down, weights, across) = autodiff.pull_back(problem.apply, [state, gradient, run.meta], d)
+    after, (down, weights, across) = autodiff.pull_back(problem.apply, [state, gradient, run.meta], d)
     along = autodiff.fill_zeros(weights, gradient)
     through = run.at_step(t, lambda batch: problem.joint_product(state.params, run.meta, batch, along))
     count = len(gradient)
     down = [*_sums(down[:count], through[:count]), *down[count:]]
-    return down, _sums(across, through[count:])
+    return Pulled(after, down, _sums(across, through[count:]))
 
 
 def _sums(left: list[Tensor | None], right: list[Tensor]) -> list[Tensor | None]:
