@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -101,7 +102,12 @@ def size(tree: Tree) -> int:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """The inner product of two equally shaped lists of tensors."""
-    return torch.stack([whole((a * b).sum()) for a, b in zip(left, right, strict=True)]).sum()
+    return torch.stack([whole((_wide(a) * _wide(b)).sum()) for a, b in zip(left, right, strict=True)]).sum()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it has half precision: in float16 the square of 256 is infinite."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -136,6 +142,19 @@ def spread_like(shard: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Context manager (and decorator) for sums of the library's own, which autocast would round to 3 digits.
+
+    Losses and steps of the user are called outside of it, so their autocast stays as it is.
+    """
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -85,7 +85,8 @@ class Implicit(Estimator):
         def hessian(vector: Sequence[Tensor]) -> list[Tensor]:
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
 
-        solution = self.solver.solve(hessian, d)
+        with trees.without_autocast():
+            solution = self.solver.solve(hessian, d)
         if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
             raise NonFiniteError(
                 f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, or a "

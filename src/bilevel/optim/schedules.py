@@ -24,7 +24,7 @@ class Timetable:
         known = inspect.signature(algorithm).parameters
         flags = {name: value for name, value in (("foreach", False), ("differentiable", True)) if name in known}
         self.blank: Callable[[], torch.optim.Optimizer] = functools.partial(
-            algorithm, [torch.zeros(1)], **{**flags, **constants}
+            algorithm, [torch.zeros(1, device="cpu")], **{**flags, **constants}
         )
         """Makes an optimiser of these settings whose parameters and state are still to be filled in."""
         self._optimizer = self.blank()

@@ -73,7 +73,7 @@ class Optimizer:
         object.__setattr__(self, "_timetable", Timetable(self.algorithm, constants, self.schedule))
         object.__setattr__(self, "_counters", frozenset())
         if _is_differentiable(self.algorithm):
-            probe = self._initial_states([torch.zeros(2)])[0]
+            probe = self._initial_states([torch.zeros(2, device="cpu")])[0]
             object.__setattr__(self, "_counters", frozenset(name for name, value in probe.items() if value.ndim == 0))
 
     def __repr__(self) -> str:
@@ -213,7 +213,8 @@ class Optimizer:
         instance = self._timetable.blank()
         group = {**self._timetable(0), "params": clones}  # a scheduler may have changed what the constructor was given
         initialise = instance._init_group  # pyright: ignore[reportAttributeAccessIssue]
-        initialise(group, *([] for _ in list(inspect.signature(initialise).parameters)[1:]))
+        with torch.device("cpu"):  # where PyTorch puts counters, whatever the default device
+            initialise(group, *([] for _ in list(inspect.signature(initialise).parameters)[1:]))
         if isinstance(instance, torch.optim.SGD) and group["momentum"] != 0:
             return [{"momentum_buffer": torch.zeros_like(clone)} for clone in clones]
         return [instance.state[clone] for clone in clones]
@@ -305,7 +306,7 @@ def _is_differentiable(algorithm: type[torch.optim.Optimizer]) -> bool:
 def _thaw(name: str, value: Tensor | float) -> Tensor:
     """A tensor that the optimiser may change in place."""
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     if name in _SECOND_MOMENTS:
         return value.clamp(min=100 * torch.finfo(value.dtype).tiny)
     return value.clone()
@@ -357,15 +358,16 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
             f"{name} of torch.optim.{optimizer.algorithm.__name__} is a switch, not a number, so it cannot be a meta "
             f"parameter; write {name}=True or {name}=False"
         )
-    points = [torch.tensor(float(v), dtype=torch.float64) for v in trees.leaves(default)]
+    points = [torch.tensor(float(v), dtype=torch.float64, device="cpu") for v in trees.leaves(default)]
     rebuild = functools.partial(trees.unflatten, trees.flatten(default)[1])
     subject = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1, name: rebuild})
 
     def trajectory(*values: Tensor) -> Tensor:
-        theta = [torch.tensor([1.0, -2.0], dtype=torch.float64)]
+        theta = [torch.tensor([1.0, -2.0], dtype=torch.float64, device="cpu")]
         state = subject.init(theta)
         for step in range(8):
-            theta, state = subject.update(theta, [theta[0] * torch.tensor([1.0, 3.0])], state, step, list(values))
+            gradient = theta[0] * theta[0].new_tensor([1.0, 3.0])
+            theta, state = subject.update(theta, [gradient], state, step, list(values))
         return theta[0].sum()
 
     offset = 1e-5

@@ -92,8 +92,8 @@ class Draws:
                 return self._these(mine or range(1), estimator, meta, outer_step)
 
         found = workers.together("accumulated estimates", share)
-        losses = torch.zeros(count, dtype=torch.float64)
-        losses[list(mine)] = torch.tensor(found.losses[: len(mine)], dtype=torch.float64)
+        losses = torch.zeros(count, dtype=torch.float64, device="cpu")
+        losses[list(mine)] = losses.new_tensor(found.losses[: len(mine)])
         sums = found.sums if mine else [torch.zeros_like(total) for total in found.sums]
         (losses,) = workers.sum("accumulated losses", [losses])
         sums = workers.sum("accumulated gradients", sums)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, trees
+from bilevel.batches import address
 from bilevel.errors import NonFiniteError, ReplayError
 from bilevel.models.module_view import modules_in, refuse_running_statistics
 from bilevel.problem import BlackBox, Unrollable
@@ -171,8 +172,7 @@ def batch_left_as_given(changed: Mapping[str, Tensor | np.ndarray], given_again:
     Data that are made afresh at each reading may be changed.
     """
     for name, data in changed.items():
-        address = data.untyped_storage().data_ptr() if isinstance(data, Tensor) else data.__array_interface__["data"][0]
-        if address in given_again:
+        if address(data) in given_again:
             raise ValueError(
                 f"a loss or step changed {name} in place, in {where}; these are your own data, so a step computed "
                 "again would see other numbers, and the data stay changed. Write the result into a tensor of its own: "

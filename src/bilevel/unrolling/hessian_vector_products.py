@@ -62,7 +62,8 @@ def _push_step(
     """The next state; the tangents are moved on in place."""
 
     def joint(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
-        return run.at_step(t, lambda batch: problem.joint_gradient(params, meta, batch))
+        with run.watched_step(t, params, meta):
+            return run.at_step(t, lambda batch: problem.joint_gradient(params, meta, batch))
 
     shared = autodiff.Transpose(joint, [state.params, run.meta])
     size = len(trees.split(state.params).differentiable)
@@ -77,6 +78,8 @@ def _push_step(
     return after
 
 
+@trees.without_autocast()
 def _products(cotangent: Tensor, tangents: Tensor) -> Tensor:
     """Cotangent · tangent for each of k, `[k]`."""
-    return tangents.reshape(len(tangents), -1) @ cotangent.reshape(-1).to(tangents)
+    dtype = torch.promote_types(torch.promote_types(tangents.dtype, cotangent.dtype), torch.float32)
+    return tangents.reshape(len(tangents), -1).to(dtype) @ cotangent.reshape(-1).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from bilevel.models.module_view import modules_in, refuse_running_statistics
 from bilevel.problem import BlackBox, GradientDescent, Unrollable, require_scalar
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
+from bilevel.unrolling.outside_reads import INIT, OUTER, STEP, watched_once
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,7 +77,8 @@ class InnerLoop:
         if self.carried is not None:
             return self.carried.state
         start = self.problem.solve if isinstance(self.problem, BlackBox) else self.problem.init
-        return randomness.evaluate(lambda _: start(meta), self.seed, randomness.INIT)
+        with watched_once(self.problem, INIT, self.meta, [meta]):
+            return randomness.evaluate(lambda _: start(meta), self.seed, randomness.INIT)
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
@@ -84,7 +87,8 @@ class InnerLoop:
 
         def function(batch: Any) -> Tree:
             self.require_one_device(t, state, meta, batch)
-            with argument_checks.left_as_given(state=state, meta=meta):
+            watched = self.watched_step(t, state, meta)
+            with argument_checks.left_as_given(state=state, meta=meta), watched:
                 return problem.step(state, meta, batch)
 
         after = self.at_step(t, function)
@@ -118,6 +122,12 @@ class InnerLoop:
             argument_checks.batch_left_as_given(changed, again, f"the batch of inner step {t}")
         return result
 
+    def watched_step(self, t: int, *arguments: Tree) -> AbstractContextManager[None]:
+        """Context manager that warns, at the first step for each problem, of what is read from outside of arguments."""
+        if t or (isinstance(self.problem, GradientDescent) and self.problem.backend is not None):
+            return nullcontext()
+        return watched_once(self.problem, STEP, self.meta, arguments)
+
     def _fetch(self, t: int) -> Any:
         """The batch of step t, read while a random stream of its own is set."""
         if draws_nothing(self.inner_batches):
@@ -134,7 +144,8 @@ class InnerLoop:
         kept = ChangesInPlace(self.outer_batch, "outer_batch")
 
         def function(batch: Any) -> Tensor:
-            return require_scalar(self.problem.outer_loss(state, meta, batch), "outer_loss")
+            with watched_once(self.problem, OUTER, self.meta, [state, meta]):
+                return require_scalar(self.problem.outer_loss(state, meta, batch), "outer_loss")
 
         value = randomness.evaluate(
             function,
