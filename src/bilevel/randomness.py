@@ -227,8 +227,11 @@ def _set_torch(seed: int) -> None:
 
 
 def _words(seed: int) -> list[int]:
-    """A seed of 63 bits as NumPy's old generators take it."""
-    return [seed & 0xFFFFFFFF, seed >> 32]
+    """A seed of 63 bits as NumPy's old generators take it.
+
+    They and Python's are both MT19937 with the same way of seeding. The third word keeps their numbers apart.
+    """
+    return [seed & 0xFFFFFFFF, seed >> 32, 1]
 
 
 @functools.lru_cache(maxsize=1)
