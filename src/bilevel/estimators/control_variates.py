@@ -96,7 +96,7 @@ class CoarserProblem(Variate):
 
     def units(self, run: Unroll) -> float:
         part = 1.0
-        if self.batch is not None and (size := trees.size(whole := run.inner_batches[0])):
+        if self.batch is not None and (size := trees.size(whole := run.at_step(0, lambda batch: batch))):
             part = trees.size(self.batch(whole)) / size
         return part * self.estimator.units(self.steps or run.steps)
 
@@ -206,6 +206,7 @@ def costs(variate: ControlVariate | None, run: Unroll) -> list[float]:
     return [of_all_steps / max(1, run.steps) for of_all_steps in units]
 
 
+@trees.without_autocast()
 def scaled(found: Sequence[Sequence[Tensor]], run: Unroll, support: Sequence[Tensor] | None = None) -> list[Tensor]:
     """Variates' gradients at length 1, `[m, *leaf.shape]` for each leaf of φ; outside of the support 0."""
     result: list[Tensor] = []
@@ -226,6 +227,7 @@ class Combined(NamedTuple):
     """The expected squared error over that without variates; `None` if there are none."""
 
 
+@trees.without_autocast()
 def combine(
     directions: Directions, slopes: Tensor, variates: list[Tensor], chunk: int = 64, among: Workers = _ALONE
 ) -> Combined:

@@ -92,7 +92,7 @@ class Reverse(Estimator):
             state = trail.descend()
             value, d, c = run.outer_cotangents(state)
             product = faster_product(run, d) if self.product == "auto" else self.product
-            through = run.pull_back(trail.backwards(), d, product)
+            through = run.pull_back(trail.backwards(), state, d, product)
         run.pull_back_init(d, through)
         return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
 

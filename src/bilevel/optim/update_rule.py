@@ -388,15 +388,16 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
             f"{name} of torch.optim.{optimizer.algorithm.__name__} is a switch, not a number, so it cannot be a meta "
             f"parameter; write {name}=True or {name}=False"
         )
-    points = [torch.tensor(float(v), dtype=torch.float64) for v in trees.leaves(default)]
+    points = [torch.tensor(float(v), dtype=torch.float64, device="cpu") for v in trees.leaves(default)]
     rebuild = functools.partial(trees.unflatten, trees.flatten(default)[1])
     subject = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1, name: rebuild})
 
     def trajectory(*values: Tensor) -> Tensor:
-        theta = [torch.tensor([1.0, -2.0], dtype=torch.float64)]
+        theta = [torch.tensor([1.0, -2.0], dtype=torch.float64, device="cpu")]
         state = subject.init(theta)
         for step in range(8):
-            theta, state = subject.update(theta, [theta[0] * torch.tensor([1.0, 3.0])], state, step, list(values))
+            gradient = theta[0] * theta[0].new_tensor([1.0, 3.0])
+            theta, state = subject.update(theta, [gradient], state, step, list(values))
         return theta[0].sum()
 
     offset = 1e-5

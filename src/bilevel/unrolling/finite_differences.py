@@ -21,6 +21,7 @@ from bilevel import autodiff, trees
 from bilevel.models.conversion import standing_in
 from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
+from bilevel.unrolling.replay import require_repeatable
 from bilevel.unrolling.unroll import Slopes, Unroll
 
 Pair = tuple[list[Tensor], list[Tensor]]
@@ -45,13 +46,16 @@ def push_on_by_differences(
     """What `Unroll.push_on` gives: the same from a given state and its tangents."""
     vectors, state, tangents = _one_by_one(directions), pushed.value, _one_by_one(pushed.tangents)
     for t in range(run.steps):
-        pairs = list(zip(tangents, vectors, strict=True))
+        pairs, before = list(zip(tangents, vectors, strict=True)), state
         if (problem := run.problem.as_gradient_descent) is None:
             state, tangents = _push_step(run, t, state, pairs)
         else:
             state, tangents = _push_descent(run, problem, t, state, pairs)
+        if t == 0:
+            require_repeatable(run, before, state)
     value, d, c = _outer_gradients(run, state)
     slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
+    run.same_value("differences", value)
     moved = any(bool(trees.whole(part.any())) for y in tangents for part in y)
     return Slopes(value, state, torch.stack(slopes), moved), _stacked(tangents)
 
@@ -88,8 +92,7 @@ def _push_descent(
     run: Unroll, problem: GradientDescent, t: int, state: Descent, pairs: list[Pair]
 ) -> tuple[Tree, list[list[Tensor]]]:
     def evaluated(moved: tuple[Tree, Tree], meta: Tree) -> Evaluated:
-        with run.seeded_step(t):
-            return problem.evaluate(moved[0], meta, run.inner_batches[t], moved[1])
+        return run.at_step(t, lambda batch: problem.evaluate(moved[0], meta, batch, moved[1]))
 
     def reached(moved: tuple[Tree, Tree], meta: Tree) -> tuple[list[Tensor], Tree]:
         """The buffers, and the entries of the gradient that the loss reaches at the state itself."""

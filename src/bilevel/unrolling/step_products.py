@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel import autodiff, trees
 from bilevel.errors import MissingDerivativeError
-from bilevel.problem import Descent, GradientDescent
+from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import InnerLoop
 
@@ -21,6 +21,17 @@ Product: TypeAlias = Literal["reverse", "mixed"]
 _REPEATS = 3
 _FASTER: WeakKeyDictionary[GradientDescent, Product] = WeakKeyDictionary()
 """What was found for a problem, so that it is measured once, and every later hypergradient of it is computed alike."""
+
+
+class Pulled(NamedTuple):
+    """A cotangent d pulled back through one step."""
+
+    after: Tree
+    """θ_{t+1}, computed again."""
+    down: list[Tensor | None]
+    """d A_t."""
+    across: list[Tensor | None]
+    """d B_t."""
 
 
 def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
@@ -50,11 +61,14 @@ def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[
         return autodiff.push(step, arguments, tangents, run.memory, "step", by_hessian_products)
     if "step" in run.memory.without_forward_mode:
         return by_hessian_products()
-    run.require_one_device(t, state, run.meta)
     along = pushed.tangents[: len(trees.split(state.params).differentiable)]
+
+    def push_gradient(batch: Any) -> autodiff.Pushed:
+        run.require_one_device(t, state, run.meta, batch)
+        return problem.push_gradient(state.params, run.meta, batch, along, directions)
+
     try:
-        with run.seeded_step(t):
-            gradient = problem.push_gradient(state.params, run.meta, run.inner_batches[t], along, directions)
+        gradient = run.at_step(t, push_gradient)
     except MissingDerivativeError as error:
         found = by_hessian_products()
         run.memory.without_forward_mode["step"] = str(error)
@@ -82,24 +96,26 @@ def push_step_by_hessian_products(
 
     Cost: 1 + 2k units for k directions in all. Memory: the graph of one gradient.
     """
-    batch = run.inner_batches[t]
 
     def joint(params: Tree, buffers: Tree, weights: list[Tensor], meta: Tree) -> Tree:
-        found = problem.evaluate_jointly(params, meta, batch, buffers, weights)
+        def evaluated(batch: Any) -> Evaluated:
+            run.require_one_device(t, state, run.meta, batch)
+            return problem.evaluate_jointly(params, meta, batch, buffers, weights)
+
+        with run.watched_step(t, params, meta):
+            found = run.at_step(t, evaluated)
         return found.gradient, trees.detach(found.buffers)
 
-    run.require_one_device(t, state, run.meta)
     followed = trees.split(state.buffers).differentiable
     weights = [torch.zeros_like(b) for b in followed]
-    with run.seeded_step(t):
-        arguments = [state.params, state.buffers, weights, run.meta]
-        shared = autodiff.Transpose(joint, arguments, autodiff.memory_of(problem))
+    arguments = [state.params, state.buffers, weights, run.meta]
+    shared = autodiff.Transpose(joint, arguments, autodiff.memory_of(problem))
     size, rest = len(trees.split(state.params).differentiable), len(followed)
     (joint_gradient, buffers), after = shared.value, state
     gradient, reached = joint_gradient[:size], [g is not None for g in joint_gradient]
     if not any(g is not None and bool(g.any()) for g in gradient):
-        with run.seeded_step(t):  # raises if the loss does not depend on the parameters
-            problem.gradient(state.params, run.meta, batch, state.buffers)
+        # Raises if the loss does not depend on the parameters.
+        run.at_step(t, lambda batch: problem.gradient(state.params, run.meta, batch, state.buffers))
     for number, (y, vectors) in enumerate(zip(tangents, chunks, strict=True)):
         of_buffers = y[len(y) - rest :]
         # A leaf that the loss does not reach has neither a row nor a column in the Hessian. The last cotangents stand
@@ -127,10 +143,8 @@ def _push_update(
     return autodiff.push(problem.apply, [state, gradient, run.meta, buffers], tangents, run.memory, "update")
 
 
-def pull_back_step(
-    run: InnerLoop, t: int, state: Tree, d: list[Tensor], product: Product
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """d A_t and d B_t for the step from θ_t.
+def pull_back_step(run: InnerLoop, t: int, state: Tree, d: list[Tensor], product: Product) -> Pulled:
+    """θ_{t+1}, d A_t and d B_t for the step from θ_t.
 
     `"reverse"`: one backward pass through the step, which contains a backward pass of its own (reverse over reverse).
 
@@ -141,8 +155,8 @@ def pull_back_step(
     """
     if product == "mixed" and (problem := run.problem.as_gradient_descent) is not None:
         return _mixed(run, problem, t, state, d)
-    _, (down, across) = autodiff.pull_back(lambda state, meta: run.step(t, state, meta), [state, run.meta], d)
-    return down, across
+    after, (down, across) = autodiff.pull_back(lambda state, meta: run.step(t, state, meta), [state, run.meta], d)
+    return Pulled(after, down, across)
 
 
 def faster_product(run: InnerLoop, d: list[Tensor]) -> Product:
@@ -179,21 +193,21 @@ def _synchronise(tensors: list[Tensor]) -> None:
         torch.cuda.synchronize()
 
 
-def _mixed(
-    run: InnerLoop, problem: GradientDescent, t: int, state: Descent, d: list[Tensor]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    batch = run.inner_batches[t]
-    with torch.enable_grad(), run.seeded_step(t):
-        gradient, after = problem.evaluate(state.params, run.meta, batch, state.buffers)
-    _, (down, weights, across, to_buffers) = autodiff.pull_back(problem.apply, [state, gradient, run.meta, after], d)
+def _mixed(run: InnerLoop, problem: GradientDescent, t: int, state: Descent, d: list[Tensor]) -> Pulled:
+    with torch.enable_grad():
+        gradient, buffers = run.at_step(t, lambda batch: problem.evaluate(state.params, run.meta, batch, state.buffers))
+    arguments = [state, gradient, run.meta, buffers]
+    after, (down, weights, across, to_buffers) = autodiff.pull_back(problem.apply, arguments, d)
     along = autodiff.placed_where_reached(weights, gradient, trees.split(state.params).differentiable)
-    along_buffers = autodiff.fill_zeros(to_buffers, after)
-    with run.seeded_step(t):
-        through = problem.joint_product(state.params, run.meta, batch, along, state.buffers, along_buffers)
+    along_buffers = autodiff.fill_zeros(to_buffers, buffers)
+    through = run.at_step(
+        t,
+        lambda batch: problem.joint_product(state.params, run.meta, batch, along, state.buffers, along_buffers),
+    )
     first, last = len(gradient), len(d) - len(along_buffers)
     size = first + len(across)
     down = [*_sums(down[:first], through[:first]), *down[first:last], *_sums(down[last:], through[size:])]
-    return down, _sums(across, through[first:size])
+    return Pulled(after, down, _sums(across, through[first:size]))
 
 
 def _sums(left: list[Tensor | None], right: list[Tensor]) -> list[Tensor | None]:
