@@ -62,7 +62,9 @@ class ClippedByValue(torch.optim.SGD):
 class OwnAdam(torch.optim.Optimizer):
     """Adam as in many tutorials: in place, `.data`, a counter that is an int, everything under `no_grad`."""
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8) -> None:
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()

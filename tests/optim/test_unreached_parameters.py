@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,9 +169,7 @@ def test_settings_as_meta_parameters(
 
     def h(values: Tensor) -> float:
         settings = {**constants, **dict(zip(names, values.tolist(), strict=True))}
-        trained = trained_tensors(
-            head_loss, PARAMETERS, weights, HEADS, lambda p: algorithm(p, **settings), schedule
-        )
+        trained = trained_tensors(head_loss, PARAMETERS, weights, HEADS, lambda p: algorithm(p, **settings), schedule)
         return float(outer_loss(trained, weights, None))
 
     functions = {key: (lambda meta, i=i: meta[i]) for i, key in enumerate(names)}
@@ -222,9 +221,7 @@ def test_dampening_of_a_momentum_that_a_schedule_turns_on_later() -> None:
         return LateMomentum(optimizer, lambda step: 1.0)
 
     def plain(meta: Tensor) -> list[Tensor]:
-        return trained_tensors(
-            head_loss, PARAMETERS, meta, HEADS, lambda p: SGD(p, lr=0.1, dampening=0.5), schedule
-        )
+        return trained_tensors(head_loss, PARAMETERS, meta, HEADS, lambda p: SGD(p, lr=0.1, dampening=0.5), schedule)
 
     optimizer = bilevel.optimizer(SGD, lr=0.1, dampening=0.5, schedule=schedule)
     problem = bilevel.GradientDescent(head_loss, outer_loss, PARAMETERS, optimizer)
@@ -289,7 +286,9 @@ def test_a_compiled_loss_that_comes_to_reach_other_parameters_is_an_error() -> N
     problem.step(problem.init(META), META, None)
     flag[0] = "b"
     problem.check_compiled_again()
-    with pytest.raises(bilevel.CompileError, match="reaches 2 of the 4 parameters, and inner_loss now reaches 2 others"):
+    with pytest.raises(
+        bilevel.CompileError, match="reaches 2 of the 4 parameters, and inner_loss now reaches 2 others"
+    ):
         problem.step(problem.init(META), META, None)
 
 
@@ -312,3 +311,30 @@ def test_implicit_gradient_leaves_out_what_the_last_batches_do_not_reach(batches
         torch.testing.assert_close(grad, torch.tensor(expected, dtype=torch.float64))
     preconditioned = bilevel.HessianFree(preconditioner="optimizer")(problem, meta, [0, 1] * 30).grad
     torch.testing.assert_close(preconditioned, torch.tensor([0.0, 0.5], dtype=torch.float64))
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [bilevel.Reverse(), bilevel.ForwardGradient(2, carry="tangents")])
+def test_a_stream_is_resumed_with_the_counts_of_every_head(estimator: bilevel.Estimator, tmp_path: Path) -> None:
+    """The layout of Adam's memory differs from that before the first step, and is in the checkpoint."""
+
+    def fit(steps: int, **settings: Any) -> Tensor:
+        problem = bilevel.GradientDescent(head_loss, outer_loss, PARAMETERS, bilevel.optimizer(Adam, lr=0.1))
+        meta = META.clone()
+        phases = [bilevel.Phase(estimator, steps=steps)]
+        bilevel.fit(problem, meta, list("abc"), phases=phases, stream=True, **settings)
+        return meta
+
+    class Stop(Exception):
+        pass
+
+    def stop(row: Any) -> None:
+        if row["outer_step"] == 2:
+            raise Stop
+
+    straight = fit(4)
+    with pytest.raises(Stop):
+        fit(4, out=tmp_path, checkpoint_every=1, callback=stop)
+    assert torch.equal(fit(4, out=tmp_path, checkpoint_every=1, resume=True), straight)

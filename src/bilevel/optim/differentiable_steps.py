@@ -1,9 +1,9 @@
 """A mode in which the `step` of an optimiser that was written without derivatives in mind has one.
 
-Optimisers update parameters in place, under `torch.no_grad()`, through `.data` or `.detach()`, by fused and `_foreach_`
-operations. Each of these hides the update from autograd or stops it with an error, though the update is a differentiable
-function of the parameters, the gradients and the memory. Inside `DifferentiableStep` the same calls compute the same
-numbers by operations that autograd and the function transforms follow:
+Optimisers update parameters in place, under `torch.no_grad()`, through `.data` or `.detach()`, by fused and
+`_foreach_` operations. Each of these hides the update from autograd or stops it with an error, though the update is a
+differentiable function of the parameters, the gradients and the memory. Inside `DifferentiableStep` the same calls
+compute the same numbers by operations that autograd and the function transforms follow:
 
 - `torch.no_grad()` and `torch.set_grad_enabled(False)` have no effect; `.data`, `.detach()` and `.detach_()` give the
   tensor itself, so that writing into them writes into it, and `parameter.data = x` copies x into it.
@@ -138,7 +138,9 @@ def _computed(name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> An
     kwargs = {key: value.clone() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
     if known in _FACTOR and isinstance(factor := kwargs.get(_FACTOR[known]), Tensor):
         x, *others = args
-        product = others[0] if len(others) == 1 else others[0] * others[1] if known == "addcmul" else others[0] / others[1]
+        product = (
+            others[0] if len(others) == 1 else others[0] * others[1] if known == "addcmul" else others[0] / others[1]
+        )
         return x - factor * product if known == "sub" else x + factor * product
     if known == "sqrt" or (known == "pow" and isinstance(args[1], float) and args[1] == 0.5):
         return args[0].clamp(min=100 * torch.finfo(args[0].dtype).tiny).sqrt().clone()

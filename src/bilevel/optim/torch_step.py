@@ -112,7 +112,11 @@ class TorchStep:
         return after, new_state
 
     def _moved(
-        self, clones: list[Tensor], gradients: Sequence[Tensor | None], state: OptimizerState, settings: Mapping[str, Any]
+        self,
+        clones: list[Tensor],
+        gradients: Sequence[Tensor | None],
+        state: OptimizerState,
+        settings: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
         """Run the step on the clones, in place; return the new memories."""
         instance = self.timetable.blank()
