@@ -59,7 +59,7 @@ def head_loss(parameters: Sequence[Tensor], meta: Tensor, head: str) -> Tensor:
     return (meta[:5] * ((INPUTS @ parameters[3]).tanh() @ parameters[PLACES[head]] - TARGETS).square()).mean()
 
 
-def outer_loss(parameters: Sequence[Tensor], meta: Tensor, batch: Any) -> Tensor:  # noqa: ARG001
+def outer_loss(parameters: Sequence[Tensor], meta: Tensor, batch: Any) -> Tensor:
     hidden = (INPUTS @ parameters[3]).tanh()
     return torch.stack([(hidden @ parameters[i] + TARGETS).square().mean() for i in PLACES.values()]).sum()
 
@@ -90,7 +90,7 @@ ESTIMATORS: dict[str, bilevel.Estimator] = {
 TOLERANCE = {"difference": 1e-5, "ZerothOrder": 1e-4}
 """Relative; 1e-7 for exact methods, where five-point differences of step 1e-5 are the less accurate ones."""
 DTYPE_OF_COUNTERS = {ASGD: torch.float32, NAdam: torch.float64}
-"""The plain NAdam keeps a product of momenta in the default dtype, this library in float64. ASGD rounds its rate to it."""
+"""The plain NAdam keeps a product of momenta in the default dtype, this library in float64. ASGD rounds its rate."""
 
 
 @EVERY_SETTING
@@ -172,7 +172,7 @@ def test_settings_as_meta_parameters(
         trained = trained_tensors(head_loss, PARAMETERS, weights, HEADS, lambda p: algorithm(p, **settings), schedule)
         return float(outer_loss(trained, weights, None))
 
-    functions = {key: (lambda meta, i=i: meta[i]) for i, key in enumerate(names)}
+    functions: dict[str, Any] = {key: (lambda meta, i=i: meta[i]) for i, key in enumerate(names)}
     problem = bilevel.GradientDescent(
         lambda parameters, meta, head: head_loss(parameters, weights, head),
         outer_loss,
@@ -191,7 +191,9 @@ def test_settings_as_meta_parameters(
 
 
 def test_rates_of_single_parameters_move_only_parameters_that_are_reached() -> None:
-    """With SGD, a head that is used once has the derivative −(its gradient) · (outer gradient) with respect to its rate."""
+    """With SGD, a head that is used once has the derivative −(its gradient) · (outer gradient) with respect to its
+    rate.
+    """
     problem = bilevel.GradientDescent(
         lambda parameters, meta, head: head_loss(parameters, torch.ones(5, dtype=torch.float64), head),
         lambda parameters, meta, batch: parameters[2].sum(),
@@ -240,7 +242,7 @@ def test_dampening_of_a_momentum_that_a_schedule_turns_on_later() -> None:
 def test_a_derivative_of_zero_is_a_gradient(estimator: bilevel.Estimator) -> None:
     """Weight decay moves a parameter that the loss reaches with a derivative of zero, and not one that it does not."""
 
-    def inner_loss(parameters: Sequence[Tensor], meta: Tensor, batch: Any) -> Tensor:  # noqa: ARG001
+    def inner_loss(parameters: Sequence[Tensor], meta: Tensor, batch: Any) -> Tensor:
         dead = torch.relu(parameters[0] - 100.0).sum()
         return dead + parameters[1].detach().sum() + (meta[:3] * parameters[2].square()).sum() + meta.square().sum()
 
@@ -320,21 +322,20 @@ def test_implicit_gradient_leaves_out_what_the_last_batches_do_not_reach(batches
 def test_a_stream_is_resumed_with_the_counts_of_every_head(estimator: bilevel.Estimator, tmp_path: Path) -> None:
     """The layout of Adam's memory differs from that before the first step, and is in the checkpoint."""
 
-    def fit(steps: int, **settings: Any) -> Tensor:
+    def fit(**settings: Any) -> Tensor:
         problem = bilevel.GradientDescent(head_loss, outer_loss, PARAMETERS, bilevel.optimizer(Adam, lr=0.1))
-        meta = META.clone()
-        phases = [bilevel.Phase(estimator, steps=steps)]
-        bilevel.fit(problem, meta, list("abc"), phases=phases, stream=True, **settings)
-        return meta
+        phases = [bilevel.Phase(estimator, steps=4)]
+        settings = {"phases": phases, "stream": True, "progress": False, "checkpoint_every": 1, **settings}
+        return bilevel.fit(problem, META.clone(), list("abb"), **settings).meta
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(row: Any) -> None:
-        if row["outer_step"] == 2:
-            raise Stop
+        if row.number == 2:
+            raise StopError
 
-    straight = fit(4)
-    with pytest.raises(Stop):
-        fit(4, out=tmp_path, checkpoint_every=1, callback=stop)
-    assert torch.equal(fit(4, out=tmp_path, checkpoint_every=1, resume=True), straight)
+    straight = fit()
+    with pytest.raises(StopError):
+        fit(out=tmp_path, callbacks=[stop])
+    assert torch.equal(fit(out=tmp_path, resume=True), straight)

@@ -60,8 +60,10 @@ def test_warmup(algorithm: type[torch.optim.Optimizer], settings: dict[str, Any]
     """The settings of speed (`foreach`, `fused`) are those of the plain loop too, and change nothing here."""
     loss = loss_for(settings)
 
+    complete = {"lr": RATE, **settings}
+
     def trained(meta: Tensor) -> list[Tensor]:
-        return trained_tensors(loss, PARAMETERS, meta, HEADS, lambda p: algorithm(p, lr=RATE, **settings), warmup)
+        return trained_tensors(loss, PARAMETERS, meta, HEADS, lambda p: algorithm(p, **complete), warmup)
 
     problem = bilevel.GradientDescent(
         loss, outer_loss, PARAMETERS, bilevel.optimizer(algorithm, lr=RATE, schedule=warmup, **settings)

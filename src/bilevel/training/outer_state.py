@@ -15,8 +15,8 @@ from bilevel import trees
 from bilevel.optim.optimizer_state import BucketState, same_device
 from bilevel.problem import Descent
 from bilevel.training.outer_loop import OuterLoop
-from bilevel.unrolling.inner_loop import Carried
 from bilevel.trees import Tree
+from bilevel.unrolling.inner_loop import Carried
 from bilevel.unrolling.unroll import unroll
 
 _COUNTERS = {
