@@ -204,8 +204,8 @@ class BlackBox(BilevelProblem):
 class Descent(NamedTuple):
     """The inner state of `GradientDescent`.
 
-    The structure of `optimizer` may change from step to step: parameters that a loss does not reach are left alone, with
-    a count of updates of their own.
+    The structure of `optimizer` may change from step to step: parameters that a loss does not reach are left alone,
+    with a count of updates of their own.
     """
 
     params: Tree
@@ -519,8 +519,9 @@ class GradientDescent(BilevelProblem):
         return [tangent[0] for tangent in pushed.tangents]
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
-        """Compute what vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss
-        (minus for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for coupled weight decay λ.
+        """Compute what vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ
+        inner_loss (minus for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for coupled weight
+        decay λ.
 
         An entry is `None` where the loss does not reach the leaf, which the optimiser then leaves alone. Clipping is
         left out: it has no effect where the gradient vanishes.

@@ -111,9 +111,9 @@ class Implicit(Estimator):
 def stationarity_transpose(
     run: Unroll, problem: GradientDescent, state: Descent, batches: int, reached: list[bool] | None = None
 ) -> autodiff.Transpose:
-    """Evaluate (θ, φ) ↦ ∇_θ g at the final state for its transposed Jacobian, g the mean over the last `batches` batches.
+    """Evaluate (θ, φ) ↦ ∇_θ g at the final state, for its transposed Jacobian.
 
-    `reached`, if given, is filled with whether g reaches each leaf of θ.
+    g is the mean over the last `batches` batches. `reached`, if given, is filled with whether g reaches each leaf of θ.
     """
 
     def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from bilevel import trees
+from bilevel.optim.optimizer_state import BucketState, same_device
+from bilevel.problem import Descent
 from bilevel.training.outer_loop import OuterLoop
+from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import Carried
 from bilevel.unrolling.unroll import unroll
 
@@ -85,26 +88,41 @@ def _placed_like(loop: OuterLoop, tensors: Sequence[Tensor] | None) -> list[Tens
 
 
 def _as_dict(carried: Carried) -> dict[str, Any]:
-    """For a checkpoint: the leaves of the state instead of its tree, which the problem can make again."""
+    """For a checkpoint: the leaves of the state instead of its tree, which the problem can make again.
+
+    The layout of an optimiser's memory follows from the steps so far, so the problem cannot make it again; it is kept
+    whole.
+    """
     for name, leaf in trees.named_leaves(carried.state, "state"):
         if trees.is_spread(leaf):
             raise ValueError(
                 f"{name} of the stream is spread over processes, and a checkpoint is written by one of them; for a "
                 "stream over a sharded model call fit without out="
             )
-    return {**{f.name: getattr(carried, f.name) for f in fields(carried)}, "state": trees.leaves(carried.state)}
+    memory = carried.state.optimizer if isinstance(carried.state, Descent) else None
+    kept = {"state": trees.leaves(_without_memory(carried.state)), "memory": memory}
+    return {**{f.name: getattr(carried, f.name) for f in fields(carried)}, **kept}
+
+
+def _without_memory(state: Tree) -> Tree:
+    return state._replace(optimizer=[]) if isinstance(state, Descent) else state
 
 
 def _carried_from(loop: OuterLoop, stored: Mapping[str, Any]) -> Carried:
     """What `_as_dict` made, in the form and on the devices of this problem's inner states."""
     draws = loop.draws
     inner, outer = draws.batches(draws.draws)
-    like, spec = trees.flatten(unroll(draws.problem, loop.meta_tree(), inner, outer, draws.seed).start())
+    start = unroll(draws.problem, loop.meta_tree(), inner, outer, draws.seed).start()
+    like, spec = trees.flatten(_without_memory(start))
 
     def placed(leaves: Sequence[Any], places: Sequence[Any]) -> list[Any]:
         return [x.to(y.device) if isinstance(x, Tensor) else x for x, y in zip(leaves, places, strict=True)]
 
     inner_state = trees.unflatten(spec, placed(stored["state"], like))
+    if isinstance(inner_state, Descent):
+        memory = [BucketState(*bucket) for bucket in stored["memory"]]
+        parameters = trees.split(inner_state.params).differentiable
+        inner_state = inner_state._replace(optimizer=same_device(memory, parameters))
     parts = ("tangents", trees.split(inner_state).differentiable), ("labels", loop.parameters)
     kept = {name: None if stored[name] is None else placed(stored[name], places) for name, places in parts}
     return Carried(inner_state, stored["steps"], first_norm=stored["first_norm"], **kept)
