@@ -38,6 +38,17 @@ class NoDependenceError(BilevelError, ValueError):
     """
 
 
+class ReplayError(BilevelError, RuntimeError):
+    """An inner step gave another result when it was computed again: its loss, step or data have a memory.
+
+    `inner_step` is the first step (from 0) that differs, `None` where that is not known.
+    """
+
+    def __init__(self, message: str, inner_step: int | None = None) -> None:
+        super().__init__(message)
+        self.inner_step = inner_step
+
+
 class MissingDerivativeError(BilevelError, NotImplementedError):
     """An operation of the user's model lacks the kind of derivative that the chosen estimator needs."""
 

@@ -204,8 +204,8 @@ class BlackBox(BilevelProblem):
 class Descent(NamedTuple):
     """The inner state of `GradientDescent`.
 
-    The structure of `optimizer` may change from step to step: parameters that a loss does not reach are left alone, with
-    a count of updates of their own.
+    The structure of `optimizer` may change from step to step: parameters that a loss does not reach are left alone,
+    with a count of updates of their own.
     """
 
     params: Tree
@@ -357,7 +357,12 @@ class GradientDescent(BilevelProblem):
 
         return as_params(made, memory, initial)
 
-    def examine(self, meta: Tree, batch: Callable[[], Any]) -> None:
+    @property
+    def is_examined(self) -> bool:
+        """Whether `examine` has run for this problem."""
+        return self._discovered.complete
+
+    def examine(self, meta: Tree, batch: Any) -> None:
         """Find out, once for a problem, which tensors of modules an inner step updates or `params(meta)` computes.
 
         They are part of the inner state from then on. Costs one inner loss, and only where modules have buffers besides
@@ -374,13 +379,13 @@ class GradientDescent(BilevelProblem):
             return  # refused by `init`
         _, known = self._initial(meta, Memory(self._discovered.names))
         if watched := any(view._layout.watched for view in views_in(params)):
-            self.eager.gradient(params, meta, batch(), buffers)
+            self.eager.gradient(params, meta, batch, buffers)
         if watched or buffers.keys() - known.keys():
             parts = trees.split(params)
             there = parts.rebuild([t.detach().requires_grad_() for t in parts.differentiable])
             with modules_in_use(there, meta):
                 self._discovered.add(
-                    updated_tensors(there, buffers, lambda params: self.inner_loss(params, presented(meta), batch()))
+                    updated_tensors(there, buffers, lambda params: self.inner_loss(params, presented(meta), batch))
                 )
         self._discovered.complete = True
 

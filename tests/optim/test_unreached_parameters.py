@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ ESTIMATORS: dict[str, bilevel.Estimator] = {
 TOLERANCE = {"difference": 1e-5, "ZerothOrder": 1e-4}
 """Relative; 1e-7 for exact methods, where five-point differences of step 1e-5 are the less accurate ones."""
 DTYPE_OF_COUNTERS = {ASGD: torch.float32, NAdam: torch.float64}
-"""The plain NAdam keeps a product of momenta in the default dtype, this library in float64. ASGD rounds its rate to it."""
+"""The plain NAdam keeps a product of momenta in the default dtype, this library in float64. ASGD rounds its rate."""
 
 
 @EVERY_SETTING
@@ -170,7 +171,7 @@ def test_settings_as_meta_parameters(
         trained = trained_tensors(head_loss, PARAMETERS, weights, HEADS, lambda p: algorithm(p, **settings), schedule)
         return float(outer_loss(trained, weights, None))
 
-    functions = {key: (lambda meta, i=i: meta[i]) for i, key in enumerate(names)}
+    functions: dict[str, Any] = {key: (lambda meta, i=i: meta[i]) for i, key in enumerate(names)}
     problem = bilevel.GradientDescent(
         lambda parameters, meta, head: head_loss(parameters, weights, head),
         outer_loss,
@@ -189,7 +190,9 @@ def test_settings_as_meta_parameters(
 
 
 def test_rates_of_single_parameters_move_only_parameters_that_are_reached() -> None:
-    """With SGD, a head that is used once has the derivative −(its gradient) · (outer gradient) with respect to its rate."""
+    """With SGD, a head that is used once has the derivative −(its gradient) · (outer gradient) with respect to its
+    rate.
+    """
     problem = bilevel.GradientDescent(
         lambda parameters, meta, head: head_loss(parameters, torch.ones(5, dtype=torch.float64), head),
         lambda parameters, meta, batch: parameters[2].sum(),
@@ -309,3 +312,29 @@ def test_implicit_gradient_leaves_out_what_the_last_batches_do_not_reach(batches
         torch.testing.assert_close(grad, torch.tensor(expected, dtype=torch.float64))
     preconditioned = bilevel.HessianFree(preconditioner="optimizer")(problem, meta, [0, 1] * 30).grad
     torch.testing.assert_close(preconditioned, torch.tensor([0.0, 0.5], dtype=torch.float64))
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [bilevel.Reverse(), bilevel.ForwardGradient(2, carry="tangents")])
+def test_a_stream_is_resumed_with_the_counts_of_every_head(estimator: bilevel.Estimator, tmp_path: Path) -> None:
+    """The layout of Adam's memory differs from that before the first step, and is in the checkpoint."""
+
+    def fit(**settings: Any) -> Tensor:
+        problem = bilevel.GradientDescent(head_loss, outer_loss, PARAMETERS, bilevel.optimizer(Adam, lr=0.1))
+        phases = [bilevel.Phase(estimator, steps=4)]
+        settings = {"phases": phases, "stream": True, "progress": False, "checkpoint_every": 1, **settings}
+        return bilevel.fit(problem, META.clone(), list("abb"), **settings).meta
+
+    class StopError(Exception):
+        pass
+
+    def stop(row: Any) -> None:
+        if row.number == 2:
+            raise StopError
+
+    straight = fit()
+    with pytest.raises(StopError):
+        fit(out=tmp_path, callbacks=[stop])
+    assert torch.equal(fit(out=tmp_path, resume=True), straight)

@@ -268,8 +268,8 @@ class CompiledGradient:
             found = _run(run, call.inputs)[: call.count]
         if case.reached is not None and case.reached != reached:
             raise CompileError(
-                f"the compiled gradient reaches {sum(case.reached)} of the {len(reached)} parameters, and inner_loss now "
-                f"reaches {sum(reached)}{' others' * (sum(case.reached) == sum(reached))}: {_HAS_CHANGED}"
+                f"the compiled gradient reaches {sum(case.reached)} of the {len(reached)} parameters, and inner_loss "
+                f"now reaches {sum(reached)}{' others' * (sum(case.reached) == sum(reached))}: {_HAS_CHANGED}"
             )
         own = float(trees.squared_norm(expected).sqrt())
         apart = float(trees.squared_norm([a - b for a, b in zip(found, expected, strict=True)]).sqrt())

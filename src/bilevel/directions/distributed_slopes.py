@@ -43,7 +43,7 @@ def spread_slopes(
     variates = everybodys_variates(run, deal, computed, workers)
     if workers.size == 1:
         return pushed, variates
-    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64)
+    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64, device="cpu")
     numbers = _padded(pushed.slopes.cpu().double(), deal, workers)
     received = workers.gather("slopes", torch.cat([first_two, numbers]))
     slopes = _in_order(workers, deal, received[:, 2:])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bilevel import autodiff, trees
+from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.models.conversion import as_plain_tree
@@ -104,7 +104,7 @@ class Estimator(ABC):
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
-        with autodiff.noted_routes() as routes:
+        with randomness.preserved(), autodiff.noted_routes() as routes:
             found = self.resolved(run)._of(run)
         return replace(found, compile_seconds=compile_seconds() - before, diagnostics={**found.diagnostics, **routes})
 

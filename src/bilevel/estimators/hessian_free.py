@@ -61,7 +61,7 @@ class HessianFree(Estimator):
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
-        state: Descent = run.descend(run.start())
+        state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
         d = d[: len(trees.split(state.params).differentiable)]
         jacobian = stationarity_transpose(run, problem, state, batches=1)
@@ -78,8 +78,7 @@ def _through_update(run: Unroll, problem: GradientDescent, state: Descent, d: li
     """
     last = run.steps - 1
     again = state._replace(steps=last)
-    with run.seeded_step(last):
-        gradient = problem.gradient(state.params, run.meta, run.inner_batches[last], state.buffers)
+    gradient = run.at_step(last, lambda batch: problem.gradient(state.params, run.meta, batch, state.buffers))
 
     def update(gradient: list[Tensor | None]) -> list[Tensor]:
         return trees.split(problem.apply(again, gradient, run.meta).params).differentiable

@@ -81,7 +81,7 @@ class Implicit(Estimator):
                 f"Implicit(batches={self.batches}) of an inner loop with {run.steps} batches; take batches <= "
                 f"{run.steps}"
             )
-        state: Descent = run.descend(run.start())
+        state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
         reached: list[bool] = []
         jacobian = stationarity_transpose(run, problem, state, self.batches, reached)
@@ -92,7 +92,8 @@ class Implicit(Estimator):
         def hessian(vector: Sequence[Tensor]) -> list[Tensor]:
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
 
-        solution = self.solver.solve(hessian, d)
+        with trees.without_autocast():
+            solution = self.solver.solve(hessian, d)
         if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
             raise NonFiniteError(
                 f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, or a "
@@ -113,17 +114,16 @@ class Implicit(Estimator):
 def stationarity_transpose(
     run: Unroll, problem: GradientDescent, state: Descent, batches: int, reached: list[bool] | None = None
 ) -> autodiff.Transpose:
-    """Evaluate (θ, φ) ↦ ∇_θ g at the final state for its transposed Jacobian, g the mean over the last `batches` batches.
+    """Evaluate (θ, φ) ↦ ∇_θ g at the final state, for its transposed Jacobian.
 
-    `reached`, if given, is filled with whether g reaches each leaf of θ.
+    g is the mean over the last `batches` batches. `reached`, if given, is filled with whether g reaches each leaf of θ.
     """
 
     def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
         moved = state._replace(params=params)
         each = []
         for t in range(run.steps - batches, run.steps):
-            with run.seeded_step(t):
-                each.append(problem.stationarity(moved, meta, run.inner_batches[t]))
+            each.append(run.at_step(t, lambda batch: problem.stationarity(moved, meta, batch)))
         if reached is not None:
             reached[:] = [any(part is not None for part in parts) for parts in zip(*each, strict=True)]
         return [
@@ -154,9 +154,10 @@ def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: De
     """Raise unless ∇_θ g is computed from φ on some batch, if not on the last ones."""
     meta = autodiff.start_graph(run.meta)
     for t in range(run.steps):
-        with torch.enable_grad(), run.seeded_step(t):
-            if autodiff.has_graph(problem.eager.stationarity(state, meta, run.inner_batches[t])):
-                return
+        with torch.enable_grad():
+            found = run.at_step(t, lambda batch: problem.eager.stationarity(state, meta, batch))
+        if autodiff.has_graph(found):
+            return
     raise NoDependenceError(
         "inner_loss does not depend on the meta parameters (in no term that has params in it as well), and an implicit "
         "method sees no other dependence; for meta parameters in the optimiser's settings or in the initial parameters "

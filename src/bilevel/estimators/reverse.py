@@ -78,7 +78,7 @@ class Reverse(Estimator):
         with Trail(run, self.checkpoints, self.offload) as trail:
             state = trail.descend()
             value, d, c = run.outer_cotangents(state)
-            through = run.pull_back(trail.backwards(), d)
+            through = run.pull_back(trail.backwards(), state, d)
         run.pull_back_init(d, through)
         return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
 

@@ -1,7 +1,7 @@
 """Clipping of the inner gradient inside a step, as `torch.nn.utils.clip_grad_norm_` and `clip_grad_value_` do it.
 
-PyTorch's own functions run under `torch.no_grad()` and write into `.grad`, so a derivative through them would be that of
-a loop without clipping. Here the same operations are made out of place, on the gradients that an update is given.
+PyTorch's own functions run under `torch.no_grad()` and write into `.grad`, so a derivative through them would be that
+of a loop without clipping. Here the same operations are made out of place, on the gradients that an update is given.
 """
 
 from __future__ import annotations

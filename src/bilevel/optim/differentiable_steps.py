@@ -1,9 +1,9 @@
 """A mode in which the `step` of an optimiser that was written without derivatives in mind has one.
 
-Optimisers update parameters in place, under `torch.no_grad()`, through `.data` or `.detach()`, by fused and `_foreach_`
-operations. Each of these hides the update from autograd or stops it with an error, though the update is a differentiable
-function of the parameters, the gradients and the memory. Inside `DifferentiableStep` the same calls compute the same
-numbers by operations that autograd and the function transforms follow:
+Optimisers update parameters in place, under `torch.no_grad()`, through `.data` or `.detach()`, by fused and
+`_foreach_` operations. Each of these hides the update from autograd or stops it with an error, though the update is a
+differentiable function of the parameters, the gradients and the memory. Inside `DifferentiableStep` the same calls
+compute the same numbers by operations that autograd and the function transforms follow:
 
 - `torch.no_grad()` and `torch.set_grad_enabled(False)` have no effect; `.data`, `.detach()` and `.detach_()` give the
   tensor itself, so that writing into them writes into it, and `parameter.data = x` copies x into it.
@@ -15,8 +15,8 @@ numbers by operations that autograd and the function transforms follow:
 - √x is √max(x, 100·tiny), because the derivative of √ at 0 is infinite and one such entry would make everything NaN; in
   float32 the value differs by at most 1e-18.
 
-The mode does not follow numbers that leave PyTorch by `float(…)`, `.tolist()` or NumPy; `bilevel.optim.verification` finds
-steps whose derivative is wrong for that reason.
+The mode does not follow numbers that leave PyTorch by `float(…)`, `.tolist()` or NumPy; `bilevel.optim.verification`
+finds steps whose derivative is wrong for that reason.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel.optim.numbers_with_derivatives import TensorNumber
@@ -60,7 +61,9 @@ class DifferentiableStep(TorchFunctionMode):
     """
 
     def __init__(self, without_gradient: Collection[Tensor] = ()) -> None:
-        """`without_gradient` are parameters whose `grad` is `None`; PyTorch warns when it is asked for that of a copy."""
+        """`without_gradient` are parameters whose `grad` is `None`; PyTorch warns when it is asked for that of a
+        copy.
+        """
         super().__init__()
         self._without_gradient = {id(parameter) for parameter in without_gradient}
 
@@ -77,6 +80,8 @@ class DifferentiableStep(TorchFunctionMode):
             return True
         if name in ("detach", "detach_", "requires_grad_"):
             return args[0]
+        if name in ("__float__", "__int__", "__array__", "numpy", "tolist"):
+            return func(args[0].detach(), *args[1:], **kwargs)
         if name == "item" and _may_have_derivative(args[0]):
             return TensorNumber(args[0])
         if name.startswith("_foreach_"):
@@ -155,9 +160,7 @@ def _as_tensor(value: Any, like: Tensor | None) -> Any:
 
 
 def _may_have_derivative(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and (
-        tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    return tensor.is_floating_point() and (tensor.requires_grad or is_functorch_wrapped_tensor(tensor))
 
 
 def _copied_into(target: Tensor, result: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Python numbers that know the tensor they were taken from.
 
-`tensor.item()` gives a number, and PyTorch accepts only numbers in many places (`add_(x, alpha=…)`). A `TensorNumber` is
-such a number. Arithmetic with it gives another one, computed from the tensors as well, so that `DifferentiableStep` can
-put the tensor in the number's place.
+`tensor.item()` gives a number, and PyTorch accepts only numbers in many places (`add_(x, alpha=…)`). A `TensorNumber`
+is such a number. Arithmetic with it gives another one, computed from the tensors as well, so that `DifferentiableStep`
+can put the tensor in the number's place.
 """
 
 from __future__ import annotations

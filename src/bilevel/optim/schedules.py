@@ -20,7 +20,9 @@ class Timetable:
         constants: Mapping[str, Any],
         schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None,
     ) -> None:
-        self.blank: Callable[[], torch.optim.Optimizer] = functools.partial(algorithm, [torch.zeros(1)], **constants)
+        self.blank: Callable[[], torch.optim.Optimizer] = functools.partial(
+            algorithm, [torch.zeros(1, device="cpu")], **constants
+        )
         """Makes an optimiser of these settings whose parameters and state are still to be filled in."""
         self._optimizer = self.blank()
         self.defaults = {name: value for name, value in self._optimizer.param_groups[0].items() if name != "params"}

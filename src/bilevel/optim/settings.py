@@ -37,7 +37,8 @@ def settings_of(algorithm: type[torch.optim.Optimizer]) -> dict[str, Any]:
 
 
 def one_each(value: Any, parameters: Sequence[Tensor], params: Tree, name: str) -> list[Any]:
-    """Return a setting for each parameter: from one value for all, a list in their order, or a tree that matches `params`.
+    """Return a setting for each parameter: from one value for all, a list in their order, or a tree that matches
+    `params`.
 
     Raises:
         ValueError: the value matches neither the parameters nor their shapes.

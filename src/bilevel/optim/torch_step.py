@@ -8,15 +8,15 @@ step would be NaN or silently wrong in some places, so the following is done aro
   never below `100 · finfo(dtype).tiny` (1.2e-36 in float32). That is far below what any eps lets through, so the
   trajectory stays that of the plain optimiser; at a zero gradient the derivative is the plain optimiser's own, 1/eps.
   (Epsilons *under* the root are no remedy: from 1e-16 up they turn the hypergradient's direction.)
-- *Momentum starts as zeros.* `torch.optim.SGD` makes its first buffer a detached copy of the gradient. A buffer of zeros,
-  without dampening at the first update, gives the same numbers and keeps the derivative.
-- *Counters are numbers.* Step counts and what follows from them are kept as Python floats, so bias corrections are exact
-  in float64 (except ASGD's rates, which PyTorch rounds to the default dtype).
+- *Momentum starts as zeros.* `torch.optim.SGD` makes its first buffer a detached copy of the gradient. A buffer of
+  zeros, without dampening at the first update, gives the same numbers and keeps the derivative.
+- *Counters are numbers.* Step counts and what follows from them are kept as Python floats, so bias corrections are
+  exact in float64 (except ASGD's rates, which PyTorch rounds to the default dtype).
 - *A learning rate of 0 moves nothing.* Where Adam's code divides by the learning rate (`differentiable=True` folds the
   rate into the denominator), the memory is updated at a rate of 1, and the parameters stay as they are.
 
-The ten classes of `TEN` have a `differentiable` flag, which makes their step fit for this. Every other class runs inside
-`DifferentiableStep`, parameter by parameter.
+The ten classes of `TEN` have a `differentiable` flag, which makes their step fit for this. Every other class runs
+inside `DifferentiableStep`, parameter by parameter.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class TorchStep:
     def _made_by_constructor(self, joined: Sequence[Tensor]) -> list[dict[str, Any]]:
         with DifferentiableStep():
             instance = self.algorithm(list(joined), **self._constants)  # pyright: ignore[reportCallIssue]
-        return [self._frozen(instance.state[clone] if clone in instance.state else {}) for clone in joined]
+        return [self._frozen(instance.state.get(clone, {})) for clone in joined]
 
     def _with_flags(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {**settings, **{name: value for name, value in self._flags.items() if name in settings}}

@@ -1,15 +1,17 @@
 """`torch.optim` optimisers as pure update rules: (parameters, gradients, state) -> (parameters, state).
 
 `TorchStep` runs PyTorch's own step on copies. Around it, an update clips the gradients, leaves parameters without a
-gradient alone, and applies learning rates and weight decay that depend on the meta parameters: PyTorch's update is linear
-in the learning rate, and in forward mode it drops the derivative of a setting that is a tensor. A class that is not one
-of PyTorch's ten differentiable ones is compared with its own steps and with differences once (`bilevel.optim.verification`).
+gradient alone, and applies learning rates and weight decay that depend on the meta parameters: PyTorch's update is
+linear in the learning rate, and in forward mode it drops the derivative of a setting that is a tensor. A class that is
+not one of PyTorch's ten differentiable ones is compared with its own steps and with differences once
+(`bilevel.optim.verification`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -97,8 +99,8 @@ class Optimizer:
             )
         if self.clipping.is_on:
             raise ValueError(
-                f"{self.clipping!r}: bilevel.optimizer clips the gradient of an inner step; the hypergradient is clipped "
-                "by fit(..., clip_norm=...)"
+                f"{self.clipping!r}: bilevel.optimizer clips the gradient of an inner step; the hypergradient is "
+                "clipped by fit(..., clip_norm=...)"
             )
         needs_closure = inspect.signature(self.algorithm.step).parameters["closure"].default is inspect.Parameter.empty
         if needs_closure and (self.settings.get("max_iter") != 1 or self.settings.get("line_search_fn")):
@@ -128,8 +130,8 @@ class Optimizer:
         closure = inspect.signature(self.algorithm.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
-                f"{self._name}.step needs a closure, with which it evaluates the loss several times; an inner step has one "
-                "gradient. Take an optimiser whose step(closure=None) can be called without arguments"
+                f"{self._name}.step needs a closure, with which it evaluates the loss several times; an inner step has "
+                "one gradient. Take an optimiser whose step(closure=None) can be called without arguments"
             )
         for name in self.meta_settings:
             _require_derivative_of_setting(self, name)
@@ -160,8 +162,8 @@ class Optimizer:
     ) -> tuple[list[Tensor], OptimizerState]:
         """Make one step, number `step` counted from 0. Nothing is changed in place.
 
-        A parameter whose gradient is `None` is left alone, and so is what is remembered of it. `params` is the tree whose
-        leaves the parameters are, which a tree of learning rates has to match.
+        A parameter whose gradient is `None` is left alone, and so is what is remembered of it. `params` is the tree
+        whose leaves the parameters are, which a tree of learning rates has to match.
         """
         settings = self._step.timetable(step)
         special = {name: function(meta) for name, function in self.meta_settings.items()}
@@ -208,8 +210,8 @@ class Optimizer:
                 values = one_each(special[name], parameters, params, name)
                 if any(value is not values[0] for value in values[1:]):
                     raise ValueError(
-                        f"{name} differs between parameters, and the step of {self._name} is run for all of them at once, "
-                        f"with one {name}; give one value, or take one of PyTorch's ten differentiable optimisers"
+                        f"{name} differs between parameters, and the step of {self._name} is run for all of them at "
+                        f"once, with one {name}; give one value, or take one of PyTorch's ten differentiable optimisers"
                     )
                 special[name] = values[0]
         if "lr" in special:
@@ -258,16 +260,19 @@ class Optimizer:
             if verification.is_off(gap):
                 raise ValueError(
                     f"{self._name} computes other updates when its step runs on copies of the parameters (relative "
-                    f"difference {gap:.2g} after three steps): it remembers something outside of self.state[parameter], "
-                    "or reads something besides the parameters, their .grad and the settings in param_groups. Keep "
+                    f"difference {gap:.2g} after three steps): it remembers something outside of self.state[parameter]"
+                    ", or reads something besides the parameters, their .grad and the settings in param_groups. Keep "
                     "what it remembers in self.state[parameter], or describe the whole step by bilevel.Problem"
                 )
         if "derivatives" in wanted:
-            gap, what = verification.difference_in_derivatives(update, theta, gradients)
+            try:
+                gap, what = verification.difference_in_derivatives(update, theta, gradients)
+                found = f"has another derivative than its differences show (relative difference {gap:.2g}, {what})"
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                gap, found = math.inf, f"cannot be differentiated ({type(error).__name__}: {error})"
             if verification.is_off(gap):
                 raise ValueError(
-                    f"the step of {self._name} has another derivative than its differences show (relative difference "
-                    f"{gap:.2g}, with respect to the {what}): it takes numbers out of PyTorch (float(...), .tolist(), "
+                    f"the step of {self._name} {found}: it takes numbers out of PyTorch (float(...), .tolist(), "
                     "NumPy), or decides by them. Write the step in operations on tensors, clip by "
                     "bilevel.optimizer(..., clip_norm=...), describe the step by bilevel.Problem, or take ZerothOrder"
                 )
@@ -316,8 +321,8 @@ def optimizer(
 
     Args:
         algorithm: for the inner loop, SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax or ASGD of
-            `torch.optim`; or a class of your own with a first-order step, whose updates and derivatives are compared with
-            its own steps and with differences at the first update. `functools.partial(torch.optim.SGD, lr=0.1)` is
+            `torch.optim`; or a class of your own with a first-order step, whose updates and derivatives are compared
+            with its own steps and with differences at the first update. `functools.partial(torch.optim.SGD, lr=0.1)` is
             taken as the class with these settings.
         schedule: makes a scheduler of `torch.optim.lr_scheduler` for an optimiser, such as
             `functools.partial(CosineAnnealingLR, T_max=100)`; it advances once per step.
@@ -334,12 +339,12 @@ def optimizer(
             multiplies such a rate by what it makes of a rate of one. `foreach`, `fused`, `capturable` and
             `differentiable` are accepted and have no effect in an inner loop, because they change only the speed.
 
-    Parameters that the loss of a step does not reach are left alone at that step, with their own momentum and step count,
-    as `torch.optim` does for parameters whose `grad` is `None` after `zero_grad()`.
+    Parameters that the loss of a step does not reach are left alone at that step, with their own momentum and step
+    count, as `torch.optim` does for parameters whose `grad` is `None` after `zero_grad()`.
 
     Raises:
-        ValueError: for a setting that the class does not have, one whose derivative PyTorch would drop, or a class whose
-            updates cannot be reproduced or differentiated.
+        ValueError: for a setting that the class does not have, one whose derivative PyTorch would drop, or a class
+            whose updates cannot be reproduced or differentiated.
 
     >>> optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, clip_norm=1.0)
     optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, clip_norm=1.0)
@@ -388,15 +393,16 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
             f"{name} of torch.optim.{optimizer.algorithm.__name__} is a switch, not a number, so it cannot be a meta "
             f"parameter; write {name}=True or {name}=False"
         )
-    points = [torch.tensor(float(v), dtype=torch.float64) for v in trees.leaves(default)]
+    points = [torch.tensor(float(v), dtype=torch.float64, device="cpu") for v in trees.leaves(default)]
     rebuild = functools.partial(trees.unflatten, trees.flatten(default)[1])
     subject = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1, name: rebuild})
 
     def trajectory(*values: Tensor) -> Tensor:
-        theta = [torch.tensor([1.0, -2.0], dtype=torch.float64)]
+        theta = [torch.tensor([1.0, -2.0], dtype=torch.float64, device="cpu")]
         state = subject.init(theta)
         for step in range(8):
-            theta, state = subject.update(theta, [theta[0] * torch.tensor([1.0, 3.0])], state, step, list(values))
+            gradient = theta[0] * theta[0].new_tensor([1.0, 3.0])
+            theta, state = subject.update(theta, [gradient], state, step, list(values))
         return theta[0].sum()
 
     offset = 1e-5

@@ -5,9 +5,9 @@ update that is asked for. In float64 a few updates in a row,
 
     (θ_0, g) ↦ θ_3,   θ_{t+1} = update(θ_t, c_t g),   c = (1, −0.5, 0.8),
 
-are compared with the steps of the optimiser itself, and their directional derivatives in θ_0 and in g, in reverse and in
-forward mode, with five-point differences. The parameters and gradients are moved by 1e-3 of their size at random, so that
-they do not lie on the edge of a clamp.
+are compared with the steps of the optimiser itself, and their directional derivatives in θ_0 and in g, in reverse and
+in forward mode, with five-point differences. The parameters and gradients are moved by 1e-3 of their size at random, so
+that they do not lie on the edge of a clamp.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from bilevel import trees
@@ -41,10 +42,10 @@ def plain_copies(tensors: Sequence[Tensor]) -> Tensors | None:
     found = []
     for tensor in tensors:
         value = tensor
-        while torch._C._functorch.is_functorch_wrapped_tensor(value):
-            if torch._C._functorch.is_batchedtensor(value):
+        while is_functorch_wrapped_tensor(value):
+            if is_batchedtensor(value):
                 return None
-            value = torch._C._functorch.get_unwrapped(value)
+            value = get_unwrapped(value)
         with outside_of_transforms():
             primal = torch.autograd.forward_ad.unpack_dual(value.detach()).primal
             found.append(trees.local(primal).to(device="cpu", dtype=torch.float64, copy=True))
@@ -62,7 +63,9 @@ def outside_of_transforms() -> Iterator[None]:
 
 
 def moved_off(tensors: Tensors, seed: int) -> Tensors:
-    """Return the tensors, each entry moved by about 1e-3 of the root mean square of its tensor (or of 1, if that is 0)."""
+    """Return the tensors, each entry moved by about 1e-3 of the root mean square of its tensor (or of 1, if that is
+    0).
+    """
     return [t + _OFF * u for t, u in zip(tensors, _directions(tensors, seed), strict=True)]
 
 
@@ -90,7 +93,7 @@ def difference_in_derivatives(update: Update, theta: Tensors, gradients: Tensors
         expected = _five_points(change, point, along)
         with torch.enable_grad():
             forward = list(torch.func.jvp(change, point, along)[1])
-        worst = max(worst, (_apart(forward, expected, scale), f"{what}, in forward mode"))
+        worst = max(worst, (_apart(forward, expected, scale), f"with respect to the {what}, in forward mode"))
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() for t in point]
             outputs = change(*inputs)
@@ -100,7 +103,7 @@ def difference_in_derivatives(update: Update, theta: Tensors, gradients: Tensors
         wanted = sum(float((w * e).sum()) for w, e in zip(weights, expected, strict=True))
         gap = abs(product - wanted) / max(abs(wanted), abs(product), 1e-2 * _norm(weights) * _norm(expected), 1e-300)
         if abs(product - wanted) > _ROUNDING * scale * _norm(weights):
-            worst = max(worst, (gap, f"{what}, in reverse mode"))
+            worst = max(worst, (gap, f"with respect to the {what}, in reverse mode"))
     return worst
 
 

@@ -103,7 +103,7 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
         return _price(lambda: autodiff.pull_back(final, [state, run.meta], d))
 
     two, four = through_graph(2), through_graph(4)
-    _, across = run.pull_back_step(0, state, d)
+    across = run.pull_back_step(0, state, d).across
     prices = {
         "step_depends_on_meta": any(part is not None for part in across),
         "outer_back": _price(lambda: run.outer_cotangents(state)),
@@ -114,15 +114,17 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
         count = len(trees.split(state.params).differentiable)
 
         def gradient(params: Tree, meta: Tree) -> list[torch.Tensor]:
-            with run.seeded_step(0):
-                batch = run.inner_batches[0]
+            def filled(batch: Any) -> list[torch.Tensor]:
                 return autodiff.fill_zeros(problem.gradient(params, meta, batch, state.buffers), params)
+
+            return run.at_step(0, filled)
 
         def product() -> None:
             autodiff.Transpose(gradient, [state.params, run.meta])(d[:count])
 
-        with torch.enable_grad(), run.seeded_step(0):
-            stationarity = problem.stationarity(state, autodiff.start_graph(run.meta), run.inner_batches[0])
+        recording = autodiff.start_graph(run.meta)
+        with torch.enable_grad():
+            stationarity = run.at_step(0, lambda batch: problem.stationarity(state, recording, batch))
         if autodiff.has_graph(stationarity):
             prices["product"] = _price(product)
     return prices

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from bilevel import trees
+from bilevel.optim.optimizer_state import BucketState, same_device
+from bilevel.problem import Descent
 from bilevel.training.outer_loop import OuterLoop
+from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import unroll
 
@@ -93,7 +96,14 @@ def _as_dict(carried: WindowEnd) -> dict[str, Any]:
                 f"{name} of the stream is spread over processes, and a checkpoint is written by one of them; for a "
                 "stream over a sharded model call fit without out="
             )
-    return {"state": trees.leaves(carried.state), "steps": carried.steps, "memory": carried.memory}
+    optimizer = carried.state.optimizer if isinstance(carried.state, Descent) else None
+    leaves = trees.leaves(_without_optimizer(carried.state))
+    return {"state": leaves, "optimizer": optimizer, "steps": carried.steps, "memory": carried.memory}
+
+
+def _without_optimizer(state: Tree) -> Tree:
+    """Return the state without the optimiser's memory, whose layout depends on the steps so far."""
+    return state._replace(optimizer=[]) if isinstance(state, Descent) else state
 
 
 def _carried_from(loop: OuterLoop, stored: Mapping[str, Any]) -> WindowEnd:
@@ -102,11 +112,16 @@ def _carried_from(loop: OuterLoop, stored: Mapping[str, Any]) -> WindowEnd:
     """
     draws = loop.draws
     inner, outer = draws.batches(draws.draws)
-    like, spec = trees.flatten(unroll(draws.problem, loop.meta_tree(), inner, outer, draws.seed).start())
+    start = unroll(draws.problem, loop.meta_tree(), inner, outer, draws.seed).start()
+    like, spec = trees.flatten(_without_optimizer(start))
     leaves = [x.to(y.device) if isinstance(x, Tensor) else x for x, y in zip(stored["state"], like, strict=True)]
+    state = trees.unflatten(spec, leaves)
+    if isinstance(state, Descent):
+        optimizer = [BucketState(*bucket) for bucket in stored["optimizer"]]
+        state = state._replace(optimizer=same_device(optimizer, trees.split(state.params).differentiable))
     device = next(leaf.device for leaf in like if trees.is_differentiable(leaf))
     memory = trees.map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, stored["memory"])
-    return WindowEnd(trees.unflatten(spec, leaves), stored["steps"], memory, agreed=True)
+    return WindowEnd(state, stored["steps"], memory, agreed=True)
 
 
 def _without_addresses(value: Any) -> str:

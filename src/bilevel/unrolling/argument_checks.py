@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bilevel import distributed, trees
-from bilevel.errors import NonFiniteError
+from bilevel.batches import address
+from bilevel.errors import NonFiniteError, ReplayError
 from bilevel.trees import Tree
 
 
@@ -97,6 +101,68 @@ def same_structure(before: Tree, after: Tree) -> None:
             raise ValueError(
                 f"step turned {name} from {_kind(old)} into {_kind(new)}; a step must keep shapes and dtypes: let init "
                 "return what step returns, or convert in step with .to(state.dtype) or .reshape"
+            )
+
+
+@contextmanager
+def left_as_given(**places: Tree) -> Iterator[None]:
+    """Context manager that raises if a tensor of these trees was changed in place inside of it."""
+    before = [(place, leaf, leaf._version) for place, tree in places.items() for leaf in _versioned(tree)]
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch's words, for a tensor that records its history
+        if "leaf Variable that requires grad" in str(error) and "in-place" in str(error):
+            raise ValueError(_in_place(" or ".join(places))) from error
+        raise
+    for place, leaf, version in before:
+        if leaf._version != version:
+            names = [name for name, each in trees.named_leaves(places[place], place) if each is leaf]
+            raise ValueError(_in_place(names[0]))
+
+
+def _versioned(tree: Tree) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _in_place(what: str) -> str:
+    return (
+        f"a step or loss changes {what} in place; states are kept and steps are computed more than once, so nothing "
+        "that is passed in may change: return a new tensor (state * 0.9 instead of state.mul_(0.9)), or work on a copy "
+        "(state.clone())"
+    )
+
+
+@contextmanager
+def nothing_kept(number: int) -> Iterator[None]:
+    """Context manager that names the cause where a tensor of an earlier step was kept, and PyTorch fails at it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in _OF_AN_EARLIER_STEP):
+            raise ReplayError(
+                f"inner step {number} (counted from 0) uses a tensor that was kept from an earlier call of a loss or "
+                "step, in a list, a queue or a closure, and that belongs to a derivative which is finished by now. "
+                "Keep such memory in the inner state (bilevel.Problem takes any tree of tensors as state), or keep "
+                'numbers and detached tensors alone and take Reverse("graph"), which computes each step once',
+                number,
+            ) from error
+        raise
+
+
+_OF_AN_EARLIER_STEP = ("level <= current_level", "backward through the graph a second time")
+
+
+def batch_left_as_given(changed: Mapping[str, Tensor | np.ndarray], given_again: set[int], where: str) -> None:
+    """Raise if what a loss changed in place is the user's data, which the next reading of the batch gives again.
+
+    Data that are made afresh at each reading may be changed.
+    """
+    for name, data in changed.items():
+        if address(data) in given_again:
+            raise ValueError(
+                f"a loss or step changed {name} in place, in {where}; these are your own data, so a step computed "
+                "again would see other numbers, and the data stay changed. Write the result into a tensor of its own: "
+                "x = batch['x'] * 2 instead of batch['x'].mul_(2), or take a copy first (batch['x'].clone())"
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel import autodiff, trees
 from bilevel.errors import NoDependenceError, NonFiniteError
+from bilevel.problem import Descent, GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import InnerLoop
 
@@ -66,11 +67,15 @@ def _inner_fault(run: InnerLoop, t: int, state: Tree) -> str:
     """What may have gone wrong in an inner step from a finite state."""
     if (problem := run.problem.as_gradient_descent) is None:
         return "the state before it is kept in last_finite_state"
-    with run.seeded_step(t):
-        loss = problem.inner_value(state, run.meta, run.inner_batches[t])
+    loss = _inner_loss(run, problem, t, state)
     if bool(torch.isfinite(loss)):
         return f"inner_loss was {loss.item():.6g} there: a smaller inner learning rate is the usual cure"
     return f"inner_loss was {loss.item()} there: check the batch, or lower the inner learning rate"
+
+
+def _inner_loss(run: InnerLoop, problem: GradientDescent, t: int, state: Descent) -> Tensor:
+    """Compute the inner loss of step t at a state."""
+    return run.at_step(t, lambda batch: problem.inner_value(state, run.meta, batch))
 
 
 def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
@@ -121,8 +126,7 @@ def require_finite_losses(run: InnerLoop) -> None:
         return
     state = run.start()
     for t in range(run.steps):
-        with run.seeded_step(t):
-            loss = problem.inner_value(state, run.meta, run.inner_batches[t])
+        loss = _inner_loss(run, problem, t, state)
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
                 f"inner_loss was {loss.item()} at inner step {t} of {run.steps} (counted from 0), with a gradient of "

@@ -21,6 +21,7 @@ from bilevel import autodiff, trees
 from bilevel.models.conversion import standing_in
 from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
+from bilevel.unrolling.replay import require_repeatable
 from bilevel.unrolling.tangents import Part, TangentRule
 from bilevel.unrolling.unroll import Unroll
 
@@ -50,13 +51,18 @@ class FiniteDifferences(TangentRule):
     ) -> tuple[Tree, list[Part]]:
         pairs = list(zip(tangents, directions, strict=True))
         if (problem := run.problem.as_gradient_descent) is None:
-            return _push_step(run, t, state, pairs)
-        return _push_descent(run, problem, t, state, pairs)
+            after, moved = _push_step(run, t, state, pairs)
+        else:
+            after, moved = _push_descent(run, problem, t, state, pairs)
+        if t == 0:
+            require_repeatable(run, state, after)
+        return after, moved
 
     def outer_loss(
         self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tensor, Tensor]:
         value, d, c = _outer_gradients(run, state)
+        run.same_value("differences", value)
         return value, torch.stack(
             [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, directions, strict=True)]
         )
@@ -86,8 +92,7 @@ def _push_descent(
     run: Unroll, problem: GradientDescent, t: int, state: Descent, pairs: list[Pair]
 ) -> tuple[Tree, list[list[Tensor]]]:
     def evaluated(moved: tuple[Tree, Tree], meta: Tree) -> Evaluated:
-        with run.seeded_step(t):
-            return problem.evaluate(moved[0], meta, run.inner_batches[t], moved[1])
+        return run.at_step(t, lambda batch: problem.evaluate(moved[0], meta, batch, moved[1]))
 
     def reached(moved: tuple[Tree, Tree], meta: Tree) -> tuple[list[Tensor], Tree]:
         """The buffers, and the entries of the gradient that the loss reaches at the state itself."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, randomness, trees
-from bilevel.batches import Batches
+from bilevel.batches import Batches, ChangesInPlace, draws_nothing, with_own_containers
 from bilevel.models.sharing import presented
 from bilevel.problem import BilevelProblem, Descent, require_scalar
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
+from bilevel.unrolling.outside_reads import INIT, OUTER, STEP, watched_once
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -80,47 +83,94 @@ class InnerLoop:
     # -- the three functions of the problem, seeded ------------------------------------------------------------
 
     def init(self, meta: Tree) -> Tree:
-        """θ_0, or where the window before ended (a constant then), or the whole solve of a black box."""
+        """θ_0, or the state where the window before ended (a constant then), or the whole solve of a black box."""
         if self.carried is not None:
             return self.carried.state
-        with randomness.torch_seeded(self.seed, randomness.INIT):
-            start = self.problem.init
-            if self.problem.is_black_box:
-                return start(self._as_passed(meta))
-            return self._differentiated(start, self._as_passed(meta))
+        start, passed = self.problem.init, self._as_passed(meta)
+
+        def function(_: None) -> Tree:
+            return start(passed) if self.problem.is_black_box else self._differentiated(start, passed)
+
+        with watched_once(self.problem, INIT, self.meta, [meta]):
+            return randomness.evaluate(function, self.seed, randomness.INIT)
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
-        batch = self.inner_batches[t]
-        self.require_one_device(t, state, meta)
-        with self.seeded_step(t):
-            # A `GradientDescent` runs its loss in this way itself.
-            step, passed = self.problem.step, self._as_passed(meta)
-            own = self.problem.as_gradient_descent is not None
-            after = step(state, passed, batch) if own else self._differentiated(step, state, passed, batch)
+        # A `GradientDescent` runs its loss under the rules of `_differentiated` itself.
+        step, passed = self.problem.step, self._as_passed(meta)
+        own = self.problem.as_gradient_descent is not None
+
+        def function(batch: Any) -> Tree:
+            self.require_one_device(t, state, meta, batch)
+            watched = self.watched_step(t, state, meta)
+            with argument_checks.left_as_given(state=state, meta=meta), watched:
+                return step(state, passed, batch) if own else self._differentiated(step, state, passed, batch)
+
+        after = self.at_step(t, function)
         if t == 0:
             argument_checks.same_structure(_kept_in_structure(state), _kept_in_structure(after))
         return after
 
-    def require_one_device(self, t: int, state: Tree, meta: Tree) -> None:
-        """Raise, at the first step, unless all that it needs is on one device."""
+    def require_one_device(self, t: int, state: Tree, meta: Tree, batch: Any) -> None:
+        """Raise, at the first step, unless everything that it needs is on one device."""
         if t == 0:
-            argument_checks.one_device(meta=meta, inner_state=state, inner_batch=self.inner_batches[t])
+            argument_checks.one_device(meta=meta, inner_state=state, inner_batch=batch)
+
+    def at_step(self, t: int, function: Callable[[Any], Result]) -> Result:
+        """`function(batch of step t)`, with the random numbers of step t of this window.
+
+        The batch is read once for each call of the function. Raises if the function wrote into data that the next
+        reading of the batch would give again.
+        """
+        given: list[Any] = []
+
+        def fetched() -> Any:
+            given[:] = [self._fetch(t)]
+            given.append(ChangesInPlace(given[0], "batch"))
+            return with_own_containers(given[0])
+
+        with argument_checks.nothing_kept(self.first_step + t):
+            result = randomness.evaluate(function, self.seed, randomness.STEP, self.first_step + t, given=fetched)
+        changed = given[1].found()
+        if changed:
+            again = ChangesInPlace(self._fetch(t), "batch").memory()
+            argument_checks.batch_left_as_given(changed, again, f"the batch of inner step {t}")
+        return result
+
+    def watched_step(self, t: int, *arguments: Tree) -> AbstractContextManager[None]:
+        """Context manager that warns, at the first step for each problem, of what is read from outside of arguments."""
+        if t or self.problem.backend is not None:
+            return nullcontext()
+        return watched_once(self.problem, STEP, self.meta, arguments)
+
+    def _fetch(self, t: int) -> Any:
+        """The batch of step t, read while a random stream of its own is set."""
+        if draws_nothing(self.inner_batches):
+            return self.inner_batches[t]
+        return randomness.evaluate(lambda _: self.inner_batches[t], self.seed, randomness.BATCH, self.first_step + t)
 
     @property
     def eager(self) -> Self:
         """The same inner loop, not compiled."""
         return replace(self, problem=self.problem.eager)
 
-    def seeded_step(self, t: int) -> AbstractContextManager[None]:
-        """Inside, torch draws the random numbers of inner step t of this window."""
-        return randomness.torch_seeded(self.seed, randomness.STEP, self.first_step + t)
-
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
         """The outer loss at a state."""
-        with randomness.torch_seeded(self.seed, randomness.OUTER):
-            value = self._differentiated(self.problem.outer_loss, state, self._as_passed(meta), self.outer_batch)
-        return require_scalar(value, "outer_loss")
+        kept = ChangesInPlace(self.outer_batch, "outer_batch")
+
+        def function(batch: Any) -> Tensor:
+            with watched_once(self.problem, OUTER, self.meta, [state, meta]):
+                value = self._differentiated(self.problem.outer_loss, state, self._as_passed(meta), batch)
+                return require_scalar(value, "outer_loss")
+
+        value = randomness.evaluate(
+            function,
+            self.seed,
+            randomness.OUTER,
+            given=lambda: with_own_containers(self.outer_batch),
+        )
+        argument_checks.batch_left_as_given(kept.found(), kept.memory(), "outer_batch")
+        return value
 
     def _as_passed(self, meta: Tree) -> Tree:
         """φ as the problem's functions take it; a `GradientDescent` itself hands it to the user's functions."""
@@ -138,8 +188,8 @@ class InnerLoop:
         return autodiff.run_user_code(lambda: function(*arguments), self.memory)
 
     # -- plain -------------------------------------------------------------------------------------------------
-    # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same: a user's step or
-    # solver may take gradients of its own with torch.autograd.
+    # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same, because a step or
+    # solver of the user may take gradients of its own with torch.autograd.
 
     @torch.enable_grad()
     def start(self) -> Tree:
@@ -175,8 +225,10 @@ class InnerLoop:
                 yield self.at(meta).value()
             return
         metas = list(metas)
-        with torch.enable_grad(), randomness.torch_seeded(self.seed, randomness.INIT):
-            states = list(solve_all([presented(meta) for meta in metas]))
+        with torch.enable_grad():
+            states = randomness.evaluate(
+                lambda _: list(solve_all([presented(meta) for meta in metas])), self.seed, randomness.INIT
+            )
         if len(states) != len(metas):
             raise ValueError(f"solve_all returned {len(states)} states for {len(metas)} points; one for each is needed")
         for meta, solved in zip(metas, states, strict=True):

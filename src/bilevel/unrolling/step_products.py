@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
 from bilevel.errors import MissingDerivativeError
-from bilevel.problem import Descent, GradientDescent
+from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import InnerLoop
+
+
+class Pulled(NamedTuple):
+    """A cotangent d pulled back through one step."""
+
+    after: Tree
+    """θ_{t+1}, computed again."""
+    down: list[Tensor | None]
+    """d A_t."""
+    across: list[Tensor | None]
+    """d B_t."""
 
 
 def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
@@ -42,11 +54,14 @@ def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[
         return autodiff.push(step, arguments, tangents, run.memory, "step", by_hessian_products)
     if "step" in run.memory.without_forward_mode:
         return by_hessian_products()
-    run.require_one_device(t, state, run.meta)
     along = pushed.tangents[: len(trees.split(state.params).differentiable)]
+
+    def push_gradient(batch: Any) -> autodiff.Pushed:
+        run.require_one_device(t, state, run.meta, batch)
+        return problem.push_gradient(state.params, run.meta, batch, along, directions)
+
     try:
-        with run.seeded_step(t):
-            gradient = problem.push_gradient(state.params, run.meta, run.inner_batches[t], along, directions)
+        gradient = run.at_step(t, push_gradient)
     except MissingDerivativeError as error:
         found = by_hessian_products()
         run.memory.without_forward_mode["step"] = str(error)
@@ -74,24 +89,26 @@ def push_step_by_hessian_products(
 
     Cost: 1 + 2k units for k directions in all. Memory: the graph of one gradient.
     """
-    batch = run.inner_batches[t]
 
     def joint(params: Tree, buffers: Tree, weights: list[Tensor], meta: Tree) -> Tree:
-        found = problem.evaluate_jointly(params, meta, batch, buffers, weights)
+        def evaluated(batch: Any) -> Evaluated:
+            run.require_one_device(t, state, run.meta, batch)
+            return problem.evaluate_jointly(params, meta, batch, buffers, weights)
+
+        with run.watched_step(t, params, meta):
+            found = run.at_step(t, evaluated)
         return found.gradient, trees.detach(found.buffers)
 
-    run.require_one_device(t, state, run.meta)
     followed = trees.split(state.buffers).differentiable
     weights = [torch.zeros_like(b) for b in followed]
-    with run.seeded_step(t):
-        arguments = [state.params, state.buffers, weights, run.meta]
-        shared = autodiff.Transpose(joint, arguments, autodiff.memory_of(problem))
+    arguments = [state.params, state.buffers, weights, run.meta]
+    shared = autodiff.Transpose(joint, arguments, autodiff.memory_of(problem))
     size, rest = len(trees.split(state.params).differentiable), len(followed)
     (joint_gradient, buffers), after = shared.value, state
     gradient, reached = joint_gradient[:size], [g is not None for g in joint_gradient]
     if not any(g is not None and bool(g.any()) for g in gradient):
-        with run.seeded_step(t):  # raises if the loss does not depend on the parameters
-            problem.gradient(state.params, run.meta, batch, state.buffers)
+        # Raises if the loss does not depend on the parameters.
+        run.at_step(t, lambda batch: problem.gradient(state.params, run.meta, batch, state.buffers))
     for number, (y, vectors) in enumerate(zip(tangents, chunks, strict=True)):
         of_buffers = y[len(y) - rest :]
         # A leaf that the loss does not reach has neither a row nor a column in the Hessian. The last cotangents stand
