@@ -160,8 +160,8 @@ class CompiledGradient:
         case = self._case(kind, call, lambda: _Case(self._compiled(pushed, call.inputs, tangents), reached))
         self._check(case, call, lambda inputs: case.run([*inputs, *tangents]))
         found = _run(case.run, [*call.inputs, *tangents])
-        value, tangents = (case.where_reached(part) for part in (found[: call.count], found[call.count :]))
-        return autodiff.Pushed(value, [tangent for tangent in tangents if tangent is not None])
+        value, moved = (case.where_reached(part) for part in (found[: call.count], found[call.count :]))
+        return autodiff.Pushed(value, [tangent for tangent in moved if tangent is not None])
 
     def _pulled_back(self, call: LossCall) -> _Case:
         connected: list[bool] = []

@@ -98,7 +98,7 @@ def require_whole(clipping: Clipping, parameters: Sequence[Tensor]) -> None:
 
 
 def _evaluated(bound: Any, meta: Tree, name: str) -> Any:
-    value = bound(meta) if callable(bound) else bound
+    value: Any = bound(meta) if callable(bound) else bound
     if isinstance(value, Tensor):
         if value.ndim:
             raise ValueError(f"{name} gave a tensor of shape {tuple(value.shape)}; a scalar is needed")
