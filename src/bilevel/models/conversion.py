@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from bilevel import trees
 from bilevel.models import fsdp
 from bilevel.models.buffers import cells_of
+from bilevel.models.locks import locked
 from bilevel.models.module_view import ModuleView, is_view, view_of, views_in
 from bilevel.models.parameter_hooks import has_hooks
-from bilevel.models.places import Cell, Constant, Layout, Place, in_use, locked
+from bilevel.models.places import Cell, Constant, Layout, Place, in_use
 from bilevel.models.recomputed import Recomputed
 from bilevel.models.refusals import refuse_unfit, refuse_unfit_tensor, unwrapped
 from bilevel.models.sharing import is_frozen, presented, shared

@@ -13,7 +13,8 @@ import optree
 from torch import Tensor, nn
 
 from bilevel.models import fsdp
-from bilevel.models.places import Cell, Layout, locked, standing
+from bilevel.models.locks import held, locked
+from bilevel.models.places import Cell, Layout, standing
 from bilevel.models.sharing import presented
 from bilevel.trees import NAMESPACE, Tree
 
@@ -30,6 +31,7 @@ class ModuleView:
 
     Threads may use one module at the same time: each waits for the others' losses to end.
 
+    >>> import torch
     >>> layer = nn.Linear(2, 1)
     >>> view = ModuleView(layer, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
     >>> view(torch.tensor([3.0, 4.0]))
@@ -66,7 +68,7 @@ class ModuleView:
             return self._evaluate(on_class.func)
         if isinstance(on_class, property):
             return self._evaluate(lambda module: getattr(module, name))
-        with locked(self._layout):
+        with held([self._layout.lock]):
             value = getattr(self.module, name)
         if inspect.ismethod(value) and value.__self__ is self.module:
             return functools.partial(self._call_method, name)

@@ -8,17 +8,16 @@ them waits.
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from bilevel.models.locks import ModuleLock, held
 
 Holder = dict[str, Any]
 """One of the dictionaries of a layer."""
@@ -82,7 +81,6 @@ class Layout:
     strays: list[tuple[nn.Module, str, str]] = field(default_factory=list)
     """Constants that were replaced all the same: the layer, the key, and how."""
     root: Layout | None = None
-    _locks: list[tuple[int, threading.RLock]] = field(default_factory=list)  # pyright: ignore[reportInvalidTypeForm]
     _children: dict[nn.Module, Layout] = field(default_factory=dict)
     lists: list[tuple[Holder, str]] = field(default_factory=list)
     """Attributes that a call of the module fills with the tensors that stand in."""
@@ -90,8 +88,10 @@ class Layout:
     """Layers with backward hooks."""
     compiled: bool = False
     """Whether a layer was wrapped by `torch.compile`."""
+    lock: ModuleLock = field(init=False)
 
     def __post_init__(self) -> None:
+        self.lock = self.root.lock if self.root else ModuleLock(self.module)
         layers = list(self.module.modules())
         recurrent = [layer.__dict__ for layer in layers if isinstance(layer, nn.RNNBase)]
         self.lists = [(holder, key) for holder in recurrent for key in _LISTS if key in holder]
@@ -138,13 +138,6 @@ class Layout:
         """Tensors by the names of this layout as tensors by the names of another one, of a module inside."""
         return {name: tensors[self.names[parameter]] for parameter, name in layout.names.items()}
 
-    @property
-    def locks(self) -> list[tuple[int, threading.RLock]]:  # pyright: ignore[reportInvalidTypeForm]
-        """The locks of all layers, each with its number."""
-        if not self._locks:
-            self._locks = [_lock_of(layer) for layer in self.module.modules()]
-        return self._locks
-
 
 def _places_of(module: nn.Module, parameters: Mapping[nn.Parameter, str]) -> list[Place]:
     """Every place in which a layer holds one of the parameters, once, even if the layer goes by several names."""
@@ -165,7 +158,7 @@ def standing(layout: Layout, tensors: Mapping[str, Tensor], cells: Mapping[str, 
 
     What the module assigned to its memory meanwhile (`self.average = ...`) is then the value of the cell.
     """
-    with _locked([layout]), _as_written(layout):
+    with held([layout.lock]), _as_written(layout):
         swaps: list[tuple[Holder, str, Any]] = []
         try:
             for holder, key, name in layout.trained:
@@ -236,55 +229,7 @@ def _observing(layer: nn.Module) -> OrderedDict[int, Any]:
     return hooks
 
 
-# -- threads ---------------------------------------------------------------------------------------------------------
-
-_LOCKS: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
-_NUMBERS = itertools.count()
-_MAKING = threading.Lock()
-
-
-class _Held(threading.local):
-    """The modules whose layers this thread has locked."""
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-
-
-_HELD = _Held()
-
-
-def _lock_of(layer: nn.Module) -> tuple[int, Any]:
-    with _MAKING:
-        if layer not in _LOCKS:
-            _LOCKS[layer] = next(_NUMBERS), threading.RLock()
-        return _LOCKS[layer]
-
-
-def locked(used: nn.Module | Layout) -> AbstractContextManager[None]:
-    """Context in which no other thread uses the module, or a layer of it."""
-    return _locked([used if isinstance(used, Layout) else Layout(used, {}, [])])
-
-
-@contextmanager
-def _locked(layouts: Sequence[Layout]) -> Iterator[None]:
-    """Context in which other threads that use one of the modules, or a layer of it, wait.
-
-    Locks are taken in the order of their numbers, so that two threads never wait for each other.
-    """
-    roots = [layout.root or layout for layout in layouts]
-    new = [root for root in roots if not any(root.module is held for held in _HELD.modules)]
-    if not new:
-        yield
-        return
-    with ExitStack() as stack:
-        for _, lock in sorted({number: (number, lock) for root in new for number, lock in root.locks}.values()):
-            stack.enter_context(lock)
-        before = _HELD.modules
-        _HELD.modules = [*before, *(root.module for root in new)]
-        try:
-            yield
-        finally:
-            _HELD.modules = before
+# -- losses -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -299,7 +244,7 @@ def in_use(layouts: Sequence[Layout]) -> Iterator[None]:
     if not layouts:
         yield
         return
-    with _locked(layouts):
+    with held([layout.lock for layout in layouts]):
         modes = [(layer, layer.training) for layout in layouts for layer in layout.module.modules()]
         try:
             yield
