@@ -27,6 +27,8 @@ from bilevel import checks
 INIT, STEP, OUTER, DIRECTION, DRAW, BATCH, INNER_BATCHES, OUTER_BATCH = range(8)
 
 Result = TypeVar("Result")
+_set_bit_generator: Any = np.random.set_bit_generator  # pyright: ignore[reportAttributeAccessIssue]
+_get_bit_generator: Any = np.random.get_bit_generator  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _sequence(seed: int, *counters: int) -> np.random.SeedSequence:
@@ -243,19 +245,19 @@ def _own_bit_generator() -> np.random.MT19937:
 def _set_host(seed: int) -> None:
     """Set NumPy's and Python's generators."""
     random.seed(seed)
-    np.random.set_bit_generator(_own_bit_generator())
+    _set_bit_generator(_own_bit_generator())
     np.random.seed(_words(seed))
 
 
 def _save_host() -> tuple[Any, ...]:
-    bit_generator = np.random.get_bit_generator()
+    bit_generator = _get_bit_generator()
     return random.getstate(), bit_generator, np.random.get_state(legacy=False)
 
 
 def _restore_host(saved: tuple[Any, ...]) -> None:
     python, bit_generator, numpy_state = saved
     random.setstate(python)
-    np.random.set_bit_generator(bit_generator)
+    _set_bit_generator(bit_generator)
     np.random.set_state(numpy_state)  # the numbers of the bit generator, and a second normal number kept for later
 
 

@@ -47,8 +47,7 @@ def push_on_by_differences(
         push = _push_descent if isinstance(run.problem, GradientDescent) else _push_step
         before = state
         state, tangents = push(run, t, state, list(zip(tangents, vectors, strict=True)))
-        if t == 0:
-            require_repeatable(run, before, state)
+        require_repeatable(run, t, before, state)
     value, d, c = _outer_gradients(run, state)
     slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
     run.same_value("differences", value)

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -102,7 +103,7 @@ class _Watch(TorchFunctionMode):
                 self._look_at_tensor(value)
 
     def _look_at_tensor(self, tensor: Tensor) -> None:
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if is_functorch_wrapped_tensor(tensor):
             return  # function transforms wrap only what is passed in
         extent = _extent(tensor)
         for name, storage, begin, end in self._meta:
@@ -133,7 +134,7 @@ class _Watch(TorchFunctionMode):
             self.found.append(found)
 
 
-_CONSTANT = {Tensor.detach, Tensor.data.__get__, Tensor.grad.__get__}  # pyright: ignore[reportAttributeAccessIssue]
+_CONSTANT = {Tensor.detach, *(vars(torch._C.TensorBase)[name].__get__ for name in ("data", "grad"))}
 """What makes a constant of a tensor on purpose."""
 
 
@@ -145,6 +146,8 @@ def _extent(leaf: Any) -> tuple[int, int, int] | None:
         storage = leaf.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a wrapper around other tensors
         return None
-    first = leaf.storage_offset() * leaf.itemsize
-    last = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True)) * leaf.itemsize
+    first = int(leaf.storage_offset()) * leaf.itemsize
+    last = (
+        sum(int(size - 1) * int(stride) for size, stride in zip(leaf.shape, leaf.stride(), strict=True)) * leaf.itemsize
+    )
     return storage, first, first + last + leaf.itemsize

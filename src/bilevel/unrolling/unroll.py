@@ -23,7 +23,7 @@ from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.diagnosis import require_dependence, require_finite
 from bilevel.unrolling.inner_loop import Carried, InnerLoop
-from bilevel.unrolling.replay import GoingBack, compare_values, require_repeatable
+from bilevel.unrolling.replay import GoingBack, compare_values
 from bilevel.unrolling.step_products import Product, pull_back_step, push_step
 
 
@@ -49,21 +49,6 @@ class Unroll(InnerLoop):
         """Raise if this inner loop, run again, led to another outer loss; `kind` says how it was run."""
         compare_values(self, self._values, kind, value)
 
-    # -- plain -------------------------------------------------------------------------------------------------
-
-    def final_state(self) -> Tree:
-        """θ_T. The first time for each problem, its first step is computed twice, and must give the same twice."""
-        state = self.start()
-        first = self.descend(state, 0, 1)
-        require_repeatable(self, state, first)
-        return self.descend(first, 1)
-
-    def require_repeatable(self) -> None:
-        """Raise unless the first step gives the same when it is computed twice: two units, once for each problem."""
-        if not isinstance(self.problem, BlackBox):
-            state = self.start()
-            require_repeatable(self, state, self.descend(state, 0, 1))
-
     # -- forward: tangents -------------------------------------------------------------------------------------
 
     def push_forward(self, directions: list[Tensor]) -> Slopes:
@@ -80,7 +65,7 @@ class Unroll(InnerLoop):
                 pushed = push_step(self, t, pushed, directions)
             moved = any(bool(tangent.any()) for tangent in pushed.tangents)
             outer = autodiff.push_forward(self.outer_loss, [pushed.value, self.meta], [pushed.tangents, directions])
-        self.same_value("forward, one direction" if len(directions[0]) == 1 else "forward", outer.value)
+        self.same_value(f"forward, {len(directions[0])} directions", outer.value)
         return Slopes(outer.value, pushed.value, outer.tangents[0], moved), pushed.tangents
 
     def push_init(self, directions: list[Tensor]) -> autodiff.Pushed:
