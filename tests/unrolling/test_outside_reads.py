@@ -111,6 +111,7 @@ def warned() -> Any:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("what", LOSING)
+@pytest.mark.filterwarnings("ignore:Implicit")
 def test_a_derivative_that_is_lost_is_named_once(what: str, estimator: str) -> None:
     make, words = LOSING[what]
     problem = make()
