@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, overload
 
 import numpy as np
-import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from bilevel import checks
 
@@ -183,8 +183,8 @@ def address(data: Tensor | np.ndarray) -> int:
     """Where the data begin in memory; those of a tensor of a function transform are the ones inside."""
     if not isinstance(data, Tensor):
         return data.__array_interface__["data"][0]
-    while torch._C._functorch.is_functorch_wrapped_tensor(data):
-        data = torch._C._functorch.get_unwrapped(data)
+    while is_functorch_wrapped_tensor(data):
+        data = get_unwrapped(data)
     return data.untyped_storage().data_ptr()
 
 

@@ -34,6 +34,8 @@ layers may be taken while this one is held, and never the other way round.
 """
 
 Result = TypeVar("Result")
+_set_bit_generator: Any = np.random.set_bit_generator  # pyright: ignore[reportAttributeAccessIssue]
+_get_bit_generator: Any = np.random.get_bit_generator  # pyright: ignore[reportAttributeAccessIssue]
 
 # -- streams of the library. Changing a number changes the results of every seed.
 
@@ -319,19 +321,19 @@ def _own_bit_generator() -> np.random.MT19937:
 def _set_host(seed: int) -> None:
     """Set NumPy's and Python's generators."""
     random.seed(seed)
-    np.random.set_bit_generator(_own_bit_generator())  # pyright: ignore[reportAttributeAccessIssue]
+    _set_bit_generator(_own_bit_generator())
     np.random.seed(_words(seed))
 
 
 def _save_host() -> tuple[Any, ...]:
-    bit_generator = np.random.get_bit_generator()  # pyright: ignore[reportAttributeAccessIssue]
+    bit_generator = _get_bit_generator()
     return random.getstate(), bit_generator, np.random.get_state(legacy=False)
 
 
 def _restore_host(saved: tuple[Any, ...]) -> None:
     python, bit_generator, numpy_state = saved
     random.setstate(python)
-    np.random.set_bit_generator(bit_generator)  # pyright: ignore[reportAttributeAccessIssue]
+    _set_bit_generator(bit_generator)
     np.random.set_state(numpy_state)  # the numbers of the bit generator, and a second normal number kept for later
 
 

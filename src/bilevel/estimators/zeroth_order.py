@@ -113,7 +113,6 @@ class ZerothOrder(Estimator):
         """The outer loss and the final state at φ, and ∇h · v for the directions of those numbers, by differences."""
         offsets = (self.step_size, -self.step_size) if self.scheme == "central" else (self.step_size,)
         places = [(number, offset) for number in numbers for offset in offsets]
-        run.require_repeatable()
         solved = run.values(itertools.chain([run.meta], (_moved(run, directions, *place) for place in places)))
         value, state = next(solved)
         diagnosis.require_finite(run, value, state)

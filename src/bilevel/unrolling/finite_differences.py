@@ -54,8 +54,7 @@ class FiniteDifferences(TangentRule):
             after, moved = _push_step(run, t, state, pairs)
         else:
             after, moved = _push_descent(run, problem, t, state, pairs)
-        if t == 0:
-            require_repeatable(run, state, after)
+        require_repeatable(run, t, state, after)
         return after, moved
 
     def outer_loss(

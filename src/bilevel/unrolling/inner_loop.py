@@ -17,6 +17,7 @@ from bilevel.problem import BilevelProblem, Descent, require_scalar
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.outside_reads import INIT, OUTER, STEP, watched_once
+from bilevel.unrolling.replay import require_repeatable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -210,10 +211,22 @@ class InnerLoop:
             state = trees.detach(self.step(t, state, self.meta))
         return state
 
+    def final_state(self) -> Tree:
+        """θ_T, without a graph. The first time for each problem, two steps are computed twice and must give the same.
+
+        Raises:
+            ReplayError: a step gave another state when it was computed again.
+        """
+        state = self.start()
+        for t in range(self.steps):
+            before, state = state, self.descend(state, t, t + 1)
+            require_repeatable(self, t, before, state)
+        return state
+
     @torch.enable_grad()
     def value(self) -> tuple[Tensor, Tree]:
         """The outer loss h and the final state."""
-        state = self.descend(self.start())
+        state = self.final_state()
         return self.outer_loss(state, self.meta).detach(), state
 
     def values(self, metas: Iterable[Tree]) -> Iterator[tuple[Tensor, Tree]]:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -78,31 +79,32 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor | tuple | list):
-            constant = func in _CONSTANT or not torch.is_grad_enabled()
-            if not constant:
-                self._look_at(args)
-                self._look_at(tuple((kwargs or {}).values()))
-            self._know([result] if isinstance(result, Tensor) else result)
+        results = list(_tensors_in([result]))
+        if results:  # else it is a size, or a number
+            given = list(_tensors_in([*args, *(kwargs or {}).values()]))
+            if func in _CONSTANT or not torch.is_grad_enabled():
+                self._know(results)
+            elif not self._only_views(given, results):  # those are looked at where they are used
+                for tensor in given:
+                    if tensor not in self._known:
+                        self._known[tensor] = True
+                        self._look_at(tensor)
+                self._know(results)
         return result
 
+    def _only_views(self, given: list[Tensor], results: list[Tensor]) -> bool:
+        """Whether the results are parts of tensors that are not known."""
+        if any(tensor in self._known for tensor in given):
+            return False
+        extents = [_extent(tensor) for tensor in given]
+        return all((part := _extent(r)) and any(e and e[0] == part[0] for e in extents) for r in results)
+
     def _know(self, values: Any) -> None:
-        for value in values:
-            if isinstance(value, Tensor):
-                self._known[value] = True
-            elif isinstance(value, tuple | list):
-                self._know(value)
+        for tensor in _tensors_in(values):
+            self._known[tensor] = True
 
-    def _look_at(self, values: Any) -> None:
-        for value in values:
-            if isinstance(value, tuple | list):
-                self._look_at(value)
-            elif isinstance(value, Tensor) and value not in self._known:
-                self._known[value] = True
-                self._look_at_tensor(value)
-
-    def _look_at_tensor(self, tensor: Tensor) -> None:
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    def _look_at(self, tensor: Tensor) -> None:
+        if is_functorch_wrapped_tensor(tensor):
             return  # function transforms wrap only what is passed in
         extent = _extent(tensor)
         for name, storage, begin, end in self._meta:
@@ -133,8 +135,16 @@ class _Watch(TorchFunctionMode):
             self.found.append(found)
 
 
-_CONSTANT = {Tensor.detach, Tensor.data.__get__, Tensor.grad.__get__}  # pyright: ignore[reportAttributeAccessIssue]
+_CONSTANT = {Tensor.detach, *(vars(torch._C.TensorBase)[name].__get__ for name in ("data", "grad"))}
 """What makes a constant of a tensor on purpose."""
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors_in(value)
 
 
 def _extent(leaf: Any) -> tuple[int, int, int] | None:
@@ -145,6 +155,8 @@ def _extent(leaf: Any) -> tuple[int, int, int] | None:
         storage = leaf.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a wrapper around other tensors
         return None
-    first = leaf.storage_offset() * leaf.itemsize
-    last = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True)) * leaf.itemsize
+    first = int(leaf.storage_offset()) * leaf.itemsize
+    last = (
+        sum(int(size - 1) * int(stride) for size, stride in zip(leaf.shape, leaf.stride(), strict=True)) * leaf.itemsize
+    )
     return storage, first, first + last + leaf.itemsize

@@ -17,6 +17,7 @@ updates differ visibly while the moments agree.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import optree
 import torch
@@ -26,6 +27,8 @@ from bilevel import trees
 from bilevel.problem import Descent
 from bilevel.trees import Tree
 
+_foreach_sub: Any = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
+_foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 _ROUNDINGS = 4.0
 """How many machine epsilons of its size a state may be off."""
 
@@ -35,7 +38,7 @@ class Parts:
     """The numbers of a state by kind."""
 
     of_leaf: list[int]
-    """For each differentiable leaf, the number of its part."""
+    """For each differentiable leaf, the number of its part; 0 for parameters."""
     epsilons: list[float]
     """For each part, the machine epsilon of its coarsest dtype."""
 
@@ -71,20 +74,22 @@ def same_bits(left: Tree, right: Tree) -> bool:
 
 
 def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor:
-    """Return two flags on the states' device: whether any part disagrees, and whether all that differ do.
+    """Return two flags on the states' device: whether any part disagrees, and whether rounding can't be the reason.
 
+    It can be where the parameters disagree, and what the optimiser keeps agrees within rounding, but not to the bit.
     Nothing is read from the device. Cost: four passes over the state.
     """
     start, kept, new = _tensors(before), _tensors(first), _tensors(again)
-    off, moved = torch._foreach_sub(new, kept), torch._foreach_sub(kept, start)
-    norms = [torch._foreach_norm(tensors) for tensors in (off, moved, kept)]
+    off, moved = _foreach_sub(new, kept), _foreach_sub(kept, start)
+    norms = [_foreach_norm(tensors) for tensors in (off, moved, kept)]
     device = norms[0][0].device
     squares = torch.stack([torch.stack([n.to(device, torch.float64) for n in each]) for each in norms]).square()
     index = torch.tensor(parts.of_leaf, device=device)
     sums = squares.new_zeros(3, len(parts.epsilons)).index_add(1, index, squares).sqrt()
     epsilon = torch.tensor(parts.epsilons, dtype=torch.float64, device=device)
     over = sums[0] > epsilon.sqrt() * sums[1] + _ROUNDINGS * epsilon * sums[2]
-    return torch.stack([over.any(), (over | (sums[0] == 0)).all() & over.any()])
+    others_agree = (sums[0, 1:] == 0).all()
+    return torch.stack([over.any(), over[1:].any() | (over[0] & others_agree)])
 
 
 def distances(before: Tree, first: Tree, again: Tree) -> tuple[float, float]:

@@ -96,7 +96,7 @@ class ForwardMode(TangentRule):
         self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tensor, Tensor]:
         pushed = run.push_outer(autodiff.Pushed(state, tangents[0]), directions[0])
-        run.same_value("forward, one direction" if len(directions[0][0]) == 1 else "forward", pushed.value)
+        run.same_value(f"forward, {len(directions[0][0])} directions", pushed.value)
         return pushed.value, pushed.tangents[0]
 
 

@@ -21,7 +21,7 @@ from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.diagnosis import require_dependence, require_finite
 from bilevel.unrolling.inner_loop import InnerLoop, WindowEnd
-from bilevel.unrolling.replay import GoingBack, compare_values, require_repeatable
+from bilevel.unrolling.replay import GoingBack, compare_values
 from bilevel.unrolling.step_products import Pulled
 
 
@@ -35,21 +35,6 @@ class Unroll(InnerLoop):
     def same_value(self, kind: str, value: Tensor) -> None:
         """Raise if this inner loop, run again, led to another outer loss; `kind` says how it was run."""
         compare_values(self, self._values, kind, value)
-
-    # -- plain -------------------------------------------------------------------------------------------------
-
-    def final_state(self) -> Tree:
-        """θ_T. The first time for each problem, its first step is computed twice, and must give the same twice."""
-        state = self.start()
-        first = self.descend(state, 0, 1)
-        require_repeatable(self, state, first)
-        return self.descend(first, 1)
-
-    def require_repeatable(self) -> None:
-        """Raise unless the first step gives the same when it is computed twice: two units, once for each problem."""
-        if not self.problem.is_black_box:
-            state = self.start()
-            require_repeatable(self, state, self.descend(state, 0, 1))
 
     # -- forward: the start of tangents (the way through the steps: bilevel.unrolling.tangents) ---------------------
 
