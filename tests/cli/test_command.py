@@ -110,7 +110,9 @@ def test_help_of_a_task(command: str, preset: str, capsys: Capture, monkeypatch:
         for kind in registry.ESTIMATORS:
             for setting in names.settings_of(kind):
                 assert "--" + setting.replace("_", "-") in shown
-        assert "--directions INT Of forward-gradient, zeroth-order, auto: b, at most" in shown
+        assert (
+            "--directions INT Of forward-gradient, streaming-forward-gradient, zeroth-order, auto: b, at most" in shown
+        )
         assert "--phases NAME:STEPS[:PATIENCE] ..." in shown
 
 
@@ -338,7 +340,7 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     "no effect": (
         1,
         ["--directions", "4"],
-        ["--directions has no effect", "reverse has no such setting (it has: checkpoints, offload, product)"],
+        ["--directions has no effect", "reverse has no such setting (it has: checkpoints, offload)"],
     ),
     "no effect in any phase": (
         1,
@@ -543,10 +545,10 @@ def test_resuming_gives_the_very_same_numbers(
 
 def test_resuming_what_was_killed(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys, pathlib, test_cli\n"
+        "import os, signal, sys, pathlib, test_command\n"
         "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "test_cli.CondensationTask.callbacks = test_cli.stop_after(3, kill)\n"
-        "test_cli.run(pathlib.Path(sys.argv[1]), *test_cli.LONG)"
+        "test_command.CondensationTask.callbacks = test_command.stop_after(3, kill)\n"
+        "test_command.run(pathlib.Path(sys.argv[1]), *test_command.LONG)"
     )
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=here, capture_output=True, check=False)

@@ -22,6 +22,7 @@ from bilevel.training.noise_warning import NoiseWatch, pooled
 from bilevel.training.phases import Phase, Progress
 from bilevel.training.running_mean import PastEstimates
 from bilevel.trees import Tree
+from bilevel.unrolling import argument_checks
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,8 @@ class OuterLoop:
         """The longest hypergradient that the outer optimiser is handed; longer ones are shortened to it."""
         tree = module_view.as_tree(meta)
         self._parts = trees.split(tree)
-        for name, leaf in trees.named_leaves(tree, "meta"):
-            if trees.is_spread(leaf):
-                raise TypeError(f"{name} is a DTensor; meta parameters must be whole in every process: .full_tensor()")
-            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-                what = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"{leaf!r} ({type(leaf).__name__})"
-                raise TypeError(
-                    f"{name} is {what}; meta must be floating-point tensors: a tree of them or an nn.Module"
-                )
-            if not trees.all_finite(leaf):
-                raise NonFiniteError(f"{name} holds NaN or infinity before the first outer step")
-        if not self._parts.differentiable:
-            raise ValueError(f"meta is {meta!r}, which holds no tensor to train")
+        argument_checks.meta_parameters(tree)
+        argument_checks.finite(tree)
         self.parameters = [nn.Parameter(t.detach().clone()) for t in self._parts.differentiable]
         self.torch_optimizer, self.scheduler = self.optimizer.bind(self.parameters)
 
