@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Without an NVIDIA GPU, PyTorch's index of CPU builds goes first: the default build for Linux brings gigabytes of CUDA.
-# A CPU build's version ends in +cpu, which pip prefers to the same version without.
-CPU_INDEX := $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without an NVIDIA GPU, PyTorch's own index is asked for torch, and for nothing else: the default build for Linux brings
+# gigabytes of CUDA. Where that index does not answer at once, torch comes from the ordinary index like everything else.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
+# Errors are shown; warnings, such as those of indexes that do not have a package, are not.
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: demo test lint clean
 
@@ -23,7 +25,10 @@ lint: $(VENV)/dev
 
 $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --constraint constraints.txt $(CPU_INDEX) torch
+ifeq ($(HAS_GPU),)
+	@$(PIP) --constraint constraints.txt --index-url $(CPU_INDEX) --retries 0 --timeout 10 --no-deps torch 2>/dev/null || \
+		echo "$(CPU_INDEX) does not answer: torch comes from the ordinary index"
+endif
 	$(PIP) --constraint constraints.txt --editable '.[$*]'
 	touch $@
 

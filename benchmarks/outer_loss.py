@@ -181,7 +181,7 @@ def _run(
         seed,
         phases=[bilevel.Phase(estimator, steps=outer_steps)],
         optimizer=bilevel.optimizer(torch.optim.Adam, lr=rate, schedule=fall),
-        project=setup.project,
+        update=setup.update,
         progress=False,
     )
     spent = (time.process_time() - began) / plain

@@ -3,8 +3,9 @@
     python benchmarks/variance.py
 
 Units are counted as in the docstrings: 1 + 2b inner loops for b directions, and for a control variate what it costs by
-itself (1 + 4s/T for `TruncatedReverse(s)`); what is left of the budget goes into directions. Measured units are beside
-them. Writes `benchmarks/results/variance.json` and `.md`, and `docs/pictures/equal_compute_*.png`. One thread.
+itself (1 + 4s/T for `TruncatedReverse(s)`, a little more than the 1 + 3s/T of its docstring); what is left of the
+budget goes into directions. Measured units are beside them. Writes `benchmarks/results/variance.json` and `.md`, and
+`docs/pictures/equal_compute_*.png`. One thread.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn.functional import cross_entropy
 import bilevel
 from bilevel import ForwardGradient, HessianFree, Reverse, TruncatedReverse
 from bilevel.comparison import compare, plot
+from bilevel.comparison.compare import ComparisonRow
 from bilevel.estimators.variates import ControlVariate
 from bilevel.report.files import write_json, write_text
 from bilevel.report.progress import bar
@@ -141,7 +143,7 @@ def main() -> None:
             }
             shown.advance(name)
     for name, content in found.items():
-        rows = [bilevel.Compared(**row) for row in content["rows"]]
+        rows = [ComparisonRow(**row) for row in content["rows"]]
         plot.write(ROOT.parent / "docs" / "pictures" / f"equal_compute_{name}.png", rows, name)
     write_json(stored, {"torch": torch.__version__, "problems": found})
     write_text(ROOT / "results" / "variance.md", page(found))
@@ -159,12 +161,12 @@ def page(found: dict[str, Any]) -> str:
     ]
     for name in PROBLEMS:
         if name in found:
-            rows = [bilevel.Compared(**row) for row in found[name]["rows"]]
+            rows = [ComparisonRow(**row) for row in found[name]["rows"]]
             lines += ["", f"## {name}: {found[name]['sizes']}", "", *table(rows)]
     return "\n".join(lines) + "\n"
 
 
-def table(rows: list[bilevel.Compared]) -> list[str]:
+def table(rows: list[ComparisonRow]) -> list[str]:
     """In markdown."""
     plain = next(row for row in rows if row.repeats > 1)
     lines = ["| estimator | squared error | bias² | cosine | units | gain | at measured units |"]

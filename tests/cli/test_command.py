@@ -28,6 +28,7 @@ from bilevel.tasks import running
 from bilevel.tasks.condensation import pictures
 from bilevel.tasks.condensation.task import CondensationTask
 from bilevel.tasks.registry import TASKS
+from bilevel.training.outer_loop import OuterStep
 
 Capture = pytest.CaptureFixture[str]
 
@@ -324,7 +325,7 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     "no number": (2, ["--ipc", "few"], ["--ipc", "'few'"]),
     "None": (2, ["--outer-steps", "None"], ["--outer-steps", "'None'"]),
     "choice": (2, ["--start", "dance"], ["dance", "noise", "real"]),
-    "setting of the task": (2, ["--ipc", "0"], ["ipc=0: a number of at least 1 is needed"]),
+    "setting of the task": (2, ["--ipc", "0"], ["ipc=0: a whole number of at least 1 is needed"]),
     "too many blocks": (1, ["--model", "convnet", "--blocks", "3"], ["blocks=3 on 8x8 images", "blocks <= 2"]),
     "too many images": (1, ["--ipc", "400"], ["ipc=400", "class 0 has 128 real images"]),
     "device": (1, ["--device", "abacus"], ["device='abacus' cannot be used", "cpu"]),
@@ -504,7 +505,7 @@ LONG = [
     *("--ipc", "2", "--inner-batch", "6", "--checkpoint-every", "2"),
     *("--phases", "hessian-free:2", "forward-gradient(directions=3):3"),
 ]
-Callbacks = Callable[..., list[Callable[[bilevel.OuterStep], None]]]
+Callbacks = Callable[..., list[Callable[[OuterStep], None]]]
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +519,7 @@ def stop_after(number: int, stop: Callable[[], object]) -> Callbacks:
     """`CondensationTask.callbacks`, with a stop at the end of an outer step, before it is written down."""
     callbacks = CondensationTask.callbacks
 
-    def with_stop(*args: Any) -> list[Callable[[bilevel.OuterStep], None]]:
+    def with_stop(*args: Any) -> list[Callable[[OuterStep], None]]:
         return [*callbacks(*args), lambda step: stop() if step.number == number else None]  # type: ignore[list-item]
 
     return with_stop
@@ -550,7 +551,7 @@ def test_resuming_what_was_killed(undisturbed: dict[str, Any], tmp_path: Path) -
         "test_command.CondensationTask.callbacks = test_command.stop_after(3, kill)\n"
         "test_command.run(pathlib.Path(sys.argv[1]), *test_command.LONG)"
     )
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=here, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (tmp_path / "results.json").exists()
@@ -686,15 +687,49 @@ def test_compare_with_settings(capsys: Capture) -> None:
         assert text in shown
 
 
-def test_compare_numbers_long_names_in_a_narrow_terminal(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    estimators = ["implicit(solver=neumann(iterations=3, step_size=0.02))", "reverse"]
-    cli.main([*COMPARE, "--estimators", *estimators])
+LONG_NAME = "forward-gradient(directions=4, control_variate=truncated-reverse(steps=2))"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 160, 200])
+def test_names_stay_whole_in_tables(columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal of any width each name stands on one line, fit to be copied into --estimator."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    paper = ["plan", "--params", "1.5e9", "--meta-params", "8e7", "--steps", "48", "--memory", "80GB"]
+    planned = ["reverse(checkpoints='graph')", "reverse(offload='disk')", "truncated-reverse(steps=10)"]
+    planned += ["forward-gradient(directions=64)", "zeroth-order(directions=64)"]
+    tables = {
+        ("list",): [*names.ESTIMATORS, *TASKS] if columns >= 60 else [],
+        tuple(paper): planned,
+        (*paper, "--workers", "64"): planned,
+        (*COMPARE, "--repeats", "3", "--estimators", LONG_NAME, "reverse"): [LONG_NAME, "reverse"],
+    }
+    for argv, expected in tables.items():
+        cli.main(argv)
+        lines = capsys.readouterr().out.splitlines()
+        for name in expected:
+            assert any(name in line for line in lines), (name, lines)
+        for line in lines:
+            assert len(line) <= columns or line.split(maxsplit=1)[1] in expected or line in expected
+    for name in [*planned, LONG_NAME]:
+        assert names.describe(names.parse(name)) == name
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_compare_numbers_names_that_do_not_fit(columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    cli.main([*COMPARE, "--estimators", LONG_NAME, "reverse"])
     lines = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in lines) <= 80
-    for number, text in enumerate(estimators, 1):
+    for number, text in enumerate([LONG_NAME, "reverse"], 1):
         assert f"{number}  {text}" in lines
         assert sum(line.split()[:1] == [str(number)] for line in lines) == 2  # in the table, and below
+
+
+def test_the_recommendation_has_a_line_of_its_own(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.main(["plan", "--params", "1.5e9", "--meta-params", "8e7", "--steps", "48", "--memory", "80GB"])
+    shown = capsys.readouterr().out
+    assert "recommended: hessian-free" in shown.splitlines()
+    assert "because no exact method fits into 80 GB; an estimate by ZerothOrder along 64 of 80,000,000" in words(shown)
 
 
 def test_compare_writes_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -175,6 +175,20 @@ def test_a_support_is_where_directions_differ_from_zero(name: str) -> None:
     require_mean(moments[:, :, None] * moments[:, None, :], np.diag(inside.astype(float)))
 
 
+@every_distribution
+def test_under_a_support_directions_are_those_of_as_many_meta_parameters(name: str) -> None:
+    """Their sizes and the standard error's go by the entries that the masks leave, leaf by leaf."""
+    masks = [torch.tensor([[True, False, True], [False, True, True]]), torch.tensor([True, False, True])]
+    smaller = [torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
+    under, alone = Directions(name, 3, 4, LEAVES, masks), Directions(name, 3, 4, smaller)
+    for v, mask, expected in zip(under.draw(range(4)), masks, alone.draw(range(4)), strict=True):
+        assert torch.equal(v[:, mask], expected)
+        assert not bool(v[:, ~mask].any())
+    slopes = torch.tensor([1.0, -3.0, 2.0, 0.5], dtype=torch.float64)
+    assert under.variance(slopes) == pytest.approx(alone.variance(slopes), rel=1e-12)
+    assert under.variance(slopes) != pytest.approx(Directions(name, 3, 4, LEAVES).variance(slopes), rel=1e-2)
+
+
 def test_blocks_come_in_whole_rounds() -> None:
     with pytest.raises(ValueError, match=r"directions=3.*multiple of 2"):
         Directions("block", 0, 3, LEAVES).require_count("Forward()")

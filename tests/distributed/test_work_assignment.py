@@ -6,13 +6,13 @@ from itertools import chain
 
 import pytest
 
-from bilevel.distributed.work_assignment import DIRECTION, WHOLE_LOOP, Deal, deal
+from bilevel.distributed.work_assignment import DIRECTION, WHOLE_LOOP, Assignment, assign
 
 COUNTS, SIZES, CHUNK_SIZES = (1, 2, 7, 16, 64), (1, 2, 3, 8), (None, 1, 2, 3, 100)
 VARIATES = ((), (5.0,), (0.0, 1.0), (2.5, 40.0, 1.0))
 
 
-def load_of(dealt: Deal, rank: int, costs: tuple[float, ...]) -> float:
+def load_of(dealt: Assignment, rank: int, costs: tuple[float, ...]) -> float:
     pushed = sum(WHOLE_LOOP + DIRECTION * len(chunk) for chunk in dealt.chunks_of(rank))
     return pushed + sum(costs[number] for number in dealt.variates_of(rank))
 
@@ -22,7 +22,7 @@ def load_of(dealt: Deal, rank: int, costs: tuple[float, ...]) -> float:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("count", COUNTS)
 def test_everything_is_dealt_once(count: int, size: int, chunk_size: int | None, variates: tuple[float, ...]) -> None:
-    dealt = deal(count, size, chunk_size, variates)
+    dealt = assign(count, size, chunk_size, variates)
     assert list(chain.from_iterable(dealt.chunks)) == list(range(count))
     assert sorted(chain.from_iterable(dealt.numbers_of(rank) for rank in range(size))) == list(range(count))
     assert all(0 < len(chunk) <= (chunk_size or count) for chunk in dealt.chunks)
@@ -35,7 +35,7 @@ def test_everything_is_dealt_once(count: int, size: int, chunk_size: int | None,
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 @pytest.mark.parametrize("size", SIZES)
 def test_nobody_has_more_than_one_part_too_many(size: int, chunk_size: int | None, variates: tuple[float, ...]) -> None:
-    dealt = deal(64, size, chunk_size, variates)
+    dealt = assign(64, size, chunk_size, variates)
     loads = [load_of(dealt, rank, variates) for rank in range(size)]
     largest = WHOLE_LOOP + DIRECTION * (chunk_size or 1)
     for rank, load in enumerate(loads):
@@ -45,12 +45,12 @@ def test_nobody_has_more_than_one_part_too_many(size: int, chunk_size: int | Non
 
 def test_chunks_do_not_depend_on_the_workers_if_they_are_small_enough() -> None:
     for size in SIZES:
-        assert deal(64, size, 8, [7.0]).chunks == deal(64, 1, 8).chunks
-        assert deal(64, size, 8).owners == [number % size for number in range(8)]
+        assert assign(64, size, 8, [7.0]).chunks == assign(64, 1, 8).chunks
+        assert assign(64, size, 8).owners == [number % size for number in range(8)]
 
 
 def test_who_computes_a_variate_takes_fewer_directions() -> None:
-    alone, shared = deal(16, 2), deal(16, 2, variates=[8.0])
+    alone, shared = assign(16, 2), assign(16, 2, variates=[8.0])
     assert [len(alone.numbers_of(rank)) for rank in range(2)] == [8, 8]
     assert [len(shared.numbers_of(rank)) for rank in range(2)] == [6, 10]  # 8 + 1 + 12 and 1 + 20 units
-    assert [len(deal(4, 2, variates=[100.0]).numbers_of(rank)) for rank in range(2)] == [0, 4]
+    assert [len(assign(4, 2, variates=[100.0]).numbers_of(rank)) for rank in range(2)] == [0, 4]

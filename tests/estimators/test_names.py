@@ -12,7 +12,7 @@ from estimator_table import ROWS
 import bilevel
 from bilevel.estimators import names
 from bilevel.planning import registry
-from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver, Neumann
+from bilevel.solvers import ConjugateGradient, LinearSolver, Neumann
 
 SETTINGS = [
     estimator

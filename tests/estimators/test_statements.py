@@ -66,7 +66,7 @@ def test_random_estimators_are_no_control_variates_whatever_their_settings_are_c
         bilevel.CoarserProblem(estimator=Unusual())
 
 
-def compared(estimator: bilevel.Estimator, repeats: int) -> bilevel.Compared:
+def compared(estimator: bilevel.Estimator, repeats: int) -> bilevel.comparison.compare.ComparisonRow:
     (row,) = bilevel.compare(
         CASE.problem, CASE.meta, CASE.inner_batches, tensor(CASE.outer.a), estimators=[estimator], repeats=repeats
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 import bilevel
 from bilevel import ForwardGradient, Phase, Reverse, StreamingForwardGradient, TruncatedReverse, randomness
 from bilevel.directions import distributions as module
+from bilevel.training.outer_loop import OuterStep
 
 T, WINDOWS, N = 3, 4, 3
 CARRIES: tuple[Any, ...] = ("same", "fresh")
@@ -144,6 +145,62 @@ def test_fresh_directions_know_their_error() -> None:
     assert not torch.equal(labels[0][0], labels[1][0])
 
 
+@pytest.mark.parametrize("draw", [0, 1])
+def test_fresh_labels_are_the_old_ones_rescaled_by_the_lengths_and_new_signs(draw: int) -> None:
+    """Labels are l' = l/a + u with a = √(‖l‖ ‖Γu‖/(‖y‖ ‖u‖)), and ‖Γu‖ is the first window's in all windows."""
+    count, carried, drawn, first, found = 2, None, [], None, []
+    for k in range(WINDOWS):
+        estimator = StreamingForwardGradient(count, carry="fresh", draw=draw)
+        window = BATCHES[T * k : T * (k + 1)]
+        estimate = estimator(make(torch.optim.SGD), PHI, window, OUTER, 5, carried=carried)
+        after = estimate.carried
+        assert after is not None
+        assert after.steps == T * (k + 1)
+        labels, tangents = (torch.cat([t.flatten(1) for t in ts or []], 1) for ts in (after.labels, after.tangents))
+        fresh = labels
+        if found:
+            old, y = found[-1]
+            balance = float((old.norm() * first / (y.norm() * (count * N) ** 0.5)).sqrt())
+            fresh = labels - old / balance
+        first = tangents.norm() if first is None else first
+        assert after.first_norm == pytest.approx(float(first), rel=1e-12)
+        assert fresh.abs().numpy() == pytest.approx(np.ones((count, N)), rel=1e-10)
+        drawn.append(fresh.sign())
+        found.append((labels, tangents))
+        carried = after
+    assert len({tuple(signs.flatten().tolist()) for signs in drawn}) == WINDOWS  # each window draws its own
+    lengths = [float(tangents.norm()) for _, tangents in found]
+    assert max(lengths) > 1.05 * min(lengths)  # so that it matters whose length is taken
+
+
+@pytest.mark.parametrize("carry", ["tangents", "fresh"])
+def test_other_draws_of_a_stream_are_other_directions_of_the_same_history(carry: Any) -> None:
+    first, again, other = (windows(StreamingForwardGradient(2, carry=carry, draw=draw)) for draw in (1, 1, 2))
+    assert torch.equal(first.grad, again.grad)
+    assert not torch.equal(first.grad, other.grad)
+    assert torch.equal(first.value, other.value)
+
+
+def test_a_stream_keeps_counting_its_steps_through_estimators() -> None:
+    """Dropout of a step goes by its place in the whole history, also where another estimator takes over."""
+    carried, values = None, []
+    estimators = (
+        Reverse(),
+        ForwardGradient(2),
+        StreamingForwardGradient(2, carry="fresh"),
+        StreamingForwardGradient(2, carry="same"),
+    )
+    for k, estimator in enumerate(estimators):
+        if carried is not None and k == 3:  # tangents with labels do not go on along the same directions
+            carried = replace(carried, tangents=None, labels=None)
+        estimate = estimator(make(), PHI, BATCHES[T * k : T * (k + 1)], OUTER, 5, carried=carried)
+        carried = estimate.carried
+        assert carried is not None
+        assert carried.steps == T * (k + 1)
+        values.append(estimate.value)
+    assert torch.equal(values[-1], whole(Reverse()).value)
+
+
 # -- in fit --------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +209,7 @@ class Stop(KeyboardInterrupt):
 
 
 def fit(estimators: list[Any], out: Path | None = None, stop_at: int = 99, resume: bool = False, **more: Any) -> Any:
-    def stop(step: bilevel.OuterStep) -> None:
+    def stop(step: OuterStep) -> None:
         if step.number > stop_at:
             raise Stop
 
@@ -164,8 +221,7 @@ def fit(estimators: list[Any], out: Path | None = None, stop_at: int = 99, resum
         phases=[Phase(estimator, steps=4) for estimator in estimators],
         optimizer=more.pop("optimizer", bilevel.optimizer(torch.optim.SGD, lr=1e-2)),
         callbacks=[stop],
-        out=out,
-        resume=resume,
+        out=None if out is None else bilevel.RunFolder(out, resume=resume),
         progress=False,
         stream=more.pop("stream", True),
         **more,

@@ -125,7 +125,7 @@ def test_curves_of_a_long_run_have_a_running_mean(figures: list[Any]) -> None:
 def test_curves_mark_where_a_phase_begins(figures: list[Any]) -> None:
     rows = [row(i, phase=phase, error=1.0) for i, phase in enumerate([0, 0, 1, 1, 1, 2])]
     section = page.curves(rows, ["a:2", "b:3", "c:1"])
-    assert section.words == "Estimator: a:2, then b:3, then c:1. Dotted lines: the next phase begins."
+    assert section.words == "Estimator: a:2, then b:3, then c:1. A dotted line marks the start of the next phase."
     for axis in figures[0].axes:
         dotted = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"]
         assert dotted == [1.5, 4.5]

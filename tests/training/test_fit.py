@@ -22,20 +22,18 @@ from typing import Any
 
 import pytest
 import torch
+from fit_settings import grouped
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import bilevel
 from bilevel import (
     BlackBox,
-    CheckpointError,
     Estimate,
     Estimator,
     FitResult,
     ForwardGradient,
     GradientDescent,
-    NonFiniteError,
-    OuterStep,
     Phase,
     Problem,
     Reverse,
@@ -46,6 +44,8 @@ from bilevel import (
     randomness,
     trees,
 )
+from bilevel.errors import CheckpointError, NonFiniteError
+from bilevel.optim.update_rule import Optimizer
 from bilevel.report import files
 from bilevel.training import (
     accumulation,
@@ -58,6 +58,7 @@ from bilevel.training import (
     running_mean,
 )
 from bilevel.training import fit as fit_module
+from bilevel.training.outer_loop import OuterStep
 from bilevel.unrolling.unroll import Unroll
 
 FLOAT = torch.float64
@@ -107,7 +108,7 @@ def train(phases: Sequence[Phase], meta: Any = START, problem: Any = QUADRATIC, 
         "optimizer": bilevel.optimizer(torch.optim.SGD, lr=0.5),
         "progress": False,
     }
-    return fit(problem, meta, phases=phases, **{**settings, **changes})
+    return fit(problem, meta, phases=phases, **grouped({**settings, **changes}))
 
 
 def without_seconds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -279,7 +280,7 @@ SCHEDULES: Optimizers = {
 ALL_OPTIMIZERS = {**OPTIMIZERS, **SCHEDULES}
 
 
-def outer_optimizer(name: str) -> bilevel.Optimizer:
+def outer_optimizer(name: str) -> Optimizer:
     algorithm, settings, schedule = ALL_OPTIMIZERS[name]
     return bilevel.optimizer(algorithm, schedule=schedule, **settings)
 
@@ -858,7 +859,7 @@ def run_until_killed(folder: str) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL as POSIX has it")
 def test_a_killed_process_is_resumed_by_another(tmp_path: Path) -> None:
     program = f"import test_fit; test_fit.run_until_killed({str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert checkpoint_of(tmp_path)["counters"]["outer_step"] == 3
@@ -1054,7 +1055,7 @@ def test_functions_in_settings_are_no_difference(tmp_path: Path) -> None:
     def schedule(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
         return lr_scheduler.LambdaLR(optimizer, lambda k: 0.9**k)
 
-    def make() -> bilevel.Optimizer:
+    def make() -> Optimizer:
         return bilevel.optimizer(torch.optim.SGD, lr=0.1, schedule=lambda optimizer: schedule(optimizer))
 
     with pytest.raises(KeyboardInterrupt):
@@ -1174,7 +1175,7 @@ def test_an_outer_optimizer_that_blows_up(name: str, tmp_path: Path) -> None:
     """The checkpoint has its memory as it was before that step, too."""
     algorithm, settings, _ = OPTIMIZERS[name]
 
-    def optimizer(factor: float) -> bilevel.Optimizer:
+    def optimizer(factor: float) -> Optimizer:
         def schedule(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
             return lr_scheduler.LambdaLR(optimizer, lambda k: 1.0 if k < 3 else factor)
 
@@ -1217,8 +1218,6 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "checkpoints never": ({"checkpoint_every": 0}, ValueError, "checkpoint_every=0: a whole number of at least 1"),
     "half a step": ({"checkpoint_every": 1.5}, ValueError, r"checkpoint_every=1\.5: a whole number of at least 1"),
     "negative seed": ({"seed": -1}, ValueError, "seed=-1: a whole number of at least 0"),
-    "resume from nowhere": ({"resume": True, "out": None}, ValueError, "need out=FOLDER"),
-    "events to nowhere": ({"tensorboard": True, "out": None}, ValueError, "need out=FOLDER"),
     "LBFGS": ({"optimizer": bilevel.optimizer(torch.optim.LBFGS)}, ValueError, LBFGS),
     "an optimiser's class": ({"optimizer": torch.optim.Adam}, TypeError, r"write optimizer=bilevel.optimizer\("),
     "an optimiser": (
@@ -1268,7 +1267,7 @@ WRONG_PHASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an estimator's class": ({"estimator": Reverse}, TypeError, r"write Phase\(bilevel.Reverse\(\), steps=100\)"),
     "a name": ({"estimator": "reverse"}, TypeError, r"write Phase\(bilevel.Reverse\(\), steps=100\)"),
     **{
-        f"min_improvement={value}": ({"min_improvement": value}, ValueError, rf"min_improvement={value}: a fraction")
+        f"min_improvement={value}": ({"min_improvement": value}, ValueError, rf"min_improvement={value}: a number in")
         for value in (-0.1, 1, 1.5, float("nan"))
     },
 }
@@ -1299,7 +1298,7 @@ def ctrl_c_heeded() -> Iterator[None]:
 
 @pytest.mark.usefixtures("ctrl_c_heeded")
 @pytest.mark.parametrize(
-    ("number", "expected"), [(signal.SIGTERM, bilevel.Terminated), (signal.SIGINT, KeyboardInterrupt)]
+    ("number", "expected"), [(signal.SIGTERM, bilevel.errors.Terminated), (signal.SIGINT, KeyboardInterrupt)]
 )
 def test_being_stopped_inside_of_torchs_own_code_is_reported_as_such(
     number: int, expected: type[BaseException], tmp_path: Path
@@ -1330,6 +1329,11 @@ def test_being_stopped_inside_of_torchs_own_code_is_reported_as_such(
     kept = len(metrics.read(tmp_path / metrics.FILE))
     assert 0 < kept < 10
     result = bilevel.fit(
-        problem, torch.tensor(0.0), bilevel.no_batches(2), phases=phases, out=tmp_path, resume=True, progress=False
+        problem,
+        torch.tensor(0.0),
+        bilevel.no_batches(2),
+        phases=phases,
+        out=bilevel.RunFolder(tmp_path, resume=True),
+        progress=False,
     )
     assert [row["outer_step"] for row in result.history] == list(range(10))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from bilevel.estimators import names
 from bilevel.planning import registry
-from bilevel.solvers.linear_solvers import LinearSolver
+from bilevel.solvers import LinearSolver
 
 
 def parse(program: str, description: str, arguments: Sequence[str], **defaults: Any) -> list[Any]:

@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from bilevel import __version__, distributed, trees
 from bilevel.cli import arguments
+from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
 from bilevel.estimators import names
 from bilevel.planning import registry
-from bilevel.problem import BlackBox
 from bilevel.report.files import write_json
 from bilevel.training.run_record import CHECKPOINT
 from bilevel.unrolling import freed_memory
@@ -36,7 +35,7 @@ _USAGE = """usage: bilevel COMMAND ...
   run TASK [options]      train, evaluate, write a folder with results and a report
   compare TASK [options]  several estimators at one point, against the exact hypergradient
   plan TASK [options]     memory and time of every estimator, and which one to take
-  plan --params 1.5e9 ... the same on paper, for a machine one does not have
+  plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
   report DIR              make the report of a finished run again
 
 Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
@@ -114,12 +113,25 @@ def _list(rest: list[str]) -> None:
     if rest:
         raise ValueError(f"bilevel list takes no arguments, but was given {' '.join(rest)}")
     console = Console()
-    tasks = Table("task", "preset", "what it is", title="tasks", title_justify="left")
+    tasks = Table(
+        Column("task", no_wrap=True),
+        Column("preset", no_wrap=True),
+        "what it is",
+        title="tasks",
+        title_justify="left",
+    )
     for task in TASKS.values():
         for i, (name, preset) in enumerate(task.presets.items()):
             tasks.add_row(task.name if i == 0 else "", name, preset.summary)
     console.print(tasks)
-    estimators = Table("estimator", "settings", "what it is", title="estimators", title_justify="left")
+    settings = [f"{setting}," for kind in registry.by_name().values() for setting in names.settings_of(kind)]
+    estimators = Table(
+        Column("estimator", no_wrap=True),
+        Column("settings", min_width=max(map(len, settings))),
+        "what it is",
+        title="estimators",
+        title_justify="left",
+    )
     for name, kind in registry.by_name().items():
         summary = (kind.__doc__ or "").split(". ")[0].split("\n")[0]
         estimators.add_row(name, ", ".join(names.settings_of(kind)), summary)
@@ -177,7 +189,7 @@ def _compare(rest: list[str]) -> None:
         raise ValueError(f"--estimators needs at least one; there are {', '.join(registry.by_name())}")
     estimators = [registry.parse(text) for text in options.estimators]
     setup = task.setup(config, options.data_dir, 1, options.seed)
-    if isinstance(setup.problem, BlackBox):
+    if setup.problem.is_black_box:
         raise ValueError(
             f"with these settings the inner loop of {task.name} is a black box, without the exact hypergradient that "
             "estimators are compared with; choose settings with which it can be differentiated"
@@ -198,11 +210,8 @@ def _compare(rest: list[str]) -> None:
         write_json(options.out, {"task": task.name, "rows": compare.as_dicts(rows), "versions": running.versions()})
     console = Console()
     point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
-    numbered = console.width < _WIDE
-    title = point if inner_batches is None else f"{point}, T = {len(inner_batches)}"
-    console.print(_comparison_table(rows, title, numbered))
-    for number, row in enumerate(rows if numbered else (), 1):
-        console.print(f"{number}  {row.estimator}", highlight=False)
+    title = f"{point}, T = {len(setup.problem.batches_of(inner_batches))}"
+    print_methods(console, title, *_comparison_table(rows))
     console.print(
         "relative error: ‖estimate − exact‖/‖exact‖; standard error: what the estimator expects of itself, likewise "
         "relative; ±: 95 % intervals, from --repeats 3 on; units: "
@@ -211,39 +220,32 @@ def _compare(rest: list[str]) -> None:
     )
 
 
-_WIDE = 140
-"""Columns of a terminal from which on names fit into the table; in a narrower one they are numbered."""
-
-
-def _comparison_table(rows: Sequence[compare.Compared], title: str, numbered: bool) -> Table:
-    """Numbers of each method; in a narrow terminal with numbers for the long names as well."""
-    numbers = ("relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB")
-    compiles = any(row.compile_seconds is not None for row in rows)
-    table = Table(
-        Column("" if numbered else "estimator", overflow="fold"),
-        *(Column(name, justify="right") for name in (*numbers, *(["compiling, s"] if compiles else []))),
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD if numbered else box.HEAVY_HEAD,
-        padding=(0, 0) if numbered else (0, 1),
-    )
-    for number, row in enumerate(rows, 1):
-        table.add_row(
-            str(number) if numbered else row.estimator,
-            _with_interval(row, "relative_error"),
-            _with_interval(row, "squared_bias"),
-            _with_interval(row, "variance"),
-            _with_interval(row, "cosine"),
-            "–" if row.standard_error is None else f"{row.standard_error:.3g}",
-            f"{row.units:.1f}",
-            f"{row.seconds:.2f}",
-            "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}",
-            *([] if row.compile_seconds is None else [f"{row.compile_seconds:.1f}"]),
+def _comparison_table(compared: Sequence[compare.ComparisonRow]) -> tuple[list[Field], list[Row]]:
+    """Return the columns and the numbers of each method."""
+    headers = ["relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB"]
+    if any(row.compile_seconds is not None for row in compared):
+        headers.append("compiling, s")
+    rows = [
+        Row(
+            row.estimator,
+            [
+                _with_interval(row, "relative_error"),
+                _with_interval(row, "squared_bias"),
+                _with_interval(row, "variance"),
+                _with_interval(row, "cosine"),
+                "–" if row.standard_error is None else f"{row.standard_error:.3g}",
+                f"{row.units:.1f}",
+                f"{row.seconds:.2f}",
+                "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}",
+                *([] if row.compile_seconds is None else [f"{row.compile_seconds:.1f}"]),
+            ],
         )
-    return table
+        for row in compared
+    ]
+    return [Field(header) for header in headers], rows
 
 
-def _with_interval(row: compare.Compared, name: str) -> str:
+def _with_interval(row: compare.ComparisonRow, name: str) -> str:
     value = getattr(row, name)
     if value is None:
         return "–"
@@ -255,8 +257,8 @@ def _plan(rest: list[str]) -> None:
     from bilevel.cli import plan_command
 
     if not rest or rest[0].startswith("-"):
-        (paper,) = arguments.parse("bilevel plan", plan_command.ON_PAPER, rest, paper=plan_command.PaperOptions())
-        plan_command.show(plan_command.plan_on_paper(paper), "on paper", in_units=True)
+        (sizes,) = arguments.parse("bilevel plan", plan_command.FROM_SIZES, rest, sizes=plan_command.SizeOptions())
+        plan_command.show(plan_command.plan_from_sizes(sizes), "from sizes", in_units=True)
         return
     task, preset = _task_and_preset("plan", rest)
     _, options, config = arguments.parse(

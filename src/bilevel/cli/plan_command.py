@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.text import Text
 
 from bilevel.checks import whole_number
+from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.estimators import ZerothOrder, names
 from bilevel.planning import planner
 
 if TYPE_CHECKING:
     from bilevel.tasks.task import Setup
 
-ON_PAPER = "Memory and time of every estimator from numbers alone; times in units of one inner gradient."
+FROM_SIZES = "Memory and time of every estimator from sizes alone; times in units of one inner gradient."
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What `bilevel plan TASK` is told besides the task's own settings."""
+    """Options of `bilevel plan TASK`, besides the settings of the task."""
 
     memory: str = "4GB"
     """What a worker may use beyond the model and the data, such as 8GB or 512MiB."""
@@ -36,8 +37,8 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class PaperOptions:
-    """What `bilevel plan` is told instead of a task."""
+class SizeOptions:
+    """Options of `bilevel plan` without a task."""
 
     params: float = 1e6
     """M, inner parameters, such as 1.5e9."""
@@ -60,7 +61,7 @@ class PaperOptions:
 
 
 def plan_task(setup: Setup, options: PlanOptions) -> planner.Plan:
-    """The plan for a task's inner loop at its starting point."""
+    """Return the plan for the inner loop of a task at its starting point."""
     return planner.plan(
         setup.problem,
         setup.meta,
@@ -73,13 +74,13 @@ def plan_task(setup: Setup, options: PlanOptions) -> planner.Plan:
     )
 
 
-def plan_on_paper(options: PaperOptions) -> planner.Plan:
-    """The plan from numbers alone."""
+def plan_from_sizes(options: SizeOptions) -> planner.Plan:
+    """Return the plan that follows from sizes alone."""
     for name in ("params", "meta_params"):
         if not 1 <= getattr(options, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: a number of at least 1 is needed")
     whole_number(options.steps, "steps")
-    return planner.on_paper(
+    return planner.plan_from_sizes(
         options.params,
         options.meta_params,
         options.steps,
@@ -94,39 +95,42 @@ def plan_on_paper(options: PaperOptions) -> planner.Plan:
 
 def show(plan: planner.Plan, where: str, in_units: bool = False) -> None:
     """Print the table and the recommendation."""
-    table = Table(
-        Column("estimator", overflow="fold"),
-        "error",
-        Column("memory", justify="right"),
-        Column("units" if in_units else "seconds", justify="right"),
-        "fits",
-        *(() if plan.workers == 1 else ("exchange", Column("sent a step", justify="right"))),
-        title=f"{where}: N = {plan.costs.meta_size}, T = {plan.steps}, {planner.size_text(plan.memory)}"
-        + ("" if plan.workers == 1 else f" for each of {plan.workers} workers"),
-        title_justify="left",
-    )
-    for row in plan.rows:
-        table.add_row(
+    shared = plan.workers > 1
+    title = f"{where}: N = {plan.costs.meta_size}, T = {plan.steps}, {planner.size_text(plan.memory)}"
+    fields = [
+        Field("error", "left", wraps=True),
+        Field("memory"),
+        Field("units" if in_units else "seconds"),
+        Field("fits", "left"),
+        *([Field("exchange", "left"), Field("sent a step")] if shared else []),
+    ]
+    rows = [
+        Row(
             names.describe(row.estimator),
-            error_text(row),
-            planner.size_text(row.bytes),
-            f"{row.seconds:.3g}",
-            "yes" if row.fits else "no",
-            *(() if plan.workers == 1 else exchange_texts(row)),
-            style="bold" if row.estimator == plan.recommended else None,
+            [
+                error_text(row),
+                planner.size_text(row.bytes),
+                f"{row.seconds:.3g}",
+                "yes" if row.fits else "no",
+                *(exchange_texts(row) if shared else ()),
+            ],
+            bold=row.estimator == plan.recommended,
         )
+        for row in plan.rows
+    ]
     console = Console()
-    console.print(table)
+    print_methods(console, f"{title} for each of {plan.workers} workers" if shared else title, fields, rows)
     advice = "none" if plan.recommended is None else names.describe(plan.recommended)
-    console.print(f"recommended: {advice}: {plan.reason}.")
+    console.print(Text(f"recommended: {advice}"), soft_wrap=True)
+    console.print(Text(f"because {plan.reason}." if plan.recommended else f"{plan.reason}."))
 
 
-def exchange_texts(row: planner.Planned) -> tuple[str, str]:
+def exchange_texts(row: planner.PlanRow) -> tuple[str, str]:
     """What several workers exchange, and how much each of them sends."""
     return ("nothing", "–") if row.sent_bytes is None else (str(row.exchange), planner.size_text(row.sent_bytes))
 
 
-def error_text(row: planner.Planned) -> str:
+def error_text(row: planner.PlanRow) -> str:
     """What is known of a method's error."""
     if row.relative_variance is None:
         return "biased"

@@ -14,19 +14,19 @@ from bilevel import checks, trees
 from bilevel.batches import Batches
 from bilevel.estimators import Estimate, Estimator, Reverse
 from bilevel.estimators.names import describe
-from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.report.peak_memory import PeakMemory
 from bilevel.report.progress import bar
 from bilevel.unrolling.unroll import unroll
 
 
 @dataclass(frozen=True)
-class Compared:
-    """How one method did. Errors are relative to ‖exact‖, squared ones to ‖exact‖²."""
+class ComparisonRow:
+    """A row of the table of `compare`: one method. Errors are relative to ‖exact‖, squared errors to ‖exact‖²."""
 
     estimator: str
     repeats: int
-    """Draws of random directions; 1 for a deterministic method."""
+    """Estimates, each with other random directions; 1 for a deterministic method."""
     relative_error: float
     """√ of the mean of ‖grad − exact‖²/‖exact‖² over the draws."""
     squared_bias: float | None
@@ -34,26 +34,27 @@ class Compared:
     variance: float | None
     """E‖grad − E grad‖²; `None` for one random draw."""
     cosine: float
-    """Of the angle between grad and exact, the mean over the draws."""
+    """Cosine of the angle between grad and exact, averaged over the draws."""
     standard_error: float | None
-    """As the estimator itself reports it: the root mean square over the draws."""
+    """The standard error that the estimator itself reports: the root mean square over the draws."""
     half_widths: dict[str, float]
-    """Of the 95 % confidence intervals (jackknife over the draws) of `relative_error`, `squared_error`, its square,
-    `squared_bias`, `variance` and `cosine`; empty for fewer than three draws."""
+    """Half widths of the 95 % confidence intervals (jackknife over the draws) of `relative_error`, of its square
+    `squared_error`, of `squared_bias`, `variance` and `cosine`; empty for fewer than three draws."""
     units: float
-    """Process time over that of the inner loop alone, run plainly. Times are the best of up to three."""
+    """Process time divided by that of the inner loop without derivatives. Times are the best of up to three."""
     seconds: float
+    """Wall time of one estimate."""
     peak_memory_bytes: int | None
-    """The most memory held during a call above what was held before: on a GPU that of torch, on a CPU the resident
-    memory of the process, sampled; `None` where the system does not tell."""
+    """Bytes held at the peak of a call, above those held before it: on a GPU torch's memory, on a CPU the resident
+    memory of the process, sampled; `None` if the system does not report it."""
     compile_seconds: float | None = None
-    """Wall time that this method took for compiling, before it was timed; `None` if the problem is not compiled."""
+    """Seconds that this method took to compile, before it was timed; `None` if the problem is not compiled."""
 
 
 def compare(
-    problem: Unrollable | BlackBox,
+    problem: BilevelProblem | Unrollable,
     meta: Any,
-    inner_batches: Batches | None = None,
+    inner_batches: Batches | int | None = None,
     outer_batch: Any = None,
     seed: int = 0,
     *,
@@ -61,13 +62,13 @@ def compare(
     exact: Estimator | None = None,
     repeats: int = 1,
     progress: bool = False,
-) -> list[Compared]:
+) -> list[ComparisonRow]:
     """Estimate one hypergradient by several methods and compare each with the exact one.
 
     Args:
         problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.
         meta: φ, the point at which to compare.
-        inner_batches: T batches by random access.
+        inner_batches: T batches by random access, or the whole number T for a problem without data.
         outer_batch: passed to the outer loss.
         seed: the same for all methods.
         estimators: what to compare.
@@ -87,14 +88,15 @@ def compare(
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
     ... )
     >>> (row,) = bilevel.compare(
-    ...     problem, torch.tensor(1.0), bilevel.no_batches(2), estimators=[bilevel.TruncatedReverse(1)]
+    ...     problem, torch.tensor(1.0), 2, estimators=[bilevel.TruncatedReverse(1)]
     ... )
     >>> row.estimator, round(row.relative_error, 3)  # 0.5 instead of 0.75
     ('truncated-reverse', 0.333)
     """
     checks.whole_number(repeats, "repeats")
+    problem = as_problem(problem)
     run = unroll(problem, meta, inner_batches, outer_batch, seed).eager
-    rows: list[Compared] = []
+    rows: list[ComparisonRow] = []
     with bar("comparing", len(estimators) + 1, show=progress) as shown:
         truth = (exact or Reverse("sqrt"))(run.problem, meta, inner_batches, outer_batch, seed)
         length = float(trees.squared_norm(trees.leaves(truth.grad)).sqrt())
@@ -105,7 +107,7 @@ def compare(
         _, plain, _ = _timed(lambda: run.descend(run.start()))
         shown.advance("exact")
         for estimator in estimators:
-            call = partial(_call, _not_yet_compiled(problem), meta, inner_batches, outer_batch, seed)
+            call = partial(_call, problem.not_yet_compiled(), meta, inner_batches, outer_batch, seed)
             compiling = call(estimator).compile_seconds if run.problem is not problem else None
             with PeakMemory() as memory:
                 first, process, wall = _timed(partial(call, estimator))
@@ -118,20 +120,13 @@ def compare(
     return rows
 
 
-def as_dicts(rows: Sequence[Compared]) -> list[dict[str, Any]]:
+def as_dicts(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """The rows as dicts, for JSON."""
     return [asdict(row) for row in rows]
 
 
 def _call(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, estimator: Estimator) -> Estimate:
     return estimator(problem, meta, inner_batches, outer_batch, seed)
-
-
-def _not_yet_compiled(problem: Unrollable | BlackBox) -> Unrollable | BlackBox:
-    """The problem with nothing compiled for it so far."""
-    if isinstance(problem, GradientDescent) and problem.backend is not None:
-        return problem.compiled(problem.backend)
-    return problem
 
 
 def _compared(
@@ -143,7 +138,7 @@ def _compared(
     units: float,
     seconds: float,
     peak_memory_bytes: int | None,
-) -> Compared:
+) -> ComparisonRow:
     exact = _flat(truth.grad)
     grads = np.stack([_flat(estimate.grad) for estimate in found])
     errors = (grads - exact) / length
@@ -154,7 +149,7 @@ def _compared(
     known = [c for c in claimed if c is not None]
     if not estimator.is_random:  # all of the error is bias
         values["squared_bias"], values["variance"] = values["squared_error"], 0.0
-    return Compared(
+    return ComparisonRow(
         estimator=name,
         repeats=len(found),
         relative_error=values["relative_error"],

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel import trees
 from bilevel.directions.distributions import Directions
 from bilevel.distributed import communication
 from bilevel.distributed.communication import Exchange
@@ -40,6 +41,7 @@ DRAWN_AT_ONCE = 64
 """How many directions are drawn and added up at a time, at most, unless the caller says otherwise."""
 
 
+@trees.without_autocast()
 def scaled(
     found: Sequence[Sequence[Tensor]], like: Sequence[Tensor], support: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
@@ -71,6 +73,7 @@ class Combined(NamedTuple):
     """The expected squared error divided by that without control variates; `None` if there are none."""
 
 
+@trees.without_autocast()
 def combine(
     directions: Directions,
     slopes: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import trees
-from bilevel.distributed.work_assignment import Deal
+from bilevel.distributed.work_assignment import Assignment
 from bilevel.distributed.workers import Workers
 from bilevel.trees import Tree
 from bilevel.unrolling.diagnosis import require_finite
@@ -18,7 +18,7 @@ from bilevel.unrolling.unroll import Unroll
 
 def spread_slopes(
     run: Unroll,
-    deal: Deal,
+    deal: Assignment,
     push: Callable[[Sequence[range]], Slopes],
     variate: Callable[[int], list[Tensor]],
     workers: Workers,
@@ -43,7 +43,7 @@ def spread_slopes(
     variates = everybodys_variates(run, deal, computed, workers)
     if workers.size == 1:
         return pushed, variates
-    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64)
+    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64, device="cpu")
     numbers = _padded(pushed.slopes.cpu().double(), deal, workers)
     received = workers.gather("slopes", torch.cat([first_two, numbers]))
     slopes = _in_order(workers, deal, received[:, 2:])
@@ -52,7 +52,7 @@ def spread_slopes(
 
 
 def everybodys_variates(
-    run: Unroll, deal: Deal, computed: dict[int, list[Tensor]], workers: Workers
+    run: Unroll, deal: Assignment, computed: dict[int, list[Tensor]], workers: Workers
 ) -> list[list[Tensor]]:
     """The control variates' gradients, each from the worker that computed it."""
     found = []
@@ -62,18 +62,20 @@ def everybodys_variates(
     return found
 
 
-def everybodys_numbers(what: str, deal: Deal, mine: Tensor, workers: Workers) -> Tensor:
+def everybodys_numbers(what: str, deal: Assignment, mine: Tensor, workers: Workers) -> Tensor:
     """A number for each direction `[b]`, in their order, from each worker's for its own."""
     return _in_order(workers, deal, workers.gather(what, _padded(mine, deal, workers)))
 
 
-def everybodys_rows(what: str, deal: Deal, mine: Sequence[list[Tensor]], state: Tree, workers: Workers) -> list[Tensor]:
+def everybodys_rows(
+    what: str, deal: Assignment, mine: Sequence[list[Tensor]], state: Tree, workers: Workers
+) -> list[Tensor]:
     """Tangents `[b, *leaf.shape]` of all directions, a stack for each leaf of a state, from everybody's chunks."""
     leaves = trees.split(state).differentiable
     if workers.size > 1 and any(map(trees.is_spread, leaves)):
         raise ValueError(
             "the tangents of a sharded inner model can be carried on by one worker only; pass "
-            "sharers=bilevel.Workers(), or take ForwardGradient, which carries no tangents on"
+            "sharers=bilevel.experimental.Workers(), or take ForwardGradient, which carries no tangents on"
         )
     own = (
         [torch.cat(parts) for parts in zip(*mine, strict=True)] if mine else [t.new_zeros(0, *t.shape) for t in leaves]
@@ -83,13 +85,13 @@ def everybodys_rows(what: str, deal: Deal, mine: Sequence[list[Tensor]], state: 
     return [_in_order(workers, deal, workers.gather_rows(what, _padded(rows, deal, workers))) for rows in own]
 
 
-def _padded(rows: Tensor, deal: Deal, workers: Workers) -> Tensor:
+def _padded(rows: Tensor, deal: Assignment, workers: Workers) -> Tensor:
     """With zeros up to the length of the longest share."""
     most = max(len(deal.numbers_of(rank)) for rank in range(workers.size))
     return torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
 
 
-def _in_order(workers: Workers, deal: Deal, received: Tensor) -> Tensor:
+def _in_order(workers: Workers, deal: Assignment, received: Tensor) -> Tensor:
     """Shares `[size, most, ...]` as the rows `[b, ...]` of all directions."""
     shares = [deal.numbers_of(rank) for rank in range(workers.size)]
     result = received.new_empty(sum(map(len, shares)), *received.shape[2:])

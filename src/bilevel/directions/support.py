@@ -8,8 +8,6 @@ from torch import Tensor
 from bilevel import autodiff, randomness, trees
 from bilevel.unrolling.unroll import Unroll
 
-_PROBE = 10
-
 
 def reached(run: Unroll) -> list[Tensor]:
     """Return for each leaf of φ a mask of the entries on which θ_0, an inner step or the outer loss depends.
@@ -21,7 +19,7 @@ def reached(run: Unroll) -> list[Tensor]:
     masks = [torch.zeros_like(leaf, dtype=torch.bool) for leaf in trees.leaves(run.meta)]
 
     def note(function: autodiff.Transpose, number: int) -> None:
-        with randomness.torch_seeded(run.seed, _PROBE, number):
+        with randomness.torch_seeded(run.seed, randomness.SUPPORT_PROBE, number):
             probe = [torch.randn_like(t) for t in trees.split(function.value).differentiable]
         for mask, part in zip(masks, function(probe, keep=False)[0], strict=True):
             if part is not None:

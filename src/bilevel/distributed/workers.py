@@ -1,11 +1,10 @@
-"""Several processes at one estimate: who does which part, and how the parts come together, over `torch.distributed`.
+"""Workers: several processes that compute one estimate together, over `torch.distributed`.
 
-Workers are equals that run the same program on the same arguments. Who does what follows from numbers that all of them
-have (`share`, `bilevel.distributed.work_assignment`), so nobody has to tell anybody what to do. Before anything is
-exchanged, the
-workers *meet*: each says where it is and whether it failed. So an error of one becomes an error of all, with its
-message, and workers that have lost step are told so instead of reading each other's numbers as something else. A
-worker that does not come at all ends the wait of the others after `timeout` seconds.
+Workers are equals that run the same program on the same arguments. The assignment of work follows from numbers that all
+workers have (`share`, `bilevel.distributed.work_assignment`), so no worker has to instruct another. Before workers
+exchange anything, they *meet*: each one says where it is and whether it failed. An error of one worker thereby becomes
+an error of all, with its message. Workers that are at different places in the program get an error as well; without the
+meeting they would misread each other's numbers. When a worker does not arrive, the others wait `timeout` seconds.
 """
 
 from __future__ import annotations
@@ -34,23 +33,24 @@ from bilevel.errors import NonFiniteError, SolverError, WorkerError
 Result = TypeVar("Result")
 
 TIMEOUT = 1800.0
-"""Seconds that a worker waits for the others, by default."""
+"""The default number of seconds that a worker waits for the others."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that share the work; made by `join_workers`, or for a process group of one's own.
+    """This process among the processes that share the work of an estimate.
 
-    Estimators share their work inside `with workers.sharing():`, and `fit` does so by itself.
+    `join_workers` makes one for the processes that torchrun started; `Workers.of` makes one for a process group.
+    Estimators share their work inside `with workers.sharing():`. `fit` enters it by itself.
 
     Args:
-        rank: this worker's number.
-        size: how many there are.
-        group: the process group, `None` for the default one. It must have a backend for CPU tensors.
-        sharers: those who share the estimators' work, where they are not all of these: `Workers()` if these hold one
-            sharded model together, so that none of them can do anything without the others; `Workers.of(group)` for the
-            dimension of a device mesh along which the model is repeated. All the same meet, and the first one of all
-            writes.
+        rank: the number of this worker, from 0.
+        size: the number of workers.
+        group: the process group; `None` for the default one. It must have a backend for CPU tensors.
+        sharers: the workers that share the work of the estimators, where they differ from all workers. Pass `Workers()`
+            if all workers hold one sharded model together, because none of them can then compute anything alone. Pass
+            `Workers.of(group)` for the dimension of a device mesh along which the model is repeated. All workers meet
+            in any case, and the first one of all writes files.
 
     >>> Workers().share(3), Workers(rank=1, size=2).share(5)
     (range(0, 3), range(1, 5, 2))
@@ -63,22 +63,22 @@ class Workers:
 
     @classmethod
     def of(cls, group: Any = None, sharers: Workers | None = None) -> Workers:
-        """The ranks of an initialised process group, such as one dimension of a device mesh."""
+        """Make the workers of an initialised process group, such as one dimension of a device mesh."""
         return cls(dist.get_rank(group), dist.get_world_size(group), group, sharers)
 
     @property
     def processes(self) -> list[int]:
-        """Their ranks in the default group."""
+        """The ranks of the workers in the default group; empty for a single worker."""
         return [] if self.size == 1 else dist.get_process_group_ranks(self.group)
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and shows progress."""
+        """Whether this worker writes files and shows progress."""
         return self.rank == 0
 
     @contextmanager
     def sharing(self) -> Iterator[Workers]:
-        """Inside, estimators spread their work over these workers, all of whom must make the same calls."""
+        """Context manager in which estimators share their work over these workers; all must make the same calls."""
         token = _CURRENT.set(self if self.sharers is None else self.sharers)
         try:
             yield self
@@ -86,20 +86,25 @@ class Workers:
             _CURRENT.reset(token)
 
     def share(self, count: int) -> range:
-        """Which of `count` parts are this worker's."""
+        """Return the numbers of the parts, out of `count`, that this worker computes."""
         return range(self.rank, count, self.size)
 
     # -- meeting -----------------------------------------------------------------------------------------------
 
     def together(self, what: str, function: Callable[[], Result]) -> Result:
-        """`function()`, and an error on every worker if it failed on any; `what` names the place in messages."""
+        """Call `function()`, and raise on every worker if it failed on any.
+
+        Args:
+            what: the name of this place in the program, for messages.
+            function: the work of this worker.
+        """
         if self.size == 1:
             return function()
         failure: Exception | None = None
         result: Any = None
         try:
             result = function()
-        except Exception as error:  # whatever it is, the others must hear of it
+        except Exception as error:  # the others must learn of any error
             if getattr(error, _ANNOUNCED, False):
                 raise
             failure = error
@@ -107,7 +112,7 @@ class Workers:
         return result
 
     def require_same(self, what: str, content: bytes) -> None:
-        """Raise unless all workers have the same bytes here."""
+        """Raise a `WorkerError` unless all workers pass the same bytes."""
         if self.size == 1:
             return
         found = self._meet(what, None, zlib.crc32(content))
@@ -121,12 +126,12 @@ class Workers:
             )
 
     def any(self, what: str, flag: bool) -> bool:
-        """Whether the flag is set on any worker."""
+        """Return whether the flag is set on any worker."""
         return flag if self.size == 1 else any(self._meet(what, None, int(flag)))
 
     def _meet(self, what: str, failure: Exception | None, number: int = 0) -> list[int]:
-        """Every worker's number, once it is known that nobody failed and all are at the same place."""
-        mine = torch.tensor([zlib.crc32(what.encode()), failure is not None, number])
+        """Return the number of every worker, after checking that none failed and all are at the same place."""
+        mine = torch.tensor([zlib.crc32(what.encode()), failure is not None, number], device="cpu")
         headers = [torch.empty_like(mine) for _ in range(self.size)]
         with self._at(what):
             dist.all_gather(headers, mine, group=self.group)
@@ -139,7 +144,7 @@ class Workers:
         return numbers
 
     def _of_another(self, reports: Sequence[tuple[str, tuple[str, str] | None]]) -> Exception:
-        """What went wrong elsewhere, as an error here."""
+        """Build the error of this worker from what failed on another one."""
         for rank, (_, report) in enumerate(reports):
             if report is not None:
                 name, message = report
@@ -147,16 +152,18 @@ class Workers:
                 kinds = {kind.__name__: kind for kind in (NonFiniteError, SolverError)}
                 return kinds[name](text) if name in kinds else WorkerError(f"{text} ({name})")
         where = ", ".join(f"worker {rank} is at {place!r}" for rank, (place, _) in enumerate(reports))
-        return WorkerError(f"the workers have lost step: {where}; all must make the same calls in the same order")
+        return WorkerError(
+            f"the workers are at different places: {where}; all must make the same calls in the same order"
+        )
 
-    # -- exchange: after a meeting, by workers who know each other's sizes ------------------------------------
+    # -- communication, after a meeting, between workers that know the sizes of each other's tensors ------------
 
     def gather(self, what: str, numbers: Tensor) -> Tensor:
-        """Everybody's numbers `[size, k]` from this worker's `[k]`, in float64."""
+        """Gather the numbers `[k]` of each worker into `[size, k]`, in float64."""
         return self.gather_rows(what, numbers.cpu().double())
 
     def gather_rows(self, what: str, rows: Tensor) -> Tensor:
-        """Everybody's tensors `[size, *shape]`, of one shape and dtype, on the device where this worker's is."""
+        """Gather the tensors `[*shape]` of each worker, of one dtype, into `[size, *shape]` on this worker's device."""
         mine = rows.detach().contiguous()
         if self.size == 1:
             return mine.unsqueeze(0)
@@ -166,7 +173,7 @@ class Workers:
         return torch.stack(everybodys)
 
     def broadcast_tensors(self, what: str, tensors: Sequence[Tensor], source: int = 0) -> list[Tensor]:
-        """The tensors of one worker, the first one by default; everybody's have the same shapes and dtypes."""
+        """Return the tensors of the worker `source`. Those of all workers have the same shapes and dtypes."""
         if self.size == 1:
             return list(tensors)
         found = [t.detach().contiguous().clone() for t in tensors]
@@ -176,7 +183,7 @@ class Workers:
         return found
 
     def sum(self, what: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all workers, bit for bit the same on each of them: one all-reduce for each dtype."""
+        """Sum tensors over all workers, with one all-reduce for each dtype. All workers get the same bits."""
         found = [t.detach() for t in tensors]
         if self.size == 1:
             return found
@@ -192,7 +199,7 @@ class Workers:
         return found
 
     def broadcast(self, what: str, content: Result) -> Result:
-        """What the first worker has: any object that can be pickled."""
+        """Return the object of the first worker. It must be possible to pickle it."""
         if self.size == 1:
             return content
         carried = [content]
@@ -202,17 +209,19 @@ class Workers:
 
     @contextmanager
     def _at(self, what: str) -> Iterator[None]:
-        """Torch's reports of a collective that failed, with the place and the worker."""
+        """Context manager that turns torch's error of a failed collective into one with the place and the worker."""
         try:
             yield
         except RuntimeError as error:
             text = str(error).split("\n")[0].split(". This is typically")[0]
             late = "imed out" in text or "imeout" in text
-            fault = "waited in vain for another one" if late else "lost another one"
+            fault = (
+                "waited for another worker until the time limit" if late else "lost the connection to another worker"
+            )
             advice = (
-                "a slow one needs a longer --timeout (join_workers(timeout=...)), one that hangs must be looked into"
+                "a slow worker needs a longer --timeout (join_workers(timeout=...)); find out why if one hangs"
                 if late
-                else "it died or was stopped, and its own message, or torchrun's, says why"
+                else "it died or was stopped; its own message or that of torchrun says why"
             )
             raise _announced(
                 WorkerError(f"worker {self.rank} of {self.size} {fault} at {what!r}: {advice} (torch says: {text})")
@@ -224,18 +233,26 @@ _ANNOUNCED = "_known_to_all_workers"
 
 
 def current() -> Workers:
-    """Those who share the work of estimators here; this process alone unless inside `Workers.sharing`."""
+    """Return the workers that share the work of estimators: this process alone, except inside `Workers.sharing`."""
     return _CURRENT.get()
 
 
 def join_workers(timeout: float = TIMEOUT) -> Workers:
-    """The workers that `torchrun` started, or those of a process group that is there already; else this process alone.
+    """Join the workers that `torchrun` started.
+
+    Where a process group is initialised already, its processes are the workers. Where there is neither, this process
+    is the only worker. CPU tensors are sent by gloo and CUDA tensors by NCCL; each worker takes the GPU of its local
+    rank.
 
     Args:
-        timeout: seconds to wait for another worker at a collective, before it is an error; of a process group that is
-            there already, its own counts.
+        timeout: the number of seconds that a worker waits for another one at a collective before it raises. A process
+            group that is initialised already keeps its own limit.
 
-    CPU tensors go over gloo, CUDA tensors over NCCL, where each worker takes the GPU of its local rank.
+    Returns:
+        This process among the workers.
+
+    Raises:
+        WorkerError: another worker did not start in time.
     """
     checks.positive(timeout, "timeout")
     if not joined():
@@ -255,11 +272,12 @@ def join_workers(timeout: float = TIMEOUT) -> Workers:
 
 
 def _name_of_this_start(store: Any, rank: int, size: int, timeout: float) -> str:
-    """A name that all processes of this start of the group agree on, and no earlier start had.
+    """Agree on a name for this start of the group that differs from the names of all earlier starts.
 
-    torchrun's agent keeps its store over restarts, and in it the addresses of workers that are dead: under a name of
-    their own, nobody finds them. The restart count is no such name, since each host counts only its own failures. So
-    each process announces a number of its own, the first one proposes those it sees, and all must find theirs there.
+    The agent of torchrun keeps its store when it restarts the workers, and the store still holds the addresses of dead
+    workers. With a new name for each start, these addresses are not found. The restart count does not serve as a name,
+    because each host counts only its own failures. Instead each process announces a random number, the first process
+    proposes the numbers that it sees, and every process must find its own number in the proposal.
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     store.set(f"bilevel/here/{rank}", mine)
@@ -273,45 +291,48 @@ def _name_of_this_start(store: Any, rank: int, size: int, timeout: float) -> str
             if store.check([f"bilevel/agreed/{name}/{r}" for r in range(size)]):
                 return name
         time.sleep(0.01)
-    raise WorkerError(f"worker {rank} of {size} waited {timeout:g} s for the others to start; their messages say why")
+    raise WorkerError(
+        f"worker {rank} of {size} waited {timeout:g} s for the others to start; their messages say why they did not"
+    )
 
 
 def from_environment() -> bool:
-    """Whether torchrun, or whoever sets the same variables, started this process as one of several."""
+    """Return whether torchrun, or a program that sets the same variables, started this process as one of several."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def rank_in_environment() -> int:
-    """This process's number among those that torchrun started; 0 without it."""
+    """Return the number of this process among those that torchrun started, or 0 without torchrun."""
     return int(os.environ["RANK"]) if from_environment() else 0
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after a failure on this host; ask whether `any` worker was."""
+    """Return whether torchrun restarted this process after a failure on this host. Other hosts may differ."""
     return from_environment() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def joined() -> bool:
-    """Whether this process belongs to a group."""
+    """Return whether this process belongs to an initialised process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def _import_what_would_hold_the_group() -> None:
-    """Import the module of torch whose functions have the group as a default argument, while there is none.
+    """Import `torch.distributed.nn.functional` before there is a process group.
 
-    Imported later, as an estimate does by itself, it holds the group for ever, and `_leave` doesn't end gloo's threads.
-    One that lets go of its last tensors while Python is shutting down then aborts the process ("terminate called
-    without an active exception"): every tenth worker or so that left soon after its last collective, and torchrun took
-    it for a failure of the whole group.
+    Functions of this module have the default group as a default argument. An estimate imports the module by itself. If
+    that happens after the group is made, the module keeps the group alive, and `_leave` does not end the threads of
+    gloo. A thread that releases its last tensors while Python is shutting down then aborts the process ("terminate
+    called without an active exception"). About every tenth worker that ended soon after its last collective did so, and
+    torchrun treated it as a failure of the whole group.
     """
     importlib.import_module("torch.distributed.nn.functional")
 
 
 def _leave() -> None:
-    """End the group's threads, before Python ends."""
+    """End the threads of the group before Python ends."""
     if joined():
         dist.destroy_process_group()
-        time.sleep(0.05)  # where something else holds a group, a device mesh say, its threads let go of tensors now
+        time.sleep(0.05)  # if another object, such as a device mesh, holds the group, its threads release tensors now
 
 
 def _announced(error: Exception) -> Exception:
@@ -320,7 +341,7 @@ def _announced(error: Exception) -> Exception:
 
 
 def known_to_all(error: BaseException) -> bool:
-    """Whether the error was raised on every worker, so that the first one can report it."""
+    """Return whether the error was raised on every worker, so that the first one can report it."""
     return bool(getattr(error, _ANNOUNCED, False))
 
 

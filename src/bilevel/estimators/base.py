@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bilevel import autodiff, trees
+from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
-from bilevel.models.module_view import as_plain_tree, modules_in
-from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.models.conversion import as_plain_tree
+from bilevel.models.module_view import modules_in
+from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.inner_loop import WindowEnd
@@ -29,11 +30,17 @@ class Estimate:
     grad: Tree
     """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor."""
     state: Tree
-    """The final inner state θ_T. With a module inside, `state.params.named_tensors` goes into `load_state_dict`."""
+    """The final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its parameters and
+    running statistics, in the form that the module's `load_state_dict` takes."""
     standard_error: float | None = None
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
-    """What the method observed on the way, such as the residual of a linear solve."""
+    """What the method observed on the way, such as the residual of a linear solve.
+
+    Where an operation has no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the
+    inner steps and functions whose tangents took another route. The same names with `_units` say what they cost in
+    inner gradients.
+    """
     carried: WindowEnd | None = None
     """The end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from there."""
     compile_seconds: float = 0.0
@@ -64,9 +71,9 @@ class Estimator(ABC):
 
     def __call__(
         self,
-        problem: Unrollable | BlackBox,
+        problem: BilevelProblem | Unrollable,
         meta: Any,
-        inner_batches: Batches | None = None,
+        inner_batches: Batches | int | None = None,
         outer_batch: Any = None,
         seed: int = 0,
         carried: WindowEnd | None = None,
@@ -76,7 +83,8 @@ class Estimator(ABC):
         Args:
             problem: a `Problem`, `GradientDescent` or (for `ZerothOrder`) `BlackBox`.
             meta: φ: a tensor, a tree of tensors, or an `nn.Module`. It is not changed.
-            inner_batches: T batches by random access, one for each inner step; `None` for a black box.
+            inner_batches: T batches by random access, one for each inner step; or the whole number T for a problem
+                without data; `None` for a black box.
             outer_batch: passed to the outer loss.
             seed: determines every random number: directions, dropout, random initialisation.
             carried: `estimate.carried` of the call before, for an inner loop that goes on from call to call (a stream),
@@ -89,14 +97,16 @@ class Estimator(ABC):
             MissingDerivativeError: an operation lacks the derivative this method needs.
             TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
         """
-        if isinstance(problem, BlackBox) and self.needs_derivatives:
+        problem = as_problem(problem)
+        if problem.is_black_box and self.needs_derivatives:
             raise TypeError(
                 f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
-        found = self.resolved(run)._of(run)
-        return replace(found, compile_seconds=compile_seconds() - before)
+        with randomness.preserved(), autodiff.noted_routes() as routes:
+            found = self.resolved(run)._of(run)
+        return replace(found, compile_seconds=compile_seconds() - before, diagnostics={**found.diagnostics, **routes})
 
     # -- what an estimator says about itself ---------------------------------------------------------------------
 
@@ -144,14 +154,16 @@ class Estimator(ABC):
 
 
 def _checked(run: Unroll, estimate: Estimate) -> Estimate:
+    descent = run.problem.as_gradient_descent
     diagnosis.require_finite(run, estimate.value, estimate.state, estimate.grad)
+    state = trees.detach(estimate.state)
     return Estimate(
         value=estimate.value.detach(),
         grad=as_plain_tree(trees.detach(estimate.grad)),
-        state=trees.detach(estimate.state),
+        state=state if descent is None else descent.presented(state),
         standard_error=estimate.standard_error,
         diagnostics=estimate.diagnostics,
-        carried=estimate.carried or run.window_end(estimate.state),
+        carried=estimate.carried or run.window_end(state),
     )
 
 
@@ -162,10 +174,8 @@ def like_meta(run: Unroll, tensors: list[Tensor]) -> Tree:
 
 def require_gradient_descent(run: Unroll, estimator: Estimator) -> GradientDescent:
     """The problem, if it is a `GradientDescent`, for methods that differentiate its inner loss."""
-    if not isinstance(run.problem, GradientDescent):
-        raise TypeError(
-            f"{type(estimator).__name__} needs the inner loss, whose gradient vanishes at the inner solution; a "
-            f"{type(run.problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take "
-            "Reverse, Forward or ForwardGradient"
-        )
-    return run.problem
+    return run.problem.require_inner_loss(
+        type(estimator).__name__,
+        "whose gradient vanishes at the inner solution",
+        instead="Reverse, Forward or ForwardGradient",
+    )

@@ -14,7 +14,7 @@ from bilevel.directions.distributed_slopes import spread_slopes
 from bilevel.directions.distributions import Directions
 from bilevel.directions.support import reached
 from bilevel.distributed.communication import Exchange
-from bilevel.distributed.work_assignment import deal
+from bilevel.distributed.work_assignment import assign
 from bilevel.estimators import directional, variates
 from bilevel.estimators.base import Estimate, Estimator
 from bilevel.estimators.variates import ControlVariate
@@ -49,7 +49,9 @@ class ForwardGradient(Estimator):
             inner step that all chunks share, with the tangents of all directions in memory (often the faster and the
             smaller one, see benchmarks/results/shared_steps.md); or `"difference"` for central differences of
             first-order gradients: for fused attention and activation checkpointing, with relative errors of about 1e-10
-            in float64 and 1e-4 in float32.
+            in float64 and 1e-4 in float32. Differences do not stop at `detach()` or `torch.no_grad()`. `"exact"` takes
+            Hessian-vector products at the same cost where an operation of the inner loss has no forward-mode
+            derivative; `diagnostics["hessian_product_steps"]` then counts the steps.
         support: `"reached"` restricts the directions to the entries of φ on which the inner loop or the outer loss
             depends (for instance the weights of examples that occur in a mini-batch). Finding them costs about 3T
             units, and N is then their number.
@@ -58,13 +60,13 @@ class ForwardGradient(Estimator):
             them adds up the gradient, or also the `"gradient"`, by an all-reduce; `"auto"` takes what costs less time.
             With `"slopes"`, the estimate is the same to the last bit on any number of workers up to b/chunk_size.
 
-    Cost: (1 + 2b)·T units, and T more for every further chunk that does not share; up to twice that where layers are
-    large and batches small, so that moving the tangents costs more than computing them. Memory: 1 + chunk_size
-    states and the activations of as many tangents, about 4 states for each; with shared steps 1 + b states, one graph
-    of a step, and chunk_size backward passes. Bias: none. Relative variance E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for
-    Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate and orthogonal directions; with a control variate c,
-    that times ‖∇h − s·c‖²/‖∇h‖². `standard_error` estimates the root of the variance from the spread of w, and
-    `diagnostics["variance_left"]` what of the variance the control variate left.
+    Cost: (1 + 2b)·T units in one chunk or with shared steps, (2b + ⌈b/chunk_size⌉)·T in several chunks. The time is up
+    to twice that where layers are large and batches small, so that moving the tangents costs more than computing them.
+    Memory: 1 + chunk_size states and the activations of as many tangents, about 4 states for each; with shared steps
+    1 + b states, one graph of a step, and chunk_size backward passes. Bias: none. Relative variance
+    E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate and orthogonal
+    directions; with a control variate c, that times ‖∇h − s·c‖²/‖∇h‖². `standard_error` estimates the root of the
+    variance from the spread of w, and `diagnostics["variance_left"]` what of the variance the control variate left.
 
     Departures from the paper: coordinates are drawn without replacement, which makes them exact at b = N; direction i
     is a function of (seed, i) alone.
@@ -125,7 +127,7 @@ class ForwardGradient(Estimator):
                 support = reached(run)
         directions = directional.directions_of(self, run, "Forward() gives the exact gradient", support=support)
         workers = distributed.current()
-        assigned = deal(self.directions, workers.size, self.chunk_size, variates.costs(self.control_variate, run))
+        assigned = assign(self.directions, workers.size, self.chunk_size, variates.costs(self.control_variate, run))
         pushed, gradients = spread_slopes(
             run,
             assigned,

@@ -30,9 +30,10 @@ class HessianFree(Estimator):
         scale: α > 0. Without explicit dependence (c = 0) it scales the result and nothing else.
         preconditioner: P: `"identity"`, or `"optimizer"` for the scales that the optimiser gives each entry of d.
 
-    Cost: T + 3 units, T + 4 with the optimiser's scale. Memory: the graph of one inner gradient. Bias: of the order of
-    the hypergradient itself, unless the inner Hessian is close to I/α. Dependence on φ through the initial state or the
-    learning rate is not seen.
+    Cost: at most T + 3 units: T for the inner loop, 1 for a gradient with its graph, 2 for the product with Y; 1 more
+    with the optimiser's scale. Memory: the graph of one inner gradient. Bias: of the order of the hypergradient itself,
+    unless the inner Hessian is close to I/α. Dependence on φ through the initial state or the learning rate is not
+    seen. Running statistics of modules (BatchNorm) are taken as constants.
 
     Reference: Luketina et al., ICML 2016 (T1–T2); Choe et al., NeurIPS 2023 (SAMA); Shen et al., NeurIPS 2024, App. B.
 
@@ -60,7 +61,7 @@ class HessianFree(Estimator):
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
-        state: Descent = run.descend(run.start())
+        state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
         d = d[: len(trees.split(state.params).differentiable)]
         jacobian = stationarity_transpose(run, problem, state, batches=1)
@@ -77,11 +78,10 @@ def _through_update(run: Unroll, problem: GradientDescent, state: Descent, d: li
     """
     last = run.steps - 1
     again = state._replace(steps=last)
-    with run.seeded_step(last):
-        gradient = problem.gradient(state.params, run.meta, run.inner_batches[last])
+    gradient = run.at_step(last, lambda batch: problem.gradient(state.params, run.meta, batch, state.buffers))
 
-    def update(gradient: list[Tensor]) -> list[Tensor]:
+    def update(gradient: list[Tensor | None]) -> list[Tensor]:
         return trees.split(problem.apply(again, gradient, run.meta).params).differentiable
 
     _, (found,) = autodiff.pull_back(update, [gradient], d)
-    return [-problem.optimizer.sign * part for part in autodiff.fill_zeros(found, gradient)]
+    return [-problem.optimizer.sign * part for part in autodiff.placed_where_reached(found, gradient, d)]

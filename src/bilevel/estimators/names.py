@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.variates import CoarserProblem, RunningMean, Variate
-from bilevel.solvers.linear_solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
+from bilevel.solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
 
 SOLVERS: tuple[type[LinearSolver], ...] = (ConjugateGradient, Neumann, Nystrom)
 """The solvers that a text may name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -35,9 +34,10 @@ class Reverse(Estimator):
         offload: where the kept states lie: on their device (`None`), `"cpu"` for the host's memory (which on a machine
             without a GPU changes nothing), or `"disk"` for a temporary file in TMPDIR. They are fetched ahead.
 
-    Cost: in units of one inner gradient, 3T for `"graph"`, at most (3 + r)·T otherwise: 4T for `"all"` (r = 1), up to
-    5T for `"sqrt"` (r = 2). Besides the states, the graph of one step is held, of which layers
-    wrapped in `bilevel.Recomputed` keep their inputs alone. Bias: none.
+
+    Cost: in units of one inner gradient, 3T for `"graph"`, else 3T and the steps computed, at most (3 + r)·T: 4T for
+    `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). Besides the states, the graph of
+    one step is held, of which layers wrapped in `bilevel.experimental.Recomputed` keep their inputs alone. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
     schedule: Griewank and Walther, ACM TOMS 2000.
@@ -78,7 +78,7 @@ class Reverse(Estimator):
         with Trail(run, self.checkpoints, self.offload) as trail:
             state = trail.descend()
             value, d, c = run.outer_cotangents(state)
-            through = run.pull_back(trail.backwards(), d)
+            through = run.pull_back(trail.backwards(), state, d)
         run.pull_back_init(d, through)
         return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
 
@@ -87,8 +87,7 @@ def _through_one_graph(run: Unroll) -> Estimate:
     def final_state(meta: Tree) -> Tree:
         state = run.init(meta)
         for t in range(run.steps):
-            with autodiff.RefuseOnceDifferentiable() if t == 0 else nullcontext():
-                state = run.step(t, state, meta)
+            state = run.step(t, state, meta)
         return state
 
     jacobian = autodiff.Transpose(final_state, [run.meta])

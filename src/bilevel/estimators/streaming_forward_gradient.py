@@ -40,7 +40,7 @@ from bilevel import checks, distributed, randomness, trees
 from bilevel.directions.distributed_slopes import agreed_tree, everybodys_rows, spread_slopes
 from bilevel.directions.distributions import Directions
 from bilevel.distributed.communication import Exchange
-from bilevel.distributed.work_assignment import deal
+from bilevel.distributed.work_assignment import assign
 from bilevel.estimators import directional, variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.variates import ControlVariate
@@ -185,7 +185,7 @@ class StreamingForwardGradient(Estimator):
 
     def _memory(self, run: Unroll) -> dict[str, Any] | None:
         """Return what the window before left, or raise if it does not fit to these settings."""
-        memory = run.memory
+        memory = run.carried_memory
         if memory is None:
             return None
         if not isinstance(memory, dict) or "tangents" not in memory:
@@ -210,7 +210,7 @@ class StreamingForwardGradient(Estimator):
         """
         workers, rule = distributed.current(), FiniteDifferences() if self.first_order else FORWARD_MODE
         costs = variates.costs(self.control_variate, run)
-        assigned = deal(self.directions, workers.size, self.chunk_size, costs)
+        assigned = assign(self.directions, workers.size, self.chunk_size, costs)
         several = variates.as_tuple(self.control_variate)
         mine: list[list[Tensor]] = []
 

@@ -60,7 +60,7 @@ class TruncatedReverse(Estimator):
             trail.append((t + 1, run.descend(trail[-1][1], t, t + 1)))
         state = run.descend(trail[-1][1], run.steps - 1)
         value, d, c = run.outer_cotangents(state)
-        through = run.pull_back((trail.pop() for _ in range(self.steps)), d)
+        through = run.pull_back((trail.pop() for _ in range(self.steps)), state, d)
         if first == 0:
             run.pull_back_init(d, through)
         return Estimate(value, like_meta(run, run.add_explicit(through, c, from_start=first == 0)), state)

@@ -74,7 +74,7 @@ class CoarserProblem(Variate):
 
     def units(self, run: Unroll) -> float:
         part = 1.0
-        if self.batch is not None and (size := trees.size(whole := run.inner_batches[0])):
+        if self.batch is not None and (size := trees.size(whole := run.at_step(0, lambda batch: batch))):
             part = trees.size(self.batch(whole)) / size
         return part * self.estimator.units(self.steps or run.steps, run.meta_size)
 

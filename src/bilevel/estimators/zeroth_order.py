@@ -15,11 +15,10 @@ from bilevel import checks, distributed, trees
 from bilevel.directions.distributed_slopes import everybodys_numbers, everybodys_variates
 from bilevel.directions.distributions import Directions
 from bilevel.distributed.communication import Exchange
-from bilevel.distributed.work_assignment import deal
+from bilevel.distributed.work_assignment import assign
 from bilevel.estimators import directional, variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.estimators.variates import ControlVariate, Variate
-from bilevel.problem import BlackBox
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.unroll import Unroll
@@ -48,8 +47,8 @@ class ZerothOrder(Estimator):
         exchange: as in `ForwardGradient`; with `"slopes"` the estimate is the same to the last bit on any number of
             workers.
 
-    Cost: 1 + 2b solves (central) or 1 + b (forward); at once, if a `BlackBox` has `solve_all`. Memory: one solve,
-    whatever T and N.
+    Cost: 1 + 2b solves (central) or 1 + b (forward), each of T units; at once, if a `BlackBox` has `solve_all`.
+    Memory: one solve, whatever T and N.
     Bias: O(μ²) central, O(μ) forward; apart from it the relative variance is that of `ForwardGradient`, which is what
     `standard_error` estimates.
 
@@ -90,7 +89,7 @@ class ZerothOrder(Estimator):
         workers = distributed.current()
         several = variates.as_tuple(self.control_variate)
         self._require_variates(run, several)
-        shares = deal(self.directions, workers.size, 1, variates.costs(several, run), 0.0, self._solves_each)
+        shares = assign(self.directions, workers.size, 1, variates.costs(several, run), 0.0, self._solves_each)
         value, state, mine, computed = workers.together(
             "slopes",
             lambda: (
@@ -114,6 +113,7 @@ class ZerothOrder(Estimator):
         """The outer loss and the final state at φ, and ∇h · v for the directions of those numbers, by differences."""
         offsets = (self.step_size, -self.step_size) if self.scheme == "central" else (self.step_size,)
         places = [(number, offset) for number in numbers for offset in offsets]
+        run.require_repeatable()
         solved = run.values(itertools.chain([run.meta], (_moved(run, directions, *place) for place in places)))
         value, state = next(solved)
         diagnosis.require_finite(run, value, state)
@@ -131,7 +131,7 @@ class ZerothOrder(Estimator):
 
     @staticmethod
     def _require_variates(run: Unroll, several: Sequence[Estimator | Variate]) -> None:
-        for each in several if isinstance(run.problem, BlackBox) else ():
+        for each in several if run.problem.is_black_box else ():
             if not isinstance(each, variates.Constant):
                 raise TypeError(f"control_variate={each!r} differentiates the inner loop, and a BlackBox cannot be")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -18,7 +19,10 @@ _CHOSEN: WeakKeyDictionary[Any, dict[Any, Estimator]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Auto(Estimator):
-    """The estimator that `bilevel.plan` recommends: an exact one if any fits into the memory, else (FG)²U.
+    """The estimator that `bilevel.plan` recommends for the memory there is.
+
+    It is an exact method if one fits; else (FG)²U or differences of solves, if the signal-to-noise ratio of their
+    estimate is at least 0.1; else a biased method, with a warning; else the estimate that is mostly noise.
 
     The choice rests on bytes counted in one inner step and on the methods' costs in units, not on timings, so it is the
     same in every run. It is made at the first call for a problem and kept for later calls.
@@ -27,7 +31,8 @@ class Auto(Estimator):
         memory: what may be used beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of bytes.
         directions: b, the number of random directions if the choice is a method that has them; at most N.
 
-    Cost: at the first call some fifty inner steps; then that of the method. Bias: none.
+    Cost: at the first call some fifty inner steps; then that of the method. Bias: that of the method; where it has any,
+    a `UserWarning` says so when it is chosen.
 
     Raises:
         MemoryBudgetError: no method fits into the memory.
@@ -39,7 +44,7 @@ class Auto(Estimator):
     ...     params=torch.tensor(0.0),
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
     ... )
-    >>> bilevel.Auto("1GB")(problem, torch.tensor(2.0), bilevel.no_batches(4)).grad  # 2 (1 − 0.5⁴)² φ
+    >>> bilevel.Auto("1GB")(problem, torch.tensor(2.0), 4).grad  # 2 (1 − 0.5⁴)² φ
     tensor(3.5156)
     """
 
@@ -69,6 +74,8 @@ class Auto(Estimator):
             plan = planner.plan_of(run, self.memory, self.directions, workers)
             if plan.recommended is None:
                 raise MemoryBudgetError(f"Auto(memory={self.memory!r}): {plan.reason}; give it more memory")
+            if any(row.biased for row in plan.rows if row.estimator == plan.recommended):
+                warnings.warn(f"Auto(memory={self.memory!r}) takes {plan.recommended}: {plan.reason}", stacklevel=5)
             known[key] = plan.recommended
         return known[key]
 

@@ -20,59 +20,77 @@ from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.planning import step_costs
 from bilevel.planning.step_costs import Price, PricePerDirection, StepCosts
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.problem import BilevelProblem, Unrollable
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.unroll import Unroll, unroll
 
 _TRUNCATION = 10
 _FEW = 16
+_USABLE = 0.1
+"""The signal-to-noise ratio from which on a random estimate is preferred to a biased one. An outer optimiser with the
+usual momentum of 0.9 averages some ten estimates, and ten of this ratio have as much signal as noise."""
+_BIASED = (TruncatedReverse, HessianFree, Implicit)
+"""Biased methods in the order of recommendation. Truncation needs neither convergence nor curvature, and its bias falls
+with its steps; `HessianFree` needs neither either; `Implicit` is wrong unless the inner loop has come to rest."""
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One method and what it is predicted to take."""
+class PlanRow:
+    """A row of a `Plan`: one method, and its predicted error, memory and time."""
 
     estimator: Estimator
     relative_variance: float | None
-    """E‖grad − ∇h‖²/‖∇h‖²: 0 for exact methods, `None` for biased ones, of whose error nothing is known beforehand."""
+    """E‖grad − ∇h‖²/‖∇h‖²: 0 for exact methods, `None` for biased methods, whose error is not known beforehand."""
     units: float
-    """Cost in inner gradients by the formulas of the estimators' docstrings."""
+    """Cost in inner gradients, by the formulas in the docstrings of the estimators."""
     bytes: float
-    """Tensors alive at the peak, above the model and the meta parameters that were there before."""
+    """Bytes of the tensors alive at the peak, in addition to the model and the meta parameters."""
     seconds: float
     fits: bool
     exchange: str | None = None
-    """What several workers send each other (`bilevel.distributed.communication`): "slopes" or "gradient"; `None` where
-    they share nothing."""
+    """What several workers send to each other, "slopes" or "gradient" (`bilevel.distributed.communication`); `None` if
+    they do not share this method's work."""
     sent_bytes: float | None = None
-    """What each of them sends for one estimate."""
+    """Bytes that each worker sends for one estimate."""
+
+    @property
+    def biased(self) -> bool:
+        """Whether more random directions would leave an error, of which nothing is known beforehand."""
+        return self.relative_variance is None
+
+    @property
+    def signal_to_noise(self) -> float | None:
+        """‖∇h‖²/E‖grad − ∇h‖² of one estimate: infinite for exact methods, `None` for biased ones."""
+        if self.relative_variance is None:
+            return None
+        return 1 / self.relative_variance if self.relative_variance else float("inf")
 
     @property
     def exact(self) -> bool:
-        """Whether nothing but rounding is between this method and ∇h; differences of solves leave O(μ²)."""
+        """Whether the method equals ∇h but for rounding. Differences of solves do not: their error is O(step²)."""
         return self.relative_variance == 0 and not isinstance(self.estimator, ZerothOrder)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All methods, and the one to take."""
+    """The result of `plan`: a row for each method, and the recommended one."""
 
-    rows: list[Planned]
+    rows: list[PlanRow]
     steps: int
     memory: float
-    """What there is, in bytes."""
+    """Bytes that a worker may use, beyond the model and the data."""
     recommended: Estimator | None
-    """`None` if nothing fits."""
+    """The method to take; `None` if none fits into the memory."""
     reason: str
     costs: StepCosts
     workers: int = 1
 
 
 def plan(
-    problem: Unrollable | BlackBox,
+    problem: BilevelProblem | Unrollable,
     meta: Any,
-    inner_batches: Batches | None = None,
+    inner_batches: Batches | int | None = None,
     outer_batch: Any = None,
     seed: int = 0,
     *,
@@ -82,23 +100,36 @@ def plan(
 ) -> Plan:
     """Predict the memory and the time of every method for this problem, and recommend one.
 
-    One inner step of the problem is measured, plainly, forwards with tangents and backwards, and each method's price
-    put together from that and from T and N. Transfers to the disk are taken to be hidden behind the computing. Costs
-    some fifty inner steps. Of a problem with `compile=True` the step is measured as it is without.
+    One inner step is measured three times: without derivatives, forwards with tangents, and backwards. The price of
+    each method follows from these measurements, T and N. Transfers to the disk are assumed to take no extra time. The
+    measurement costs about fifty inner steps. For a problem with `compile=True` the step is measured without compiled
+    code.
 
     Args:
-        problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.
-        meta: φ.
-        inner_batches: T batches by random access.
+        problem: as in the call of an estimator, like `meta`, the batches and `seed`.
+        meta: φ, the meta parameters.
+        inner_batches: T batches by random access, or the whole number T for a problem without data.
         outer_batch: passed to the outer loss.
-        seed: of the measured steps.
-        memory: what a worker may use, beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of bytes.
-        directions: b of the methods with random directions, at most N.
-        workers: over how many the directions are spread; each carries ⌈b/workers⌉.
+        seed: the seed of the measured steps.
+        memory: the memory that a worker may use, beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of
+            bytes.
+        directions: b, the number of random directions, at most N.
+        workers: the number of workers that share the directions; each carries ⌈b/workers⌉.
 
     Returns:
-        A `Plan`. The recommendation is the exact method of the fewest units that fits (with states on disk only if none
-        fits without), else (FG)²U if it does, else differences of solves.
+        A `Plan`. Of the methods that fit it recommends, in this order:
+
+        1. the exact method of the fewest units (with states on disk only if none fits without);
+        2. (FG)²U, or else differences of solves, if the signal-to-noise ratio ‖∇h‖²/E‖grad − ∇h‖² = b/(N − 1) of an
+           estimate is at least 0.1, so that ten estimates together have as much signal as noise;
+        3. a biased method: `TruncatedReverse`, `HessianFree`, `Implicit`, as far as the problem depends on φ in a way
+           that they see;
+        4. (FG)²U or differences of solves, whatever their noise.
+
+        `Plan.reason` gives the ratio, and the number of directions at which it would reach 1.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used; the message says what to pass.
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -107,7 +138,7 @@ def plan(
     ...     params=torch.zeros(1000),
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
     ... )
-    >>> bilevel.plan(problem, torch.zeros(1000), bilevel.no_batches(400), memory="1MB").recommended.checkpoints
+    >>> bilevel.plan(problem, torch.zeros(1000), 400, memory="1MB").recommended.checkpoints
     'sqrt'
     """
     run = unroll(problem, meta, inner_batches, outer_batch, seed)
@@ -117,11 +148,10 @@ def plan(
 def plan_of(run: Unroll, memory: str | float, directions: int, workers: int) -> Plan:
     """The plan for an inner loop that has been checked."""
     run = run.eager  # what compiled code allocates can't be counted
-    steps = 1 if isinstance(run.problem, BlackBox) else run.steps
-    return from_costs(step_costs.measure(run), steps, memory, directions, workers)
+    return from_costs(step_costs.measure(run), len(run.inner_batches), memory, directions, workers)
 
 
-def on_paper(
+def plan_from_sizes(
     params: float,
     meta_params: float,
     steps: int,
@@ -134,22 +164,32 @@ def on_paper(
     activation_bytes: float = 0,
     gradient_seconds: float = 1,
 ) -> Plan:
-    """The plan from numbers alone, for a machine one does not have.
+    """Predict memory and time of every method from sizes alone, for a machine that is not at hand.
 
     Args:
         params: M, the number of inner parameters.
-        meta_params: N.
-        steps: T.
-        memory: of one worker, beyond the model and the data.
-        directions: b.
-        workers: over how many the directions are spread.
-        optimizer_memory: numbers the inner optimiser keeps for each parameter: 0 for SGD, 1 with momentum, 2 for Adam.
-        bytes_per_number: 4 for float32.
-        activation_bytes: of one inner forward pass.
-        gradient_seconds: of one inner gradient; with 1, times are in units.
+        meta_params: N, the number of meta parameters.
+        steps: T, the number of inner steps.
+        memory: the memory that a worker may use, beyond the model and the data: `"80GB"`, or a number of bytes.
+        directions: b, the number of random directions.
+        workers: the number of workers that share the directions.
+        optimizer_memory: numbers that the inner optimiser keeps for each parameter: 0 for SGD, 1 with momentum, 2 for
+            Adam.
+        bytes_per_number: bytes of a number, 4 for float32.
+        activation_bytes: bytes of the activations of one inner forward pass.
+        gradient_seconds: seconds of one inner gradient. With 1, all times are in units of one inner gradient.
 
-    The rest follows from counting: a step redone and differentiated takes 3 units and the activations of a pass forward
-    and back three times; a direction takes 2 units and the activations once more.
+    A step that is computed again and differentiated counts as 3 units and three times the activations. A direction
+    counts as 2 units and the activations once more.
+
+    >>> plan_from_sizes(1.5e9, 1e5, 100, memory="80GB", optimizer_memory=0).recommended.checkpoints
+    'log'
+
+    Returns:
+        A `Plan`, as from `plan`.
+
+    Raises:
+        ValueError: a number is too small; the message names it.
     """
     size = params * bytes_per_number
     state, gradient = size * (1 + optimizer_memory), gradient_seconds
@@ -179,7 +219,7 @@ def from_costs(prices: StepCosts, steps: int, memory: str | float, directions: i
     available = parse_bytes(memory)
     rows = [
         _with_exchange(
-            Planned(estimator, variance, units, price.bytes, price.seconds, price.bytes <= available), prices, workers
+            PlanRow(estimator, variance, units, price.bytes, price.seconds, price.bytes <= available), prices, workers
         )
         for estimator, variance, units, price in _predictions(prices, steps, min(directions, prices.meta_size), workers)
     ]
@@ -187,7 +227,7 @@ def from_costs(prices: StepCosts, steps: int, memory: str | float, directions: i
     return Plan(rows, steps, available, recommended, reason, prices, workers)
 
 
-def _with_exchange(row: Planned, prices: StepCosts, workers: int) -> Planned:
+def _with_exchange(row: PlanRow, prices: StepCosts, workers: int) -> PlanRow:
     """The row with what several workers send each other."""
     if workers == 1 or not isinstance(row.estimator, ForwardGradient | ZerothOrder):
         return row
@@ -246,7 +286,9 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
     yield _priced(p, Reverse("all", offload="disk"), 0.0, T, price)
     there = T * p.plain.seconds + outer
     few = min(_TRUNCATION, T)
-    yield _priced(p, TruncatedReverse(few), None, T, Price(there + few * p.back.seconds, few * S + one_back))
+    if p.step_depends_on_meta or few == T:
+        variance = 0.0 if few == T else None  # through all steps it is exact
+        yield _priced(p, TruncatedReverse(few), variance, T, Price(there + few * p.back.seconds, few * S + one_back))
     if p.product is not None:
         implicit = Implicit()
         products = 2 + implicit.solver.products
@@ -269,7 +311,7 @@ def _pushed(p: StepCosts, T: int, count: int) -> Price:
     return Price(T * step.seconds + outer.seconds, held + max(step.bytes, outer.bytes))
 
 
-def _recommendation(rows: list[Planned], prices: StepCosts, memory: float) -> tuple[Estimator | None, str]:
+def _recommendation(rows: list[PlanRow], prices: StepCosts, memory: float) -> tuple[Estimator | None, str]:
     fitting = [row for row in rows if row.fits]
     exact = [row for row in fitting if row.exact]
     exact.sort(key=lambda row: (getattr(row.estimator, "offload", None) is not None, row.units, row.bytes))
@@ -277,19 +319,40 @@ def _recommendation(rows: list[Planned], prices: StepCosts, memory: float) -> tu
         return exact[0].estimator, (
             f"it is exact, and of the exact methods that fit into {size_text(memory)} the one with the fewest units"
         )
-    pushed = [row for row in fitting if isinstance(row.estimator, ForwardGradient)]
-    if pushed:
-        return pushed[0].estimator, (
-            f"no exact method fits into {size_text(memory)}; this one is unbiased, with a relative variance of "
-            f"{pushed[0].relative_variance:.3g} for {prices.meta_size} meta parameters, which more directions lower"
-        )
-    unbiased = [row for row in fitting if row.relative_variance is not None]
-    if unbiased:
-        return unbiased[0].estimator, (
-            "the inner loop has no derivatives here, or they do not fit; differences of whole solves always do"
+    noisy = [row for row in fitting if not row.biased]
+    usable = [row for row in noisy if (row.signal_to_noise or 0) >= _USABLE]
+    if usable:
+        return usable[0].estimator, f"{_without_exact(memory, prices)}; {_worth(usable[0], prices)}"
+    biased = sorted((row for row in fitting if row.biased), key=lambda row: _BIASED.index(type(row.estimator)))
+    if biased:
+        noise = f"; {_worth(noisy[0], prices)}, so it is mostly noise" if noisy else ""
+        bias = "the recommended method is biased, by an amount that is not known beforehand"
+        others = any(isinstance(row.estimator, Implicit) for row in biased[1:])
+        hint = "; Implicit, which fits too, is better where the inner loop converges" if others else ""
+        return biased[0].estimator, f"{_without_exact(memory, prices)}{noise}; {bias}{hint}"
+    if noisy:
+        return noisy[0].estimator, (
+            f"{_without_exact(memory, prices)}, and no biased one; {_worth(noisy[0], prices)}, so it is mostly noise"
         )
     least = min(rows, key=lambda row: row.bytes)
     return None, f"nothing fits into {size_text(memory)}; the least is {size_text(least.bytes)}"
+
+
+def _without_exact(memory: float, prices: StepCosts) -> str:
+    """Why no exact method is recommended."""
+    if prices.back is None and prices.pushed is None:
+        return "the inner loop has no derivatives here"
+    return f"no exact method fits into {size_text(memory)}"
+
+
+def _worth(row: PlanRow, prices: StepCosts) -> str:
+    """What an estimate along random directions is worth."""
+    assert isinstance(row.estimator, ForwardGradient | ZerothOrder)
+    directions, size = row.estimator.directions, prices.meta_size
+    return (
+        f"an estimate by {type(row.estimator).__name__} along {directions:,} of {size:,} dimensions has a "
+        f"signal-to-noise ratio of {row.signal_to_noise:.2g}, and {max(1, size - 1):,} directions would give 1"
+    )
 
 
 def size_text(size: float) -> str:

@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is ever found under its name."""
+"""Functions that write a file whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from typing import Any
 
 
 def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a file whole or not at all: into a temporary neighbour first, then under its name in one move.
+    """Write a file whole or not at all.
 
-    What had the name before gets that of `previous`, if there is one: a process that is killed between the two moves
-    leaves the old file under that name, and none under its own.
+    The content goes into a temporary file in the same folder, which is then renamed in one step.
+
+    Args:
+        path: the file to write. Missing folders are made.
+        content: the bytes of the file.
+        previous: the new name of the file that was at `path` before; `None` to replace it. A process that is killed
+            between the two renames leaves the old file at `previous` and no file at `path`.
+
+    Raises:
+        OSError: the file cannot be written. The temporary file is removed, and the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -31,16 +39,20 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
 
 
 def write_text(path: Path, content: str) -> None:
-    """As `write_bytes`, in UTF-8."""
+    """Write a text file in UTF-8, whole or not at all."""
     write_bytes(path, content.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As `write_text`, indented. NaN and infinity, which JSON does not have, are refused."""
+    """Write an indented JSON file, whole or not at all.
+
+    Raises:
+        ValueError: the content holds NaN or infinity, which JSON does not have.
+    """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary neighbours left by processes that were killed while they wrote this file."""
+    """Remove the temporary files of processes that were killed while they wrote this file."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         leftover.unlink(missing_ok=True)

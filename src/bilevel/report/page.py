@@ -1,4 +1,4 @@
-"""A run as one self-contained HTML page: headline numbers, pictures, curves, and every setting."""
+"""The page of a run: one self-contained HTML file with headline numbers, pictures, curves and all settings."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.report.files import write_text
-from bilevel.training.metrics import Row
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a title, words, and a picture or a table or both."""
+    """A part of a page, with a title, a text, and a picture or a table or both."""
 
     title: str
     words: str = ""
     picture: str = ""
-    """A `data:` address, from `as_picture`."""
+    """The picture as a `data:` address, made by `as_picture`."""
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
 
@@ -28,7 +27,15 @@ class Section:
 def write(
     path: Path, title: str, subtitle: str, headline: Sequence[tuple[str, str]], sections: Iterable[Section]
 ) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page, whole or not at all.
+
+    Args:
+        path: the HTML file.
+        title: the heading of the page.
+        subtitle: the line below the heading.
+        headline: the main results, as pairs of a name and a value.
+        sections: the parts of the page, in order.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -39,12 +46,12 @@ def write(
 
 
 def as_picture(figure: Any, dpi: int = 110) -> str:
-    """A matplotlib figure as a `data:` address; the figure is closed."""
+    """Convert a matplotlib figure into a `data:` address and close it."""
     return "data:image/png;base64," + base64.b64encode(as_png(figure, dpi)).decode()
 
 
 def as_png(figure: Any, dpi: int = 110) -> bytes:
-    """A matplotlib figure as a PNG file; the figure is closed."""
+    """Convert a matplotlib figure into the bytes of a PNG file and close it."""
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
@@ -54,7 +61,7 @@ def as_png(figure: Any, dpi: int = 110) -> bytes:
 
 
 def figure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """`matplotlib.pyplot.subplots`, drawn off screen."""
+    """Call `matplotlib.pyplot.subplots` with a backend that draws off screen."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -63,8 +70,13 @@ def figure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return plt.subplots(*args, **kwargs)
 
 
-def curves(rows: Sequence[Row], phases: Sequence[str]) -> Section:
-    """The outer loss, and the hypergradient's norm with its standard error, over the outer steps."""
+def curves(rows: Sequence[Mapping[str, Any]], phases: Sequence[str]) -> Section:
+    """Plot the outer loss, and the norm of the hypergradient with its standard error, over the outer steps.
+
+    Args:
+        rows: the metrics of the outer steps, as `metrics.jsonl` holds them.
+        phases: the estimator of each phase, in words.
+    """
     fig, (left, right) = figure(1, 2, figsize=(11, 3.6))
     steps = [row["outer_step"] for row in rows]
     losses = [_number(row["outer_loss"]) for row in rows]
@@ -94,15 +106,17 @@ def curves(rows: Sequence[Row], phases: Sequence[str]) -> Section:
         axis.spines[["top", "right"]].set_visible(False)
     words = "Estimator: " + ", then ".join(phases) + "."
     if first_of_phase:
-        words += " Dotted lines: the next phase begins."
+        words += " A dotted line marks the start of the next phase."
     if all(row["standard_error"] is None for row in rows):
-        words += " These methods draw no random directions, so they have no standard error; exactness depends on the "
-        words += "method (see the table of methods in the documentation)."
+        words += (
+            " These methods draw no random directions, so they have no standard error. The table of methods in the "
+        )
+        words += "documentation tells which of them are exact."
     return Section("Outer loop", words, as_picture(fig))
 
 
 def settings(config: Mapping[str, Any]) -> Section:
-    """Every setting of the run."""
+    """List every setting of the run."""
     rows = [
         (name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
         for name, value in _flat(config)

@@ -1,4 +1,4 @@
-"""The most memory that was held while something ran."""
+"""A measurement of the largest amount of memory that was held while a block ran."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _STATM = Path("/proc/self/statm")
 
 
 class PeakMemory:
-    """Inside, memory is watched; afterwards `peak` is the most that was held above what was held on entering.
+    """Context manager that measures the peak memory of its block.
 
-    On a GPU it is what torch allocated there. On a CPU it is the process's resident memory, looked at every
-    millisecond, where Linux tells it; memory that the allocator kept from before and used again does not count.
+    On a GPU it counts what torch allocated there. On a CPU it reads the resident memory of the process every
+    millisecond, which Linux alone provides. Memory that the allocator kept from before and used again does not count.
     """
 
     peak: int | None = None
+    """Bytes at the peak, above those held on entering; `None` where the system does not tell."""
 
     def __enter__(self) -> PeakMemory:
         gc.collect()

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 30.0
-"""Where standard error is no terminal but a file, in which nothing can be drawn over."""
+"""How often a line is printed where standard error is a file, in which a drawn bar cannot be replaced."""
 
 
 class Bar:
-    """One line of progress."""
+    """A progress bar that counts steps."""
 
     def __init__(self, progress: Progress, description: str, total: int, done: int) -> None:
         self._progress = progress
@@ -22,7 +22,13 @@ class Bar:
         self._printed = time.monotonic()
 
     def advance(self, note: str = "", description: str | None = None, total: int | None = None) -> None:
-        """One more done; `note` stands at the end of the line. The total may change."""
+        """Count one more step.
+
+        Args:
+            note: a text at the end of the line.
+            description: a new text at the start of the line; `None` leaves it.
+            total: a new number of steps; `None` leaves it.
+        """
         self._progress.update(self._task, advance=1, note=note, description=description, total=total)
         console = self._progress.console
         if console.is_terminal or self._progress.disable or self._progress.finished:
@@ -34,7 +40,14 @@ class Bar:
 
 @contextmanager
 def bar(description: str, total: int, done: int = 0, show: bool = True) -> Iterator[Bar]:
-    """A progress bar; on leaving, its last state stays on the screen."""
+    """Show a progress bar while the block runs; its last state stays on the screen.
+
+    Args:
+        description: the text at the start of the line.
+        total: the number of steps.
+        done: the number of steps that are done already.
+        show: whether anything is shown at all.
+    """
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),

@@ -1,4 +1,4 @@
-"""What a run is told besides its task's own settings, and the phases that follow from it."""
+"""The options of a run that all tasks share, and the phases that follow from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bilevel.training.phases import Phase
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What every task's run is told besides the task's own settings."""
+    """Options of `bilevel run`, besides the settings of the task."""
 
     estimator: str | None = field(default=None, metadata={"metavar": "NAME"})
     """Estimator, such as reverse or "forward-gradient(directions=8)", see `bilevel list`; the preset's by default."""
@@ -49,14 +49,14 @@ class RunOptions:
 
 
 def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str, Any]) -> list[Phase]:
-    """The phases that the options ask for; `settings` go to every estimator that has them."""
+    """Return the phases that the options ask for; each of `settings` goes to every estimator that has it."""
     if options.phases is not None and (options.estimator is not None or options.outer_steps is not None):
         raise ValueError("--phases says which estimators run and for how long; drop --estimator and --outer-steps")
     if options.phases is not None:
         specs = [_phase_spec(text) for text in options.phases]
     else:
         steps = preset.outer_steps if options.outer_steps is None else options.outer_steps
-        specs = [(options.estimator or preset.estimator, steps, preset.patience)]
+        specs = [(options.estimator or names.describe(preset.estimator), steps, preset.patience)]
     if not specs:
         raise ValueError('--phases needs at least one ESTIMATOR:STEPS, such as --phases hessian-free:50 "reverse:100"')
     phases, used = [], set()
@@ -90,6 +90,6 @@ def _why_unused(setting: str, texts: Sequence[str]) -> str:
 
 
 def describe(phase: Phase) -> str:
-    """A phase in the words of `--phases`."""
+    """Return the text that `--phases` takes for this phase."""
     text = f"{names.describe(phase.estimator)}:{phase.steps}"
     return text if phase.patience is None else f"{text}:{phase.patience}"

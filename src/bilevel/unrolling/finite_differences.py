@@ -5,6 +5,8 @@
 with ε = ∛(machine epsilon) · ‖(θ, φ)‖/‖(y, v)‖, which balances the O(ε²) of the formula against rounding: a relative
 error of about ∛(machine epsilon)², 4e-11 in float64 and 2e-5 in float32, times the third derivative's scale; where the
 gradient is computed to less than its dtype's precision, more. The optimiser's update itself is differentiated exactly.
+
+A difference does not see a stop-gradient: what a loss computes under `detach()` or `torch.no_grad()` moves too.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
-from bilevel.models.module_view import standing_in
-from bilevel.problem import Descent, GradientDescent
+from bilevel.models.conversion import standing_in
+from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
+from bilevel.unrolling.replay import require_repeatable
 from bilevel.unrolling.tangents import Part, TangentRule
 from bilevel.unrolling.unroll import Unroll
 
@@ -46,13 +49,20 @@ class FiniteDifferences(TangentRule):
     def step(
         self, run: Unroll, t: int, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tree, list[Part]]:
-        push = _push_descent if isinstance(run.problem, GradientDescent) else _push_step
-        return push(run, t, state, list(zip(tangents, directions, strict=True)))
+        pairs = list(zip(tangents, directions, strict=True))
+        if (problem := run.problem.as_gradient_descent) is None:
+            after, moved = _push_step(run, t, state, pairs)
+        else:
+            after, moved = _push_descent(run, problem, t, state, pairs)
+        if t == 0:
+            require_repeatable(run, state, after)
+        return after, moved
 
     def outer_loss(
         self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tensor, Tensor]:
         value, d, c = _outer_gradients(run, state)
+        run.same_value("differences", value)
         return value, torch.stack(
             [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, directions, strict=True)]
         )
@@ -78,23 +88,31 @@ def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tre
     return after, [_difference(lambda s, m: run.step(t, s, m), state, run.meta, pair) for pair in pairs]
 
 
-def _push_descent(run: Unroll, t: int, state: Descent, pairs: list[Pair]) -> tuple[Tree, list[list[Tensor]]]:
-    problem = run.problem
-    assert isinstance(problem, GradientDescent)
+def _push_descent(
+    run: Unroll, problem: GradientDescent, t: int, state: Descent, pairs: list[Pair]
+) -> tuple[Tree, list[list[Tensor]]]:
+    def evaluated(moved: tuple[Tree, Tree], meta: Tree) -> Evaluated:
+        return run.at_step(t, lambda batch: problem.evaluate(moved[0], meta, batch, moved[1]))
 
-    def gradient(params: Tree, meta: Tree) -> list[Tensor]:
-        with run.seeded_step(t):
-            return problem.gradient(params, meta, run.inner_batches[t])
+    def reached(moved: tuple[Tree, Tree], meta: Tree) -> tuple[list[Tensor], Tree]:
+        """The buffers, and the entries of the gradient that the loss reaches at the state itself."""
+        gradient, buffers = evaluated(moved, meta)
+        filled = autodiff.fill_zeros(gradient, moved[0])
+        return [g for g, there in zip(filled, found.gradient, strict=True) if there is not None], buffers
 
-    found, after, tangents = gradient(state.params, run.meta), None, []
-    size = len(trees.split(state.params).differentiable)
+    here = (state.params, state.buffers)
+    found, after, tangents = evaluated(here, run.meta), None, []
+    size, rest = len(found.gradient), len(trees.split(state.buffers).differentiable)
+    count = sum(g is not None for g in found.gradient)
     for y, v in pairs:
-        bend = _difference(gradient, state.params, run.meta, (y[:size], v))
+        bend = _difference(reached, here, run.meta, ([*y[:size], *y[len(y) - rest :]], v))
         # The optimisers work entry by entry, so each process updates its own part of what is spread over several.
-        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend, v)]
-        arguments = [trees.map_leaves(_local, tree) for tree in (state, found)]
-        pushed = autodiff.push_forward(problem.apply, [*arguments, run.meta], parts)
-        after = trees.map_leaves(_spread_like, pushed.value, state)
+        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend[:count], v, bend[count:])]
+        arguments = [trees.map_leaves(_local, tree) for tree in (state, found.gradient, run.meta, found.buffers)]
+        pushed = autodiff.push_forward(problem.apply, arguments, parts)
+        after = pushed.value
+        if any(trees.is_spread(leaf) for leaf in trees.leaves(state)):  # then each parameter has a memory of its own
+            after = trees.map_leaves(_spread_like, pushed.value, state)
         likes = trees.split(after).differentiable
         tangents.append([trees.spread_like(part[0], like) for part, like in zip(pushed.tangents, likes, strict=True)])
     return after, tangents

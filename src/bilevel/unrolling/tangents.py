@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
-from bilevel.problem import GradientDescent
 from bilevel.trees import Tree
+from bilevel.unrolling.step_products import push_step
 from bilevel.unrolling.unroll import Unroll
 
 Part = list[Tensor]
@@ -88,23 +88,15 @@ class ForwardMode(TangentRule):
     def step(
         self, run: Unroll, t: int, state: Any, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tree, list[Part]]:
-        """Where the inner gradient is compiled, it comes with its tangents, and the update alone is differentiated."""
-        problem, (y,), (v,) = run.problem, tangents, directions
-        if isinstance(problem, GradientDescent) and problem.backend is not None:
-            run.require_one_device(t, state, run.meta)
-            along = y[: len(trees.split(state.params).differentiable)]
-            with run.seeded_step(t):
-                gradient = problem.push_gradient(state.params, run.meta, run.inner_batches[t], along, v)
-            pushed = autodiff.push_forward(problem.apply, [state, gradient.value, run.meta], [y, gradient.tangents, v])
-        else:
-            pushed = autodiff.push_forward(lambda state, meta: run.step(t, state, meta), [state, run.meta], [y, v])
+        pushed = push_step(run, t, autodiff.Pushed(state, tangents[0]), directions[0])
         return pushed.value, [pushed.tangents]
 
     @torch.no_grad()
     def outer_loss(
         self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tensor, Tensor]:
-        pushed = autodiff.push_forward(run.outer_loss, [state, run.meta], [tangents[0], directions[0]])
+        pushed = run.push_outer(autodiff.Pushed(state, tangents[0]), directions[0])
+        run.same_value("forward, one direction" if len(directions[0][0]) == 1 else "forward", pushed.value)
         return pushed.value, pushed.tangents[0]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +22,10 @@ import bilevel
 from bilevel import randomness
 from bilevel.tasks.pde import unknowns
 from bilevel.tasks.pde.config import PDE
+from bilevel.tasks.pde.counter import Counter
 from bilevel.tasks.pde.differentiable import term_coefficients
 from bilevel.tasks.pde.equations import EQUATIONS, LAST_TIME, LEFT, RIGHT, Equation
-
-if TYPE_CHECKING:
-    from bilevel.tasks.pde.observations import Observations
-    from bilevel.tasks.pde.problem import Counter
-
-_NETWORK, _POINTS = 302, 303
+from bilevel.tasks.pde.observations import Observations
 
 Network = list[dict[str, Tensor]]
 
@@ -80,7 +76,7 @@ def problem(
 
 def initial_network(config: PDE, seed: int) -> Network:
     """Weights uniform in ±√(6/(fan in + fan out)), biases 0."""
-    generator = randomness.generator(seed, _NETWORK)
+    generator = randomness.generator(seed, randomness.PDE_NETWORK)
     sizes = [2, *[config.width] * (config.depth - 1), 1]
     layers: Network = []
     for fan_in, fan_out in itertools.pairwise(sizes):
@@ -92,7 +88,7 @@ def initial_network(config: PDE, seed: int) -> Network:
 
 def random_points(config: PDE, seed: int, step: int) -> Points:
     """Uniform over the domain; a function of the seed and the number of the training step."""
-    generator, n = randomness.generator(seed, _POINTS, step), config.collocation
+    generator, n = randomness.generator(seed, randomness.PDE_POINTS, step), config.collocation
     x, t, ends = generator.uniform(LEFT, RIGHT, n), *(generator.uniform(0, LAST_TIME, m) for m in (n, max(1, n // 8)))
     return Points(*(torch.from_numpy(each).to(_dtype(config)) for each in (x, t, ends)))
 
@@ -110,8 +106,6 @@ def solution(equation: Equation, network: Network, x: Tensor, t: Tensor) -> Jet:
 
 def trained(config: PDE, meta: Tensor, seed: int, data: Observations) -> Network:
     """The network after its training at φ."""
-    from bilevel.tasks.pde.problem import Counter
-
     made, batches = problem(config, lambda predicted: predicted.sum(), Counter(), data, seed)
     state = made.init(meta)
     for step in range(len(batches)):
