@@ -111,7 +111,9 @@ def test_help_of_a_task(command: str, preset: str, capsys: Capture, monkeypatch:
         for kind in registry.ESTIMATORS:
             for setting in names.settings_of(kind):
                 assert "--" + setting.replace("_", "-") in shown
-        assert "--directions INT Of forward-gradient, zeroth-order, auto: b, at most" in shown
+        assert (
+            "--directions INT Of forward-gradient, streaming-forward-gradient, zeroth-order, auto: b, at most" in shown
+        )
         assert "--phases NAME:STEPS[:PATIENCE] ..." in shown
 
 
@@ -339,7 +341,7 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     "no effect": (
         1,
         ["--directions", "4"],
-        ["--directions has no effect", "reverse has no such setting (it has: checkpoints, offload, product)"],
+        ["--directions has no effect", "reverse has no such setting (it has: checkpoints, offload)"],
     ),
     "no effect in any phase": (
         1,

@@ -1202,7 +1202,7 @@ def test_a_projection_that_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_meta_parameters_that_are_not_finite_to_start_with(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match=r"meta\['b'\] holds NaN or infinity before the first outer step"):
+    with pytest.raises(NonFiniteError, match=r"meta\['b'\] holds NaN or infinity"):
         train(exact(2), {"a": START, "b": tensor(1.0, float("nan"))}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -1230,10 +1230,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "lr: only an inner optimiser can take settings that are functions of meta",
     ),
-    "whole numbers": ({"meta": {"x": torch.tensor([1, 2])}}, TypeError, r"meta\['x'\] is a tensor of torch.int64"),
-    "complex numbers": ({"meta": torch.tensor([1j])}, TypeError, "meta is a tensor of torch.complex64"),
+    "whole numbers": ({"meta": {"x": torch.tensor([1, 2])}}, TypeError, r"meta\['x'\] has dtype torch.int64"),
+    "complex numbers": ({"meta": torch.tensor([1j])}, TypeError, "meta has dtype torch.complex64"),
     "a number": ({"meta": {"lr": 0.1, "x": START}}, TypeError, r"meta\['lr'\] is 0.1 \(float\)"),
-    "no tensor": ({"meta": {}}, ValueError, "meta is {}, which holds no tensor to train"),
+    "no tensor": ({"meta": {}}, ValueError, "meta is {}, without a single number"),
     "nothing": ({"meta": None}, ValueError, "meta is None"),
     "a path in config": (
         {"config": {"where": Path("a")}},

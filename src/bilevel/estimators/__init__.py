@@ -5,7 +5,7 @@ derive from `Estimator`; its `_estimate` gets the inner loop as an `Unroll` and 
 `docs/new_estimator.md` explains the steps.
 """
 
-from bilevel.directions.distributions import Directions
+from bilevel.directions.distributions import Directions, seed_of_draw
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
@@ -39,4 +39,5 @@ __all__ = [
     "like_meta",
     "push_forward",
     "require_gradient_descent",
+    "seed_of_draw",
 ]

@@ -23,6 +23,7 @@ from bilevel.training.phases import Phase, Progress
 from bilevel.training.running_mean import PastEstimates
 from bilevel.training.settings import OuterUpdate
 from bilevel.trees import Tree
+from bilevel.unrolling import argument_checks
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,8 @@ class OuterLoop:
         """φ before the last outer step, if an outer step may be halved."""
         tree = conversion.as_tree(meta)
         self._parts = trees.split(tree)
-        for name, leaf in trees.named_leaves(tree, "meta"):
-            if trees.is_spread(leaf):
-                raise TypeError(f"{name} is a DTensor; meta parameters must be whole in every process: .full_tensor()")
-            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-                what = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"{leaf!r} ({type(leaf).__name__})"
-                raise TypeError(
-                    f"{name} is {what}; meta must be floating-point tensors: a tree of them or an nn.Module"
-                )
-            if not trees.all_finite(leaf):
-                raise NonFiniteError(f"{name} holds NaN or infinity before the first outer step")
-        if not self._parts.differentiable:
-            raise ValueError(f"meta is {meta!r}, which holds no tensor to train")
+        argument_checks.meta_parameters(tree)
+        argument_checks.finite(tree)
         self.parameters = [nn.Parameter(t.detach().clone()) for t in self._parts.differentiable]
         self.torch_optimizer, self.scheduler = self.optimizer.bind(self.parameters)
 

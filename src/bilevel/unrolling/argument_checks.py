@@ -1,4 +1,4 @@
-"""What the arguments of an inner loop must be, and what to write instead where they are not."""
+"""Checks of the arguments of an inner loop; the errors say what to write instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bilevel.trees import Tree
 
 
 def outside_of_inference_mode() -> None:
-    """Derivatives are possible here."""
+    """Raise inside of `torch.inference_mode`, where derivatives are impossible."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "called inside torch.inference_mode(), where nothing has a derivative; call estimators outside of it "
@@ -26,7 +26,7 @@ def outside_of_inference_mode() -> None:
 
 
 def meta_parameters(meta: Tree) -> None:
-    """All leaves are tensors of real floating point, and there is at least one number."""
+    """Raise unless all leaves are tensors of real floating-point numbers, and there is at least one number."""
     for name, leaf in trees.named_leaves(meta, "meta"):
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -46,14 +46,14 @@ def meta_parameters(meta: Tree) -> None:
 
 
 def finite(meta: Tree) -> None:
-    """No meta parameter is NaN or infinite."""
+    """Raise if a meta parameter is NaN or infinite."""
     for name, leaf in trees.named_leaves(meta, "meta"):
         if leaf.is_meta:
             raise ValueError(f"{name} is on the meta device, where tensors have no values; make it on cpu or a GPU")
         if not bool(torch.isfinite(leaf).all()):
             raise NonFiniteError(
-                f"{name} holds NaN or infinity before the first inner step; if it did not at the start, an earlier "
-                "outer step broke it: lower the outer learning rate or clip the hypergradient"
+                f"{name} holds NaN or infinity, so no hypergradient can be computed there; if it did not at the start, "
+                "an earlier outer step broke it: lower the outer learning rate or clip the hypergradient"
             )
 
 
@@ -75,7 +75,7 @@ def whole_at_each_worker(state: Tree) -> None:
 
 
 def one_device(**places: Any) -> None:
-    """Tensors with a shape all lie on one device; numbers may lie anywhere."""
+    """Raise unless all tensors with a shape are on one device; numbers may be anywhere."""
     seen: dict[torch.device, str] = {}
     for place, tree in places.items():
         for name, leaf in trees.named_leaves(tree, place):
@@ -87,7 +87,7 @@ def one_device(**places: Any) -> None:
 
 
 def same_structure(before: Tree, after: Tree) -> None:
-    """A step keeps the structure of the state, its shapes and its dtypes."""
+    """Raise if a step changed the structure of the state, or a shape or dtype in it."""
     named_before = trees.named_leaves(before, "state")
     named_after = trees.named_leaves(after, "state")
     were, are = ([name for name, _ in named] for named in (named_before, named_after))
