@@ -28,7 +28,8 @@ def gradient(
     An entry is `None` where the graph of the loss does not lead to the tensor, as `.grad` is after `loss.backward()`. A
     tensor that the loss reaches with a derivative of zero has zeros.
 
-    Under function transforms the gradient is taken inside `torch.func.vjp`. Outside of them `torch.autograd.grad` costs less, takes more
+    Under function transforms the gradient is taken inside `torch.func.vjp`. Outside of them `torch.autograd.grad` costs
+    less, takes more
     models (activation checkpointing, for example), and keeps no graph where nobody wants one.
 
     Args:
