@@ -1,4 +1,4 @@
-"""What an estimator says about itself: whether it is random, how its directions are redrawn, and what it costs."""
+"""What an estimator says about itself: whether it is random, and how its directions are redrawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from closed_forms import descent, tensor
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel
 from bilevel import Auto, ForwardGradient, Phase, Reverse, trees
@@ -170,65 +169,3 @@ def test_auto_goes_on_in_a_stream() -> None:
 
     assert losses(Auto("1GB")) == losses(Reverse())
     assert len(set(losses(Reverse()))) == 4
-
-
-# -- units ---------------------------------------------------------------------------------------------------------
-
-STEPS, WIDTH, LAYERS, EXAMPLES = 6, 16, 8, 16
-
-
-def deep() -> tuple[bilevel.GradientDescent, Tensor]:
-    """A deep linear network with scaled examples, whose work is products of square matrices of one size."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = (torch.randn(EXAMPLES, WIDTH, generator=generator) for _ in range(2))
-    layers = [torch.eye(WIDTH) + 0.1 * torch.randn(WIDTH, WIDTH, generator=generator) for _ in range(LAYERS)]
-
-    def losses(layers: list[Tensor], meta: Tensor) -> Tensor:
-        hidden = inputs * meta[:, None]
-        for layer in layers:
-            hidden = hidden @ layer
-        return (hidden - targets).square().mean(1)
-
-    return bilevel.GradientDescent(
-        lambda layers, meta, batch: losses(layers, meta).mean(),
-        lambda layers, meta, batch: layers[0].sum(),
-        layers,
-        bilevel.optimizer(torch.optim.SGD, lr=1e-3),
-    ), torch.ones(EXAMPLES)
-
-
-def operations(function: Callable[[], Any]) -> int:
-    """The number of floating-point operations in matrix products."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-UNITS: list[tuple[bilevel.Estimator, float]] = [
-    (Reverse("graph"), 3 * STEPS),
-    (Reverse(), 4 * STEPS),
-    (Reverse("sqrt"), 4 * STEPS + 3),  # 2 states are kept, so three of the steps are made once more
-    (bilevel.TruncatedReverse(2), STEPS + 3 * 2),
-    (bilevel.Forward(), (1 + 2 * EXAMPLES) * STEPS),
-    (bilevel.Forward(chunk_size=4), (4 + 2 * EXAMPLES) * STEPS),
-    (ForwardGradient(4), (1 + 2 * 4) * STEPS),
-    (ForwardGradient(4, chunk_size=1), (4 + 2 * 4) * STEPS),
-    (ForwardGradient(4, chunk_size=1, tangents="shared"), (1 + 2 * 4) * STEPS),
-    (ForwardGradient(4, tangents="difference"), (1 + 2 * 4) * STEPS),
-    (bilevel.ZerothOrder(4), (1 + 2 * 4) * STEPS),
-    (bilevel.ZerothOrder(4, scheme="forward"), (1 + 4) * STEPS),
-    (bilevel.Implicit(bilevel.Neumann(5)), STEPS + 1 + 2 * (6 + 1)),
-    (bilevel.Implicit(bilevel.Neumann(5), batches=2), STEPS + 2 * (1 + 2 * (6 + 1))),
-    (bilevel.HessianFree(), STEPS + 3),
-    (bilevel.HessianFree(preconditioner="optimizer"), STEPS + 4),
-]
-
-
-@pytest.mark.parametrize(("estimator", "units"), UNITS, ids=lambda value: str(value))
-def test_units_are_what_an_estimate_costs(estimator: bilevel.Estimator, units: float) -> None:
-    problem, meta = deep()
-    gradient = operations(lambda: problem.gradient(problem.init(meta).params, meta, None))
-    counted = operations(lambda: estimator(problem, meta, bilevel.no_batches(STEPS))) / gradient
-    assert estimator.units(STEPS, EXAMPLES) == units
-    # The layers at both ends save a product here and there, of 3 for each of the 8 layers.
-    assert counted == pytest.approx(units, rel=0.12)

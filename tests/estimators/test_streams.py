@@ -150,20 +150,20 @@ def test_fresh_labels_are_the_old_ones_rescaled_by_the_lengths_and_new_signs(dra
     """Labels are l' = l/a + u with a = √(‖l‖ ‖Γu‖/(‖y‖ ‖u‖)), and ‖Γu‖ is the first window's in all windows."""
     count, carried, drawn, first, found = 2, None, [], None, []
     for k in range(WINDOWS):
-        estimator = StreamingForwardGradient(count, carry="fresh", draw=draw)
+        estimator = StreamingForwardGradient(count, draw=draw)
         window = BATCHES[T * k : T * (k + 1)]
         estimate = estimator(make(torch.optim.SGD), PHI, window, OUTER, 5, carried=carried)
         after = estimate.carried
         assert after is not None
         assert after.steps == T * (k + 1)
-        labels, tangents = (torch.cat([t.flatten(1) for t in ts or []], 1) for ts in (after.labels, after.tangents))
+        labels, tangents = (torch.cat([t.flatten(1) for t in after.memory[kept]], 1) for kept in ("labels", "tangents"))
         fresh = labels
         if found:
             old, y = found[-1]
             balance = float((old.norm() * first / (y.norm() * (count * N) ** 0.5)).sqrt())
             fresh = labels - old / balance
         first = tangents.norm() if first is None else first
-        assert after.first_norm == pytest.approx(float(first), rel=1e-12)
+        assert after.memory["first_norm"] == pytest.approx(float(first), rel=1e-12)
         assert fresh.abs().numpy() == pytest.approx(np.ones((count, N)), rel=1e-10)
         drawn.append(fresh.sign())
         found.append((labels, tangents))
@@ -173,9 +173,9 @@ def test_fresh_labels_are_the_old_ones_rescaled_by_the_lengths_and_new_signs(dra
     assert max(lengths) > 1.05 * min(lengths)  # so that it matters whose length is taken
 
 
-@pytest.mark.parametrize("carry", ["tangents", "fresh"])
+@pytest.mark.parametrize("carry", CARRIES)
 def test_other_draws_of_a_stream_are_other_directions_of_the_same_history(carry: Any) -> None:
-    first, again, other = (windows(StreamingForwardGradient(2, carry=carry, draw=draw)) for draw in (1, 1, 2))
+    first, again, other = (windows(StreamingForwardGradient(2, carry, draw=draw)) for draw in (1, 1, 2))
     assert torch.equal(first.grad, again.grad)
     assert not torch.equal(first.grad, other.grad)
     assert torch.equal(first.value, other.value)
@@ -192,7 +192,7 @@ def test_a_stream_keeps_counting_its_steps_through_estimators() -> None:
     )
     for k, estimator in enumerate(estimators):
         if carried is not None and k == 3:  # tangents with labels do not go on along the same directions
-            carried = replace(carried, tangents=None, labels=None)
+            carried = replace(carried, memory=None)
         estimate = estimator(make(), PHI, BATCHES[T * k : T * (k + 1)], OUTER, 5, carried=carried)
         carried = estimate.carried
         assert carried is not None

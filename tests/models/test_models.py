@@ -707,7 +707,7 @@ WITHOUT_FORWARD_MODE: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("name", WITHOUT_FORWARD_MODE)
 def test_operation_without_forward_mode_takes_hessian_products(name: str) -> None:
-    operation, message = WITHOUT_FORWARD_MODE[name]
+    operation, _ = WITHOUT_FORWARD_MODE[name]
     problem, h = problem_with(operation)
     reverse = bilevel.Reverse()(problem, PHI, bilevel.no_batches(2)).grad
     torch.testing.assert_close(reverse, numerical_gradient(h, PHI), rtol=1e-6, atol=1e-8)

@@ -317,7 +317,7 @@ def test_implicit_gradient_leaves_out_what_the_last_batches_do_not_reach(batches
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", [bilevel.Reverse(), bilevel.ForwardGradient(2, carry="tangents")])
+@pytest.mark.parametrize("estimator", [bilevel.Reverse(), bilevel.StreamingForwardGradient(2, "same")])
 def test_a_stream_is_resumed_with_the_counts_of_every_head(estimator: bilevel.Estimator, tmp_path: Path) -> None:
     """The layout of Adam's memory differs from that before the first step, and is in the checkpoint."""
 
