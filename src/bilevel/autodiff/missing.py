@@ -49,8 +49,8 @@ def _advice(error: Exception, directions: int) -> str | None:
         return (
             "activation checkpointing (torch.utils.checkpoint, gradient_checkpointing_enable) computes layers again in "
             "the backward pass, and that can't be differentiated; switch it off (Reverse('sqrt') and ForwardGradient "
-            "keep the activations of one inner step alone), wrap layers in bilevel.experimental.Recomputed(layer) to keep less, or "
-            "take ForwardGradient(..., tangents='difference') or ZerothOrder(...)"
+            "keep the activations of one inner step alone), wrap layers in bilevel.experimental.Recomputed(layer) to keep "
+            "less, or take ForwardGradient(..., tangents='difference') or ZerothOrder(...)"
         )
     if "nference tensor" in message:
         return (
