@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel.errors import SolverError
-from bilevel.experimental import OutsideProgram
+from bilevel import OutsideProgram, SolverError
 
 POINT = torch.tensor(2.0, dtype=torch.float64)
 

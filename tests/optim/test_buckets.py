@@ -32,8 +32,7 @@ def test_every_tensor_comes_back_to_its_place(limit: int, members: Any) -> None:
     buckets = Buckets.of(tensors, limit)
     assert sorted(buckets.members) == sorted(members)
     back = buckets.parted(buckets.joined(tensors))
-    for i, before in enumerate(tensors):
-        after = back[i]
+    for before, after in zip(tensors, back, strict=True):
         assert after.dtype == before.dtype
         assert torch.equal(after, before)
 

@@ -20,8 +20,8 @@ import torch
 from bilevel import distributed
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.distributed.workers import Workers
-from bilevel.estimators import names
-from bilevel.problem import BilevelProblem
+from bilevel.planning import names
+from bilevel.problem import BlackBox, GradientDescent
 from bilevel.report import page
 from bilevel.report.files import write_json
 from bilevel.tasks.options import RunOptions, describe, make_phases
@@ -31,7 +31,6 @@ from bilevel.training import metrics
 from bilevel.training.fit import FitResult, fit
 from bilevel.training.outer_loop import OuterStep
 from bilevel.training.phases import Phase
-from bilevel.training.settings import RunFolder
 
 
 def run(
@@ -42,10 +41,10 @@ def run(
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train, evaluate, write `config.json`, `metrics.jsonl`, `results.json` and `report.html`, and return the results.
+    """Train, evaluate, and write `config.json`, `metrics.jsonl`, `results.json` and `report.html`; the results.
 
-    Wrong settings are refused before anything is written. A run whose first outer step fails leaves no files. Under
-    torchrun, the workers share the training. The first worker writes and evaluates; the others return an empty dict.
+    What can be refused is refused before anything is written, and a run whose first outer step fails leaves nothing.
+    Under torchrun, the workers share the training; the first one writes, evaluates and has results.
     """
     for package in ("jinja2", "matplotlib", *(["tensorboard"] if options.tensorboard else [])):
         importlib.import_module(package)  # now, not after the training
@@ -96,7 +95,7 @@ def run(
 
 
 def _settings(task: Task[Any], config: Any, options: RunOptions, phases: Sequence[Phase]) -> dict[str, Any]:
-    """Return the content of `config.json`."""
+    """What `config.json` says."""
     return {
         "task": task.name,
         **dataclasses.asdict(config),
@@ -110,7 +109,7 @@ def _settings(task: Task[Any], config: Any, options: RunOptions, phases: Sequenc
 
 @dataclass(frozen=True)
 class _Training:
-    """The training of a run, for each setup of its task."""
+    """How this run trains whatever a task sets up."""
 
     options: RunOptions
     phases: list[Phase]
@@ -125,7 +124,7 @@ class _Training:
         progress: bool,
         workers: Workers,
     ) -> FitResult:
-        """Run the outer loop of a setup."""
+        """The outer loop of a setup."""
         return fit(
             compiled(setup.problem, self.options.compile),
             setup.meta,
@@ -134,15 +133,15 @@ class _Training:
             self.options.seed,
             phases=self.phases,
             optimizer=setup.optimizer,
-            update=setup.update,
+            project=setup.project,
+            retreats=setup.retreats,
+            clip_norm=setup.clip_norm,
             callbacks=[*callbacks, *setup.callbacks],
-            out=RunFolder(
-                out,
-                resume=self.resume,
-                checkpoint_every=self.options.checkpoint_every,
-                tensorboard=self.options.tensorboard,
-                config={k: v for k, v in self.written.items() if k != "phases"},
-            ),
+            out=out,
+            resume=self.resume,
+            checkpoint_every=self.options.checkpoint_every,
+            config={k: v for k, v in self.written.items() if k != "phases"},
+            tensorboard=self.options.tensorboard,
             progress=progress,
             workers=workers,
         )
@@ -151,7 +150,7 @@ class _Training:
 def _prepared(
     task: Task[Any], workers: Workers, config: Any, options: RunOptions, folder: Path, progress: bool
 ) -> Task[Any]:
-    """Run the task's stages before the outer loop: the first worker computes them, the others read its files."""
+    """The task with its stages before the outer loop done: by the first worker, from whose files the others read."""
 
     def prepare(progress: bool) -> Task[Any]:
         return task.prepared(config, options.data_dir, folder, options.seed, progress)
@@ -160,30 +159,30 @@ def _prepared(
     return made if workers.first else prepare(False)
 
 
-def _require_derivatives(problem: BilevelProblem, phases: Sequence[Phase]) -> None:
-    """Raise if an estimator cannot take this problem, before anything is written."""
+def _require_derivatives(problem: Any, phases: Sequence[Phase]) -> None:
+    """Raise before anything is written for an estimator that cannot take this problem."""
     for phase in phases:
-        if problem.is_black_box and phase.estimator.needs_derivatives:
+        if isinstance(problem, BlackBox) and phase.estimator.needs_derivatives:
             raise ValueError(
                 f"{names.describe(phase.estimator)} differentiates the inner loop, and here that is a black box "
                 "without derivatives: take zeroth-order, or settings of the task with which it can be differentiated"
             )
 
 
-def compiled(problem: BilevelProblem, backend: str | None) -> BilevelProblem:
-    """Return the problem, compiled if a backend is named."""
+def compiled(problem: Any, backend: str | None) -> Any:
+    """The problem, compiled if a backend is named."""
     if backend is None:
         return problem
-    if (descent := problem.as_gradient_descent) is None:
+    if not isinstance(problem, GradientDescent):
         raise ValueError(
             f"--compile {backend}: the gradient of an inner loss is what is compiled, and with these settings the task "
             f"has none: its inner loop is a {type(problem).__name__}"
         )
-    return descent.compiled(backend)
+    return problem.compiled(backend)
 
 
 def write_report(task: Task[Any], folder: Path) -> Path:
-    """Write `report.html` from the files of a finished run, and return its path."""
+    """Make `report.html` from what lies in a finished run's folder."""
     config, results = read_json(folder / CONFIG), read_json(folder / RESULTS)
     rows = metrics.read(folder / metrics.FILE)
     headline = [
@@ -205,7 +204,7 @@ def write_report(task: Task[Any], folder: Path) -> Path:
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest memory that this process has held; on a GPU, the largest that torch has allocated there."""
+    """The most memory this process ever held; on a GPU, the most that torch allocated there."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -213,5 +212,5 @@ def peak_memory_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the software that the numbers of a run depend on."""
+    """Of what the numbers depend on."""
     return {"bilevel": metadata.version("bilevel"), "torch": torch.__version__, "python": platform.python_version()}

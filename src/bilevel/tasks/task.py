@@ -1,61 +1,61 @@
-"""The interface of an experiment, which `bilevel run`, `compare` and `report` use."""
+"""What an experiment provides, so that `bilevel run`, `compare` and `report` work on it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bilevel.estimators import Estimator
 from bilevel.optim.update_rule import Optimizer
-from bilevel.problem import BilevelProblem
+from bilevel.problem import BlackBox, Unrollable
 from bilevel.report.page import Section
 from bilevel.training.accumulation import batch_of, batches_of
 from bilevel.training.outer_loop import OuterStep
-from bilevel.training.settings import OuterUpdate
 
 Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
 class Preset(Generic[Config]):
-    """A configuration that is known to work, with an estimator and a number of outer steps."""
+    """A configuration that is known to work."""
 
     config: Config
-    estimator: Estimator
+    estimator: str
     outer_steps: int
     summary: str
     patience: int | None = None
-    """End the run early if the outer loss has not improved for this many outer steps."""
+    """End early when the outer loss has not improved for so many outer steps."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A bilevel problem with further arguments of `fit`."""
+    """A bilevel problem ready for `fit`; the fields are its arguments."""
 
-    problem: BilevelProblem
+    problem: Unrollable | BlackBox
     meta: Any
     inner_batches: Any
     outer_batch: Any
     optimizer: Optimizer
-    update: OuterUpdate = field(default_factory=OuterUpdate)
+    project: Callable[[Any], Any] | None = None
+    retreats: int = 0
+    clip_norm: float | None = None
     callbacks: Sequence[Callable[[OuterStep], None]] = ()
-    """Callbacks in addition to those of the task."""
+    """Besides those of the task."""
 
     def inner_batches_of(self, draw: int) -> Any:
-        """Return the inner batches of the estimate with this number."""
+        """The inner batches of one draw."""
         return batches_of(self.inner_batches, draw)
 
     def outer_batch_of(self, draw: int) -> Any:
-        """Return the outer batch of the estimate with this number."""
+        """The outer batch of one draw."""
         return batch_of(self.outer_batch, draw)
 
 
 @dataclass(frozen=True)
 class Trained(Generic[Config]):
-    """A run after its outer loop and before its evaluation."""
+    """A run whose outer loop is done, before it is judged."""
 
     config: Config
     data_dir: Path | None
@@ -65,7 +65,7 @@ class Trained(Generic[Config]):
     seed: int
     progress: bool
     fit: Callable[[Setup, str], Any]
-    """`fit(setup, name)` runs the same phases on another setup, records them in the subfolder `name`, and returns φ."""
+    """`fit(setup, name)`: the same phases on another setup, recorded in the subfolder `name`; the φ found."""
 
 
 class Task(ABC, Generic[Config]):
@@ -74,7 +74,7 @@ class Task(ABC, Generic[Config]):
     name: str
     summary: str
     presets: Mapping[str, Preset[Config]]
-    """Configurations by name. The first one is the default."""
+    """The first is the default."""
 
     def prepared(
         self,
@@ -84,31 +84,30 @@ class Task(ABC, Generic[Config]):
         seed: int,  # noqa: ARG002
         progress: bool,  # noqa: ARG002
     ) -> Task[Config]:
-        """Run the stages before the outer loop, such as pretraining a model into `folder`/stages.
+        """The task with its stages before the outer loop done, such as a pretrained model in `folder`/stages.
 
-        Returns the task that the rest of the run uses. A resumed run reads the results of finished stages from the
-        folder.
+        A run calls this first, and what it returns for everything else; a resumed run finds what is there already.
         """
         return self
 
     @abstractmethod
     def setup(self, config: Config, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:
-        """Return the bilevel problem of this configuration."""
+        """The bilevel problem of this configuration."""
 
     @abstractmethod
     def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:
-        """Return callbacks that record into the run's folder; `start` is φ before the first outer step."""
+        """What to record into the run's folder while it runs; `start` is φ before the first outer step."""
 
     @abstractmethod
     def evaluate(self, config: Config, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
-        """Return the entries of `results.json` about the trained φ."""
+        """What `results.json` says about the trained φ."""
 
     def adapted(self, preset: Preset[Config], config: Config) -> Preset[Config]:  # noqa: ARG002
-        """Return the preset with the estimator and the number of outer steps that suit this configuration."""
+        """The preset, with the estimator and the outer steps that suit a changed configuration."""
         return preset
 
     def judge(self, run: Trained[Config]) -> dict[str, Any]:
-        """Return the entries of `results.json`, for tasks that need further outer loops or files of the run."""
+        """As `evaluate`, for tasks that need more than φ: further outer loops, or what lies in the folder."""
         return self.evaluate(run.config, run.data_dir, run.meta, run.seed, run.progress)
 
     @abstractmethod
