@@ -156,8 +156,8 @@ def main() -> None:
         "The operations in matrix products agree with the formulas, less what the first layer's inputs do not need. "
         "Process time contains everything else as well; it was taken on a busy machine, where it varies by a third. "
         "*Steps computed* are those of the way there and those computed again on the way back "
-        "(`bilevel.checkpointing`). *Products* with the Hessian are the iterations of conjugate gradients, and one "
-        "more than `iterations` of a Neumann series or than the rank of a Nyström approximation.",
+        "(`bilevel.unrolling.checkpoint_schedules`). *Products* with the Hessian are the iterations of conjugate "
+        "gradients, and one more than `iterations` of a Neumann series or than the rank of a Nyström approximation.",
         "",
         "| estimator | formula | by the formula | operations | process time |",
         "| --- | --- | --- | --- | --- |",

@@ -29,9 +29,9 @@ class PlanOptions:
     directions: int = 16
     """Random directions, where a method has them."""
     workers: int = 1
-    """Over how many workers directions are spread."""
+    """The number of workers that share the directions."""
     seed: int = 0
-    """Of the inner step that is measured."""
+    """The seed of the inner step that is measured."""
     data_dir: Path | None = None
     """Folder with the data files, for presets that need any."""
 
@@ -51,13 +51,13 @@ class PaperOptions:
     directions: int = 64
     """Random directions, where a method has them."""
     workers: int = 1
-    """Over how many workers directions are spread."""
+    """The number of workers that share the directions."""
     optimizer_memory: float = 2
     """Numbers the inner optimiser keeps for a parameter: 0 for SGD, 1 with momentum, 2 for Adam."""
     bytes_per_number: float = 4
     """4 for float32."""
     activation_bytes: float = 0
-    """Of one inner forward pass."""
+    """Bytes of the activations of one inner forward pass."""
 
 
 def plan_task(setup: Setup, options: PlanOptions) -> planner.Plan:

@@ -34,12 +34,12 @@ class Compared:
     variance: float | None
     """E‖grad − E grad‖²; `None` for one random draw."""
     cosine: float
-    """Of the angle between grad and exact, the mean over the draws."""
+    """The cosine of the angle between grad and exact, averaged over the draws."""
     standard_error: float | None
-    """As the estimator itself reports it: the root mean square over the draws."""
+    """The error that the estimator itself reports, as the root mean square over the draws."""
     half_widths: dict[str, float]
-    """Of the 95 % confidence intervals (jackknife over the draws) of `relative_error`, `squared_error`, its square,
-    `squared_bias`, `variance` and `cosine`; empty for fewer than three draws."""
+    """Half the widths of the 95 % confidence intervals (jackknife over the draws) of `relative_error`,
+    `squared_error`, its square, `squared_bias`, `variance` and `cosine`; empty for fewer than three draws."""
     units: float
     """Process time over that of the inner loop alone, run plainly. Times are the best of up to three."""
     seconds: float
@@ -180,7 +180,10 @@ def _flat(tree: Any) -> np.ndarray:
 
 
 def _statistics(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
-    """From the inner products e_r · e_s of the errors `[R, R]`: those of different draws have the mean ‖bias‖²."""
+    """Compute the statistics from the inner products e_r · e_s `[R, R]` of the errors.
+
+    The products of different draws have the mean ‖bias‖².
+    """
     count, own = len(products), float(np.trace(products)) / len(products)
     found = {"squared_error": own, "relative_error": max(own, 0.0) ** 0.5, "cosine": float(cosines.mean())}
     if count > 1:
