@@ -44,7 +44,6 @@ STEPS = 10
 METHODS: dict[str, Callable[[], Any]] = {
     "Reverse()": Reverse,
     'Reverse("graph")': lambda: Reverse("graph"),
-    'Reverse(product="mixed")': lambda: Reverse(product="mixed"),
     "ForwardGradient(8)": lambda: ForwardGradient(8),
 }
 PARTS = ("time", "memory eager", "memory compiled", "agreement", "rounding")

@@ -74,8 +74,7 @@ def train(folder: Path, seconds_between: float = 0.0) -> None:
             bilevel.Phase(bilevel.Reverse(), STEPS // 3),
         ],
         callbacks=[lambda step: time.sleep(seconds_between)],
-        out=folder,
-        checkpoint_every=EVERY,
+        out=bilevel.RunFolder(folder, checkpoint_every=EVERY),
         progress=False,
     )
 

@@ -121,7 +121,7 @@ def with_recomputed_layers(subject: Subject) -> Subject:
     network = copy.deepcopy(subject.network)
     layers: Any = network.get_submodule("transformer.h")
     for i, layer in enumerate(layers):
-        layers[i] = bilevel.Recomputed(layer)
+        layers[i] = bilevel.experimental.Recomputed(layer)
     return replace(subject, network=network)
 
 

@@ -204,7 +204,7 @@ def _stretch(seconds: float, estimator: Estimator, prepared: Any, meta: Any, see
             seed,
             phases=[bilevel.Phase(estimator, 100_000)],
             optimizer=prepared.optimizer,
-            clip_norm=prepared.clip_norm,
+            update=prepared.update,
             callbacks=[stop_in_time],
             progress=False,
         )

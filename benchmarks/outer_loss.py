@@ -28,8 +28,7 @@ from variance import ROOT, learning_rates
 
 import bilevel
 from bilevel import CoarserProblem, ForwardGradient, HessianFree, Reverse, RunningMean, TruncatedReverse
-from bilevel.estimators import control_variates
-from bilevel.planning import names
+from bilevel.estimators import names, variates
 from bilevel.report import page
 from bilevel.report.files import write_bytes, write_json, write_text
 from bilevel.report.progress import bar
@@ -165,7 +164,7 @@ def measure(case: Case, options: Options, name: str) -> None:
 
 
 def _once(setup: Setup, estimator: bilevel.Estimator) -> bilevel.Estimate:
-    without_past = control_variates.with_past(estimator, None)
+    without_past = variates.with_past(estimator, None)
     return without_past(setup.problem, setup.meta, setup.inner_batches_of(0), setup.outer_batch_of(0))
 
 
@@ -182,7 +181,7 @@ def _run(
         seed,
         phases=[bilevel.Phase(estimator, steps=outer_steps)],
         optimizer=bilevel.optimizer(torch.optim.Adam, lr=rate, schedule=fall),
-        project=setup.project,
+        update=setup.update,
         progress=False,
     )
     spent = (time.process_time() - began) / plain

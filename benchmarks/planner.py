@@ -24,9 +24,9 @@ import torch
 from models import MODELS
 
 import bilevel
+from bilevel.estimators.names import describe
 from bilevel.planning import step_costs
 from bilevel.planning.live_memory import counting
-from bilevel.planning.names import describe
 from bilevel.report.files import write_json, write_text
 from bilevel.report.progress import bar
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import bilevel
 from bilevel import randomness
+from bilevel.directions.control_variates import combine
 from bilevel.directions.distributions import Directions
-from bilevel.estimators.control_variates import combine
 from bilevel.report import page
 from bilevel.report.files import write_bytes, write_json, write_text
 from bilevel.report.progress import bar

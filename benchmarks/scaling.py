@@ -35,11 +35,12 @@ from torch.nn.functional import cross_entropy
 import bilevel
 from bilevel.directions.distributions import DISTRIBUTIONS, Directions
 from bilevel.distributed import communication
-from bilevel.estimators import control_variates
+from bilevel.estimators import forward_gradient
+from bilevel.estimators.variates import as_tuple
+from bilevel.experimental import Workers, join_workers
 from bilevel.planning import planner
 from bilevel.report.files import write_text
 from bilevel.report.progress import bar
-from bilevel.unrolling.unroll import Unroll
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, STEPS, TARGET = 7, 4, 1.85
@@ -115,7 +116,7 @@ def main() -> None:
     if options.draws or options.paper:
         print("\n".join(draws() if options.draws else paper()))
         return
-    workers = bilevel.join_workers(timeout=1800)
+    workers = join_workers(timeout=1800)
     if workers.size != 2:
         raise SystemExit("two workers are needed: torchrun --nproc-per-node 2 benchmarks/scaling.py")
     if options.parts:
@@ -133,12 +134,12 @@ def main() -> None:
         print(page)
 
 
-def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable[[], None]) -> dict[str, Any]:
+def measured(workers: Workers, name: str, rounds: int, advance: Callable[[], None]) -> dict[str, Any]:
     """Wall and processor seconds of an outer step, alone and together, by turns."""
     make, estimator, accumulate = CASES[name]
     problem, meta, batches = make()
 
-    def steps(among: bilevel.Workers) -> tuple[float, float]:
+    def steps(among: Workers) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
         phases = [bilevel.Phase(estimator, STEPS, accumulate)]
         bilevel.fit(problem, meta, batches, phases=phases, progress=False, workers=among)
@@ -149,12 +150,12 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
         dist.barrier()
         found, wait = (0.0, 0.0), time.process_time()
         if workers.first:
-            found = steps(bilevel.Workers())
+            found = steps(Workers())
         dist.barrier()
         waited = time.process_time() - wait
         both = workers.gather("shares", torch.tensor([*steps(workers), waited]))
         dist.barrier()
-        apart = workers.gather("two programs", torch.tensor([steps(bilevel.Workers())[0]]))
+        apart = workers.gather("two programs", torch.tensor([steps(Workers())[0]]))
         if number:
             alone.append(found)
             unrelated.append(float(apart.max()))
@@ -167,7 +168,7 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
     limit = [2 * a[0] / u for a, u in zip(alone, unrelated, strict=True)] if workers.first else []
     how = communication.chosen("auto", getattr(estimator, "directions", 1), meta.numel(), 2)
     directions = getattr(estimator, "directions", 0)
-    variates = len(control_variates.as_tuple(getattr(estimator, "control_variate", None)))
+    variates = len(as_tuple(getattr(estimator, "control_variate", None)))
     sent = communication.sent_bytes(how, directions, meta.numel(), 2, variates=variates)
     return {
         "name": name,
@@ -179,7 +180,7 @@ def measured(workers: bilevel.Workers, name: str, rounds: int, advance: Callable
     }
 
 
-def parts(workers: bilevel.Workers) -> list[str]:
+def parts(workers: Workers) -> list[str]:
     """Processor seconds of an outer step of two workers: of what they share, of what each repeats, and of meeting."""
     lines = ["| outer step | chunks, shared | what each repeats | meeting | at most so many times as fast |"]
     lines += ["| --- | --- | --- | --- | --- |"]
@@ -201,8 +202,8 @@ def parts(workers: bilevel.Workers) -> list[str]:
         for count in (1, STEPS):  # the first one pays for what torch sets up once
             spent.update(chunks=0.0, meetings=0.0)
             with (
-                patch.object(Unroll, "push_forward", timed(Unroll.push_forward, "chunks")),
-                patch.object(bilevel.Workers, "_meet", timed(bilevel.Workers._meet, "meetings")),
+                patch.object(forward_gradient, "push_forward", timed(forward_gradient.push_forward, "chunks")),
+                patch.object(Workers, "_meet", timed(Workers._meet, "meetings")),
             ):
                 began = time.process_time()
                 phases = [bilevel.Phase(estimator, count)]

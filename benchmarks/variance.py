@@ -26,7 +26,8 @@ from torch.nn.functional import cross_entropy
 import bilevel
 from bilevel import ForwardGradient, HessianFree, Reverse, TruncatedReverse
 from bilevel.comparison import compare, plot
-from bilevel.estimators.control_variates import ControlVariate
+from bilevel.comparison.compare import ComparisonRow
+from bilevel.estimators.variates import ControlVariate
 from bilevel.report.files import write_json, write_text
 from bilevel.report.progress import bar
 from bilevel.tasks import image_data
@@ -142,7 +143,7 @@ def main() -> None:
             }
             shown.advance(name)
     for name, content in found.items():
-        rows = [bilevel.Compared(**row) for row in content["rows"]]
+        rows = [ComparisonRow(**row) for row in content["rows"]]
         plot.write(ROOT.parent / "docs" / "pictures" / f"equal_compute_{name}.png", rows, name)
     write_json(stored, {"torch": torch.__version__, "problems": found})
     write_text(ROOT / "results" / "variance.md", page(found))
@@ -160,12 +161,12 @@ def page(found: dict[str, Any]) -> str:
     ]
     for name in PROBLEMS:
         if name in found:
-            rows = [bilevel.Compared(**row) for row in found[name]["rows"]]
+            rows = [ComparisonRow(**row) for row in found[name]["rows"]]
             lines += ["", f"## {name}: {found[name]['sizes']}", "", *table(rows)]
     return "\n".join(lines) + "\n"
 
 
-def table(rows: list[bilevel.Compared]) -> list[str]:
+def table(rows: list[ComparisonRow]) -> list[str]:
     """In markdown."""
     plain = next(row for row in rows if row.repeats > 1)
     lines = ["| estimator | squared error | bias² | cosine | units | gain | at measured units |"]

@@ -23,7 +23,7 @@ SOLVER = Path(__file__).with_name("heat_solver.py")
 TRUE_DIFFUSION = 0.1
 
 
-def simulator(time_limit: float = 10.0, trouble: bool = True) -> bilevel.OutsideProgram:
+def simulator(time_limit: float = 10.0, trouble: bool = True) -> bilevel.experimental.OutsideProgram:
     """The simulator as a function of log(diffusion)."""
     runs = itertools.count(1)
 
@@ -37,10 +37,10 @@ def simulator(time_limit: float = 10.0, trouble: bool = True) -> bilevel.Outside
     def read(folder: Path) -> torch.Tensor:
         return torch.from_numpy(np.loadtxt(folder / "output.csv"))
 
-    return bilevel.OutsideProgram(command, read, workers=2, time_limit=time_limit, attempts=3)
+    return bilevel.experimental.OutsideProgram(command, read, workers=2, time_limit=time_limit, attempts=3)
 
 
-def fit_diffusion(steps: int = 15, time_limit: float = 10.0) -> tuple[float, bilevel.OutsideProgram]:
+def fit_diffusion(steps: int = 15, time_limit: float = 10.0) -> tuple[float, bilevel.experimental.OutsideProgram]:
     """The diffusion found from a solution observed at the end, and the simulator with what went wrong in it."""
     observed = simulator(trouble=False).solve(torch.tensor(TRUE_DIFFUSION).log().double())
     program = simulator(time_limit)
@@ -51,9 +51,10 @@ def fit_diffusion(steps: int = 15, time_limit: float = 10.0) -> tuple[float, bil
     found = bilevel.fit(
         bilevel.BlackBox(program.solve, outer_loss, program.solve_all),
         torch.tensor(0.5).log().double(),  # the logarithm: whatever the outer loop does, diffusion is positive
-        phases=[bilevel.Phase(bilevel.ZerothOrder(1, step_size=1e-3), steps)],
+        estimator=bilevel.ZerothOrder(1, step_size=1e-3),
+        steps=steps,
         optimizer=bilevel.optimizer(torch.optim.Rprop, lr=0.3, etas=(0.3, 1.2)),
-        retreats=5,
+        update=bilevel.OuterUpdate(max_backtracks=5),
     )
     return float(found.meta.exp()), program
 

@@ -13,12 +13,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 import bilevel
+from bilevel.experimental import Workers, join_workers
+from bilevel.models.module_view import ModuleView
 
 
 def main() -> None:
     torch.set_num_threads(1)
     # All processes hold one model together, so they share no directions; the first one still writes for all.
-    workers = bilevel.Workers.of(sharers=bilevel.Workers()) if bilevel.join_workers().size > 1 else bilevel.Workers()
+    workers = Workers.of(sharers=Workers()) if join_workers().size > 1 else Workers()
 
     torch.manual_seed(0)  # the same in every process
     x = torch.randn(8, 20, 8)  # source, example, feature
@@ -30,7 +32,7 @@ def main() -> None:
         for layer in (model[0], model[2], model[4], model):
             fully_shard(layer)
 
-    def inner_loss(model: bilevel.ModuleView, weights: torch.Tensor, batch: None) -> torch.Tensor:
+    def inner_loss(model: ModuleView, weights: torch.Tensor, batch: None) -> torch.Tensor:
         losses = cross_entropy(model(x.flatten(0, 1)), y.flatten(), reduction="none")
         return (weights.sigmoid() * losses.reshape(8, 20).mean(1)).mean()
 
@@ -43,7 +45,7 @@ def main() -> None:
     fitted = bilevel.fit(
         problem,
         torch.zeros(8),
-        bilevel.no_batches(10),
+        10,
         phases=[bilevel.Phase(bilevel.ForwardGradient(4, tangents="difference"), steps=12)],
         optimizer=bilevel.optimizer(torch.optim.Adam, lr=0.1),
         progress=False,

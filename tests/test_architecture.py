@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import bilevel
+from bilevel import errors, experimental
 
 SOURCE = Path(__file__).parent.parent / "src" / "bilevel"
 ENTRIES = {
@@ -129,3 +136,42 @@ def test_imports_are_found_wherever_they_stand(text: str) -> None:
 def test_cycles_are_found() -> None:
     assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+# -- public names ------------------------------------------------------------------------------------------------------
+
+MOST_PUBLIC_NAMES = 40
+"""The largest number of names in `bilevel`. A new one has to be worth more than a look through all the others."""
+
+
+def test_public_names_are_sorted_few_and_explained() -> None:
+    assert bilevel.__all__ == sorted(bilevel.__all__)
+    assert len(bilevel.__all__) <= MOST_PUBLIC_NAMES
+    for name in bilevel.__all__:
+        own = getattr(bilevel, name)
+        assert inspect.getdoc(own), name
+        inherited = [base.__doc__ for base in getattr(own, "__mro__", ())[1:]]
+        assert own.__doc__ not in inherited, f"{name} has the docstring of a base class"
+        assert not own.__doc__.startswith(f"{name}("), f"{name} has only the docstring that dataclass makes"
+
+
+@pytest.mark.parametrize("module", [errors, experimental])
+def test_errors_and_experimental_names_are_explained_and_nowhere_else(module: ModuleType) -> None:
+    own = {name for name, value in vars(module).items() if inspect.isclass(value) or inspect.isfunction(value)}
+    assert own
+    assert not own & set(bilevel.__all__)
+    for name in own:
+        assert inspect.getdoc(getattr(module, name)), name
+    assert getattr(module, "__all__", sorted(own)) == sorted(own)
+
+
+def test_the_page_on_stability_names_what_there_is() -> None:
+    text = (SOURCE.parent.parent / "docs" / "stability.md").read_text(encoding="utf-8")
+    stable, unstable = text.split("## Experimental")
+    rows = re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|", stable, flags=re.MULTILINE)
+    assert rows
+    for name, module in rows:
+        assert inspect.isclass(getattr(importlib.import_module(module), name))
+        assert name not in bilevel.__all__
+    first_cells = re.findall(r"^\| (`.*?) \|", unstable, flags=re.MULTILINE)
+    assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} == set(experimental.__all__)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,3 +77,115 @@ def test_torch_is_untouched_after_an_exception_and_by_nesting() -> None:
         with randomness.torch_seeded(0, 2):
             torch.rand(5)
         assert torch.equal(torch.rand(2), alone)
+
+
+def test_streams_that_serve_one_run_have_different_numbers() -> None:
+    streams = {name: value for name, value in vars(randomness).items() if name.isupper()}
+    tasks: dict[str, dict[str, int]] = {"CONDENSATION": {}, "CLEANING": {}, "PDE": {}, "GRAMMAR": {}, "LM": {}}
+    library: dict[str, int] = {}
+    for name, value in streams.items():
+        tasks.get(name.split("_")[0], library)[name] = value
+    together = [tasks["CONDENSATION"], tasks["CLEANING"], tasks["PDE"], tasks["GRAMMAR"] | tasks["LM"]]
+    assert len(library) == 10
+    for own in together:
+        assert own
+        numbers = [*library.values(), *own.values()]
+        assert len(set(numbers)) == len(numbers)
+
+
+def test_streams_are_numbered_in_one_place() -> None:
+    """A call names its stream; a number written elsewhere could be that of another stream."""
+    source = Path(randomness.__file__).parent
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("derive", "generator", "torch_seeded"):
+                assert not any(isinstance(each, ast.Constant) for each in node.args[1:2]), f"{path}:{node.lineno}"
+
+
+def three_numbers(_: object = None) -> tuple[float, float, float]:
+    return torch.rand(()).item(), np.random.rand(), random.random()
+
+
+def states_of_the_user() -> tuple[list[int], str, object]:
+    numpy_state = np.random.get_state(legacy=False)
+    return torch.get_rng_state().tolist(), str(numpy_state), random.getstate()
+
+
+def test_all_three_generators_are_functions_of_seed_and_counters() -> None:
+    first = randomness.evaluate(three_numbers, 0, randomness.STEP, 3)
+    with randomness.preserved():
+        inside = [randomness.evaluate(three_numbers, 0, randomness.STEP, t) for t in (1, 3, 4, 3)]
+    assert first == inside[1] == inside[3]
+    assert len({number for numbers in inside for number in numbers}) == 9  # three steps, three generators
+    with randomness.seeded(0, randomness.STEP, 3):
+        assert three_numbers() == first
+
+
+@pytest.mark.parametrize(
+    "draw", [np.random.randn, random.random, lambda: np.random.shuffle([1, 2, 3]), random.betavariate]
+)
+def test_a_draw_is_noticed_whatever_kind_and_at_whatever_call(draw: Any) -> None:
+    """A function that starts to draw later than at its first call gives the same as one that always did."""
+
+    def late(number: int) -> Any:
+        arguments = (2.0, 3.0) if draw is random.betavariate else ()
+        return (draw(*arguments), random.random(), np.random.rand()) if number >= 2 else None
+
+    with randomness.preserved():
+        together = [randomness.evaluate(lambda _, n=n: late(n), 0, randomness.STEP, n) for n in range(4)]
+    for number in (2, 3):
+        assert randomness.evaluate(lambda _, n=number: late(n), 0, randomness.STEP, number) == together[number]
+    assert together[2] != together[3]
+
+
+def test_a_function_that_draws_nothing_is_called_once() -> None:
+    calls: list[int] = []
+    with randomness.preserved():
+        for t in range(3):
+            randomness.evaluate(lambda _: (calls.append(1), torch.rand(2)), 0, randomness.STEP, t)
+        assert len(calls) == 3
+        randomness.evaluate(lambda _: (calls.append(1), random.random()), 0, randomness.STEP, 3)
+        assert len(calls) == 5  # twice: the first draw was not known before
+        randomness.evaluate(lambda _: (calls.append(1), random.random()), 0, randomness.STEP, 4)
+        assert len(calls) == 6
+
+
+def test_the_users_generators_are_left_where_they_were() -> None:
+    np.random.seed(5)
+    np.random.randn()  # the second normal number of a pair is kept for later
+    random.gauss(0, 1)
+    before = states_of_the_user()
+    with randomness.preserved():
+        for t in range(3):
+            randomness.evaluate(three_numbers, 1, randomness.STEP, t)
+    assert states_of_the_user() == before
+    with pytest.raises(KeyError), randomness.preserved():
+        randomness.evaluate(lambda _: {}[three_numbers()], 1, randomness.STEP, 0)
+    assert states_of_the_user() == before
+    assert randomness._watch is None
+
+
+def test_a_bit_generator_of_the_users_own_is_kept() -> None:
+    own, usual = np.random.PCG64(3), np.random.get_bit_generator()
+    np.random.set_bit_generator(own)
+    try:
+        first = randomness.evaluate(three_numbers, 0, randomness.STEP, 3)
+        assert np.random.get_bit_generator() is own
+        expected = np.random.RandomState(np.random.PCG64(3)).rand()
+        assert np.random.rand() == expected
+    finally:
+        np.random.set_bit_generator(usual)
+    assert randomness.evaluate(three_numbers, 0, randomness.STEP, 3) == first
+
+
+def test_a_problem_solved_inside_of_a_loss_leaves_the_loss_its_stream() -> None:
+    def outer(inside: bool) -> tuple[float, ...]:
+        first = three_numbers()
+        if inside:
+            with randomness.preserved():
+                randomness.evaluate(three_numbers, 9, randomness.STEP, 0)
+        return first + three_numbers()
+
+    with randomness.preserved():
+        alone, around = (randomness.evaluate(lambda _, i=i: outer(i), 0, randomness.STEP, 0) for i in (False, True))
+    assert alone == around

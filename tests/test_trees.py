@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from bilevel import trees
-from bilevel.models.module_view import ModuleView, as_plain_tree, as_tree
+from bilevel.models.conversion import as_plain_tree, as_tree
+from bilevel.models.module_view import ModuleView
 
 
 class Pair(NamedTuple):

@@ -22,12 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from estimator_table import ROWS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel
 from bilevel import cli, distributed, trees
+from bilevel.experimental import Workers
+from bilevel.optim.update_rule import Optimizer
 from bilevel.training import metrics
+from bilevel.training.outer_loop import OuterStep
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from kills import fork_group, train, wait_for_group  # pyright: ignore[reportMissingImports]
@@ -70,56 +74,13 @@ def black_box() -> bilevel.BlackBox:
     return bilevel.BlackBox(solve, problem.outer_loss)
 
 
-ESTIMATORS: dict[str, bilevel.Estimator] = {
-    "slopes": bilevel.ForwardGradient(7, exchange="slopes"),
-    "gradient": bilevel.ForwardGradient(7, exchange="gradient"),
-    "one at a time": bilevel.ForwardGradient(7, chunk_size=1, exchange="slopes"),
-    "chunks": bilevel.ForwardGradient(7, chunk_size=2, exchange="slopes"),
-    "chunks, gradient": bilevel.ForwardGradient(7, chunk_size=2, exchange="gradient"),
-    "fewer than workers": bilevel.ForwardGradient(1),
-    "basis": bilevel.ForwardGradient(5, "orthogonal", exchange="gradient", control_variate=bilevel.TruncatedReverse(2)),
-    "variates": bilevel.ForwardGradient(
-        6, control_variate=(bilevel.TruncatedReverse(1), bilevel.HessianFree()), exchange="slopes", chunk_size=2
-    ),
-    "variates, gradient": bilevel.ForwardGradient(
-        6, control_variate=(bilevel.TruncatedReverse(1), bilevel.HessianFree()), exchange="gradient", chunk_size=2
-    ),
-    "an expensive variate": bilevel.ForwardGradient(
-        7, control_variate=bilevel.CoarserProblem(steps=3, estimator=bilevel.Reverse("log")), exchange="slopes"
-    ),
-    "an expensive variate, chunks": bilevel.ForwardGradient(
-        7, control_variate=bilevel.CoarserProblem(steps=3), exchange="slopes", chunk_size=1
-    ),
-    "solves and variates": bilevel.ZerothOrder(
-        5, step_size=1e-4, exchange="slopes", control_variate=(bilevel.Implicit(), bilevel.HessianFree())
-    ),
-    "blocks": bilevel.ForwardGradient(6, "block", exchange="gradient", control_variate=bilevel.TruncatedReverse(2)),
-    "differences": bilevel.ForwardGradient(5, tangents="difference", exchange="slopes"),
-    "solves": bilevel.ZerothOrder(5, step_size=1e-4, exchange="slopes"),
-    "solves, gradient": bilevel.ZerothOrder(5, step_size=1e-4, exchange="gradient"),
-    "forward solves": bilevel.ZerothOrder(4, step_size=1e-6, scheme="forward", exchange="slopes"),
-    "black box": bilevel.ZerothOrder(5, step_size=1e-4, exchange="slopes"),
-    "exact": bilevel.Reverse(),
-    "auto": bilevel.Auto(),
-}
+ESTIMATORS = {name: estimator for row in ROWS.values() for name, estimator in row.workers.items()}
+CARRIED = {name: estimator for row in ROWS.values() for name, estimator in row.streams.items()}
+"""Estimators with a memory, which goes on from one window to the next."""
 
 
-CARRIED: dict[str, bilevel.ForwardGradient] = {
-    "same directions": bilevel.ForwardGradient(5, carry="tangents", exchange="gradient"),
-    "same directions, chunks": bilevel.ForwardGradient(7, carry="tangents", exchange="slopes", chunk_size=2),
-    "same directions, variate": bilevel.ForwardGradient(
-        4, carry="tangents", control_variate=bilevel.TruncatedReverse(2), exchange="gradient"
-    ),
-    "same directions, differences": bilevel.ForwardGradient(3, carry="tangents", tangents="difference", chunk_size=1),
-    "fresh directions": bilevel.ForwardGradient(5, carry="fresh"),
-    "fresh directions, chunks": bilevel.ForwardGradient(7, carry="fresh", chunk_size=2),
-    "fresh directions, fewer than workers": bilevel.ForwardGradient(2, carry="fresh", chunk_size=1),
-}
-"""Estimators whose tangents go on from one window to the next."""
-
-
-def windows(estimator: bilevel.ForwardGradient) -> list[float]:
-    """What three windows give, and the tangents at the end of the last."""
+def windows(estimator: bilevel.Estimator) -> list[float]:
+    """Return the numbers of three windows, and the memory at the end of the last."""
     problem, meta, batches = weights_problem()
     numbers: list[float] = []
     estimate = None
@@ -129,8 +90,8 @@ def windows(estimator: bilevel.ForwardGradient) -> list[float]:
         numbers += [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
         numbers.append(estimate.standard_error or 0.0)
     assert estimate is not None
-    tangents = estimate.carried.tangents  # type: ignore[union-attr]
-    return [*numbers, *torch.cat([t.reshape(-1) for t in tangents or []]).tolist()]
+    memory = trees.leaves(estimate.carried.memory)  # type: ignore[union-attr]
+    return [*numbers, *torch.cat([torch.as_tensor(each).reshape(-1) for each in memory]).tolist()]
 
 
 def estimates(folder: Path) -> None:
@@ -165,35 +126,35 @@ def curves(folder: Path) -> None:
     workers = distributed.join_workers()
     for name in ("same directions", "fresh directions, chunks"):
         found[name] = streaming(CARRIED[name], folder / f"{name}-{workers.size}")
-    found["retreats"] = retreating(workers.rank)
+    found["backtracks"] = backtracking(workers.rank)
     (folder / f"curves-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
 
 
-def streaming(estimator: bilevel.ForwardGradient, out: Path) -> list[Any]:
+def streaming(estimator: bilevel.Estimator, out: Path) -> list[Any]:
     """Training on a stream; interrupted after the second outer step, and gone on from its checkpoint."""
     problem, meta, batches = weights_problem()
 
-    def train(out: Path | None, callbacks: Sequence[Callable[[bilevel.OuterStep], None]] = ()) -> list[Any]:
+    def train(out: Path | None, callbacks: Sequence[Callable[[OuterStep], None]] = ()) -> list[Any]:
         fitted = bilevel.fit(
-            problem, meta, batches, seed=1, phases=[bilevel.Phase(estimator, 4)], stream=True, out=out,
-            resume=out is not None, callbacks=callbacks, progress=False,
+            problem, meta, batches, seed=1, phases=[bilevel.Phase(estimator, 4)], stream=True,
+            out=None if out is None else bilevel.RunFolder(out, resume=True), callbacks=callbacks, progress=False,
         )  # fmt: skip
         rows = [[row["outer_loss"], row["grad_norm"], row["standard_error"]] for row in fitted.history]
         return [rows, fitted.meta["weights"].tolist()]
 
-    with contextlib.suppress(InterruptedError, bilevel.WorkerError):
+    with contextlib.suppress(InterruptedError, bilevel.errors.WorkerError):
         train(out, [stop_at_second])
     undisturbed = train(None)
     assert train(out) == undisturbed
     return undisturbed
 
 
-def retreating(rank: int) -> list[Any]:
+def backtracking(rank: int) -> list[Any]:
     """Training that steps to where the first worker's solver fails, and the first worker's alone."""
 
     def solve(meta: Any) -> Tensor:
         if rank == 0 and bool((meta["weights"] > 1).any()):
-            raise bilevel.SolverError("beyond the cliff")
+            raise bilevel.errors.SolverError("beyond the cliff")
         return meta["weights"]
 
     fitted = bilevel.fit(
@@ -201,11 +162,11 @@ def retreating(rank: int) -> list[Any]:
         {"weights": torch.tensor([0.0, 0.1, 0.2])},
         phases=[bilevel.Phase(bilevel.ZerothOrder(3, distribution="coordinate"), 3)],
         optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.45),
-        retreats=5,
+        update=bilevel.OuterUpdate(max_backtracks=5),
         progress=False,
     )
     return [
-        [[row["outer_loss"], row["grad_norm"], row["retreats"]] for row in fitted.history],
+        [[row["outer_loss"], row["grad_norm"], row["backtracks"]] for row in fitted.history],
         fitted.meta["weights"].tolist(),
     ]
 
@@ -237,8 +198,8 @@ def troubled(folder: Path, trouble: Callable[[], float], rank: int = 1, timeout:
     phase = bilevel.Phase(bilevel.ForwardGradient(2, chunk_size=1, exchange="slopes"), 6)
     workers = distributed.join_workers(timeout)
     bilevel.fit(
-        Trouble(trouble, rank), meta, batches, phases=[phase], out=folder, checkpoint_every=every, workers=workers,
-        progress=False,
+        Trouble(trouble, rank), meta, batches, phases=[phase], workers=workers, progress=False,
+        out=bilevel.RunFolder(folder, checkpoint_every=every),
     )  # fmt: skip
 
 
@@ -325,7 +286,7 @@ def two_layers() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def layers_problem(params: Mapping[str, Tensor], optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
+def layers_problem(params: Mapping[str, Tensor], optimizer: Optimizer) -> bilevel.GradientDescent:
     """Weights of examples; each layer is gathered where it is used, and only there."""
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
     y = (x[:, 0] > 0).long()
@@ -363,15 +324,15 @@ def fully_sharded(folder: Path) -> None:
         untouched &= all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True))
         untouched &= all(bool(trees.whole((g == 1).all())) for g in kept)
         found[name] = [estimate.grad.tolist(), local, untouched]
-        together = bilevel.Workers.of(sharers=bilevel.Workers())
+        together = Workers.of(sharers=Workers())
         out = folder / f"fully sharded, {name}"
-        with contextlib.suppress(InterruptedError, bilevel.WorkerError):
+        with contextlib.suppress(InterruptedError, bilevel.errors.WorkerError):
             fit_network(problem, out, together, [stop_at_second])
         found[f"fit, {name}"] = fit_network(problem, out, together)
     (folder / f"fully-sharded-{workers.rank}.json").write_text(json.dumps(found))
 
 
-def refusals(folder: Path, workers: bilevel.Workers) -> dict[str, str]:
+def refusals(folder: Path, workers: Workers) -> dict[str, str]:
     """What is said of each thing that cannot be done."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -388,7 +349,7 @@ def refusals(folder: Path, workers: bilevel.Workers) -> dict[str, str]:
     )
     stream = partial(
         bilevel.fit, problem, meta, batches, phases=[bilevel.Phase(solves, 1)], stream=True, out=folder / "stream",
-        workers=bilevel.Workers.of(sharers=bilevel.Workers()), progress=False,
+        workers=Workers.of(sharers=Workers()), progress=False,
     )  # fmt: skip
     spread = distribute_tensor(meta, init_device_mesh("cpu", (2,)), [Shard(0)])
     layers_alone = network_problem(in_shards(small_network(), [0], root=False), _SGD)
@@ -426,7 +387,7 @@ def mesh_of_two_dimensions(folder: Path) -> None:
     rank = distributed.join_workers(timeout=60).rank
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("directions", "shards"))
     problem = network_problem(in_shards(small_network(), [0, 2], mesh=mesh["shards"]), _SGD)
-    workers = bilevel.Workers.of(sharers=bilevel.Workers.of(mesh.get_group("directions")))
+    workers = Workers.of(sharers=Workers.of(mesh.get_group("directions")))
     found = fit_network(problem, folder / "mesh", workers)
     (folder / f"mesh-{rank}.json").write_text(json.dumps(found))
 
@@ -446,7 +407,7 @@ def message_of(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def stop_at_second(step: bilevel.OuterStep) -> None:
+def stop_at_second(step: OuterStep) -> None:
     if step.number == 2:
         raise InterruptedError
 
@@ -458,7 +419,7 @@ def small_network() -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(4, 7), torch.nn.Tanh(), second, torch.nn.Linear(5, 2))
 
 
-def network_problem(module: torch.nn.Module, optimizer: bilevel.Optimizer) -> bilevel.GradientDescent:
+def network_problem(module: torch.nn.Module, optimizer: Optimizer) -> bilevel.GradientDescent:
     """Weights of examples and what is added to them; the inner loss calls the network twice."""
     x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
     y = (x[:, 0] > 0).long()
@@ -475,11 +436,15 @@ def network_problem(module: torch.nn.Module, optimizer: bilevel.Optimizer) -> bi
 
 
 def fit_network(
-    problem: bilevel.GradientDescent, out: Path | None, workers: bilevel.Workers, callbacks: Sequence[Any] = ()
+    problem: bilevel.GradientDescent,
+    out: Path | None,
+    workers: Workers,
+    callbacks: Sequence[Any] = (),
 ) -> list[Any]:
     phases = [bilevel.Phase(bilevel.ForwardGradient(2, tangents="difference"), 3, accumulate=2)]
     fitted = bilevel.fit(
-        problem, torch.linspace(-1, 1, 12), bilevel.no_batches(3), phases=phases, out=out, resume=out is not None,
+        problem, torch.linspace(-1, 1, 12), bilevel.no_batches(3), phases=phases,
+        out=None if out is None else bilevel.RunFolder(out, resume=True),
         workers=workers, callbacks=callbacks, progress=False,
     )  # fmt: skip
     return [[row["outer_loss"] for row in fitted.history], fitted.meta.tolist()]
@@ -557,7 +522,7 @@ def main(base: Path) -> None:
             problem, torch.linspace(-1, 1, 12), bilevel.no_batches(4)
         )
         happened[f"one process, {name}"] = estimate.grad.tolist()
-        happened[f"one process, fit, {name}"] = fit_network(problem, None, bilevel.Workers())
+        happened[f"one process, fit, {name}"] = fit_network(problem, None, Workers())
     group("fully sharded", lambda: fully_sharded(base))
     group("mesh", lambda: mesh_of_two_dimensions(base), size=4)
     torch.set_default_dtype(torch.float32)

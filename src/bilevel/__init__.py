@@ -1,25 +1,15 @@
 """Hypergradients at any scale, for PyTorch.
 
-Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`), then take its hypergradient by any method:
-`Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `ZerothOrder`, `Implicit`, `HessianFree`.
+Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
+`Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
+`HessianFree`.
+
+Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
 
+from bilevel import errors, experimental
 from bilevel.batches import batches, no_batches
-from bilevel.comparison.compare import Compared, compare
-from bilevel.distributed.workers import Workers, join_workers
-from bilevel.errors import (
-    BilevelError,
-    CheckpointError,
-    CompileError,
-    DataError,
-    MemoryBudgetError,
-    MissingDerivativeError,
-    NoDependenceError,
-    NonFiniteError,
-    SolverError,
-    Terminated,
-    WorkerError,
-)
+from bilevel.comparison.compare import compare
 from bilevel.estimators import (
     Estimate,
     Estimator,
@@ -28,78 +18,57 @@ from bilevel.estimators import (
     HessianFree,
     Implicit,
     Reverse,
+    StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
 )
-from bilevel.estimators.control_variates import CoarserProblem, Constant, RunningMean
-from bilevel.integrations.outside_program import FailedAttempt, OutsideProgram
-from bilevel.models.module_view import ModuleView
-from bilevel.models.recomputed import Recomputed
-from bilevel.optim.update_rule import Optimizer, optimizer
+from bilevel.estimators.variates import CoarserProblem, Constant, RunningMean
+from bilevel.optim.update_rule import optimizer
 from bilevel.planning.auto import Auto
-from bilevel.planning.planner import Plan, Planned, on_paper, plan
-from bilevel.problem import BlackBox, Descent, GradientDescent, Problem
+from bilevel.planning.planner import Plan, plan, plan_from_sizes
+from bilevel.problem import BlackBox, GradientDescent, Problem
 from bilevel.solvers import ConjugateGradient, Neumann, Nystrom
 from bilevel.training.fit import FitResult, fit
-from bilevel.training.outer_loop import OuterStep
 from bilevel.training.phases import Phase
+from bilevel.training.settings import OuterUpdate, RunFolder
 from bilevel.unrolling.freed_memory import keep_freed_memory
-from bilevel.unrolling.inner_loop import Carried
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Auto",
-    "BilevelError",
     "BlackBox",
-    "Carried",
-    "CheckpointError",
     "CoarserProblem",
-    "Compared",
-    "CompileError",
     "ConjugateGradient",
     "Constant",
-    "DataError",
-    "Descent",
     "Estimate",
     "Estimator",
-    "FailedAttempt",
     "FitResult",
     "Forward",
     "ForwardGradient",
     "GradientDescent",
     "HessianFree",
     "Implicit",
-    "MemoryBudgetError",
-    "MissingDerivativeError",
-    "ModuleView",
     "Neumann",
-    "NoDependenceError",
-    "NonFiniteError",
     "Nystrom",
-    "Optimizer",
-    "OuterStep",
-    "OutsideProgram",
+    "OuterUpdate",
     "Phase",
     "Plan",
-    "Planned",
     "Problem",
-    "Recomputed",
     "Reverse",
+    "RunFolder",
     "RunningMean",
-    "SolverError",
-    "Terminated",
+    "StreamingForwardGradient",
     "TruncatedReverse",
-    "WorkerError",
-    "Workers",
     "ZerothOrder",
     "batches",
     "compare",
+    "errors",
+    "experimental",
     "fit",
-    "join_workers",
     "keep_freed_memory",
     "no_batches",
-    "on_paper",
     "optimizer",
     "plan",
+    "plan_from_sizes",
 ]

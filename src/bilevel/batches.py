@@ -1,15 +1,27 @@
-"""Inner batches by random access, so that whoever recomputes step t sees the batch of step t."""
+"""Inner batches by random access: an inner step that is computed again receives the same batch.
+
+Users pass `inner_batches` as a sequence of T batches, or as the whole number T if the problem has no data.
+
+A loss is handed copies of a batch's containers, so that `batch.pop("labels")` leaves the user's data as they were. The
+tensors in them are the user's own; `ChangesInPlace` finds out afterwards whether a loss wrote into them.
+"""
 
 from __future__ import annotations
 
+import copy
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, overload
+
+import numpy as np
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from bilevel import checks
 
 
 class Batches(Protocol):
-    """A sequence of T batches: a list, a map-style `Dataset`, or what `batches` makes."""
+    """A sequence of T batches: a list, a map-style `Dataset`, or the result of `batches`."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +49,15 @@ class _Computed(Sequence[Any]):
 
 
 def batches(get: Callable[[int], Any], steps: int) -> Sequence[Any]:
-    """`steps` batches, computed on demand: `get(t)` gives the batch of inner step t, the same at every call.
+    """Return `steps` batches that are computed on demand: `get(t)` gives the batch of inner step t.
+
+    Args:
+        get: called with t = 0, …, steps − 1. It has to return the same batch whenever it is called with the same t.
+        steps: T, the number of inner steps.
+
+    An inner step is computed more than once, so `get(t)` must give the same batch at every call. It may draw random
+    numbers from torch's, NumPy's and Python's global generators (for augmentation, say): inside of an estimate those
+    are a function of the estimate's seed and of t. A generator of its own would go on from call to call.
 
     >>> list(batches(lambda t: t * t, steps=3))
     [0, 1, 4]
@@ -46,13 +66,26 @@ def batches(get: Callable[[int], Any], steps: int) -> Sequence[Any]:
     return _Computed(get, checks.whole_number(steps, "steps"))
 
 
+class _Same(_Computed):
+    """The same object for every step."""
+
+
 def no_batches(steps: int) -> Sequence[None]:
-    """`steps` inner steps of a problem that takes no data: every batch is `None`."""
-    return _Computed(lambda t: None, checks.whole_number(steps, "steps"))
+    """Return the batches of `steps` inner steps of a problem without data: every batch is `None`.
+
+    The number itself, `inner_batches=steps`, means the same everywhere.
+    """
+    return _Same(lambda t: None, checks.whole_number(steps, "steps"))
 
 
 def require_batches(value: Any) -> Batches:
-    """The value, if it has a length and random access; else an error that says what to write."""
+    """Return the batches that a user passed as `inner_batches`; a whole number T stands for T steps without data.
+
+    Raises:
+        TypeError, ValueError: the value has no length or no random access, or is empty; the message says what to pass.
+    """
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return no_batches(checks.whole_number(value, "inner_batches"))
     if isinstance(value, Mapping):
         raise TypeError(
             f"inner_batches is a {type(value).__name__}, which is one batch; a sequence with a batch for each inner "
@@ -60,21 +93,99 @@ def require_batches(value: Any) -> Batches:
         )
     if callable(value) and not hasattr(value, "__getitem__"):
         raise TypeError(
-            "inner_batches is a function, whose number of steps nobody knows; write bilevel.batches(function, steps=T)"
+            "inner_batches is a function, which does not say how many steps there are; write "
+            "bilevel.batches(function, steps=T)"
         )
     steps = _length(value)
     if steps is None or not hasattr(value, "__getitem__"):
         raise TypeError(
             f"inner_batches is {value!r} ({type(value).__name__}); steps are computed more than once, so a sequence "
             "with a length and random access is needed: a list (write list(...) around a DataLoader or a generator), a "
-            "Dataset, bilevel.batches(function, steps=T), or bilevel.no_batches(T) for a loss without data"
+            "Dataset, bilevel.batches(function, steps=T), or the whole number T for T steps without data"
         )
     if steps == 0:
         raise ValueError(
-            "inner_batches is empty: one batch for each inner step is needed, or bilevel.no_batches(T) for T steps "
+            "inner_batches is empty: one batch for each inner step is needed, or the whole number T for T steps "
             "without data"
         )
     return cast(Batches, value)
+
+
+def draws_nothing(inner_batches: Batches) -> bool:
+    """Whether reading a batch runs no code of the user, so that no random numbers can be drawn by it."""
+    return type(inner_batches) in (list, tuple) or isinstance(inner_batches, _Same)
+
+
+def with_own_containers(batch: Any) -> Any:
+    """The same batch, in which dicts, lists and other mappings are copies; tensors and other objects are not copied.
+
+    >>> batch = {"x": [1.0]}
+    >>> with_own_containers(batch).pop("x"), batch
+    ([1.0], {'x': [1.0]})
+    """
+    kind = type(batch)
+    if batch is None or isinstance(batch, Tensor):
+        return batch
+    if kind is dict:
+        return {key: with_own_containers(value) for key, value in batch.items()}
+    if kind is list or kind is tuple:
+        return kind(map(with_own_containers, batch))
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return kind(*map(with_own_containers, batch))
+    if isinstance(batch, Mapping):  # what a tokenizer returns, for instance
+        return copy.copy(batch)
+    return batch
+
+
+class ChangesInPlace:
+    """Remembers what is in a batch, and names what was changed in place since."""
+
+    def __init__(self, batch: Any, name: str) -> None:
+        self._tensors: list[tuple[str, Tensor, int]] = []
+        self._arrays: list[tuple[str, np.ndarray, np.ndarray]] = []
+        if batch is not None:
+            self._note(batch, name)
+
+    def _note(self, value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            if not value.is_inference():  # those have no version
+                self._tensors.append((name, value, value._version))
+        elif isinstance(value, np.ndarray):
+            self._arrays.append((name, value, value.copy()))
+        elif isinstance(value, Mapping):
+            for key, each in value.items():
+                self._note(each, f"{name}[{key!r}]")
+        elif isinstance(value, list | tuple):
+            for number, each in enumerate(value):
+                self._note(each, f"{name}[{number}]")
+        elif hasattr(value, "__dict__") and not callable(value):
+            for key, each in vars(value).items():
+                if isinstance(each, Tensor | np.ndarray | dict | list | tuple):
+                    self._note(each, f"{name}.{key}")
+
+    def found(self) -> dict[str, Tensor | np.ndarray]:
+        """What was changed in place, by name."""
+        changed: dict[str, Tensor | np.ndarray] = {}
+        for name, tensor, version in self._tensors:
+            if tensor._version != version:
+                changed[name] = tensor
+        for name, array, before in self._arrays:
+            if not np.array_equal(array, before, equal_nan=array.dtype.kind in "fc"):
+                changed[name] = array
+        return changed
+
+    def memory(self) -> set[int]:
+        """The addresses of all tensors and arrays."""
+        return {address(tensor) for _, tensor, _ in self._tensors} | {address(array) for _, array, _ in self._arrays}
+
+
+def address(data: Tensor | np.ndarray) -> int:
+    """Where the data begin in memory; those of a tensor of a function transform are the ones inside."""
+    if not isinstance(data, Tensor):
+        return data.__array_interface__["data"][0]
+    while is_functorch_wrapped_tensor(data):
+        data = get_unwrapped(data)
+    return data.untyped_storage().data_ptr()
 
 
 def _length(value: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""What can go wrong while a bilevel problem is solved. Wrong arguments are plain `TypeError` and `ValueError`."""
+"""Errors of the library. Wrong arguments raise the built-in `TypeError` and `ValueError`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class BilevelError(Exception):
-    """Base of the errors below."""
+    """Base class of the errors below."""
 
 
 class NonFiniteError(BilevelError, ArithmeticError):
@@ -23,18 +23,30 @@ class NonFiniteError(BilevelError, ArithmeticError):
 
 
 class SolverError(BilevelError, ArithmeticError):
-    """A black box's solve failed: it blew up, did not return in time, or was given what it cannot take.
+    """The solve of a black box failed: it diverged, did not return in time, or cannot take these meta parameters.
 
-    Raise it in `solve`; `fit(retreats=...)` then goes back part of the outer step that led there.
+    Raise it in `solve`. `fit` then halves the outer step that led there, as often as
+    `bilevel.OuterUpdate(max_backtracks=…)` allows.
     """
 
 
 class NoDependenceError(BilevelError, ValueError):
-    """What must depend on something does not, so that the hypergradient would be zero for the wrong reason.
+    """A loss or state does not depend on a quantity that it must depend on, so the hypergradient would be wrongly zero.
 
     The inner loop must depend on the meta parameters, the inner loss on the inner parameters, and the outer loss on
     the final inner state.
     """
+
+
+class ReplayError(BilevelError, RuntimeError):
+    """An inner step gave another result when it was computed again: its loss, step or data have a memory.
+
+    `inner_step` is the first step (from 0) that differs, `None` where that is not known.
+    """
+
+    def __init__(self, message: str, inner_step: int | None = None) -> None:
+        super().__init__(message)
+        self.inner_step = inner_step
 
 
 class MissingDerivativeError(BilevelError, NotImplementedError):
@@ -46,7 +58,7 @@ class CompileError(BilevelError, RuntimeError):
 
 
 class MemoryBudgetError(BilevelError, MemoryError):
-    """No method fits into the memory that there is."""
+    """No method fits into the memory that is available."""
 
 
 class CheckpointError(BilevelError):
@@ -54,11 +66,11 @@ class CheckpointError(BilevelError):
 
 
 class WorkerError(BilevelError):
-    """Another worker failed, died, lost step or did not come in time."""
+    """Another worker failed, died, computed other numbers or did not answer in time."""
 
 
 class Terminated(SystemExit):
-    """The process was asked to stop (SIGTERM), and what it had is saved. Uncaught, it ends with exit code 143."""
+    """The process was asked to stop (SIGTERM), after a checkpoint was written. Uncaught, it ends with exit code 143."""
 
     def __init__(self) -> None:
         super().__init__(143)

@@ -8,31 +8,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from bilevel import autodiff, checks, trees
+from bilevel.batches import Batches, no_batches, require_batches
 from bilevel.compilation.compiled_gradient import CompiledGradient, backend_named
-from bilevel.errors import NoDependenceError
-from bilevel.models.module_view import (
-    ModuleView,
-    as_tree,
-    convertible,
-    left_as_they_were,
-    refuse_running_statistics,
-    standing_in,
-)
-from bilevel.optim.update_rule import Optimizer, OptimizerState, described
+from bilevel.errors import CompileError, NoDependenceError
+from bilevel.models import parameter_hooks
+from bilevel.models.buffers import Writes, values_of
+from bilevel.models.built_from_meta import Origins, convertible
+from bilevel.models.conversion import Memory, as_params, modules_in_use, standing_in, with_buffers
+from bilevel.models.discovery import Discovered, updated_tensors
+from bilevel.models.module_view import ModuleView, views_in
+from bilevel.models.sharing import presented
+from bilevel.optim.optimizer_state import OptimizerState
+from bilevel.optim.update_rule import Optimizer, described
 from bilevel.trees import Tree
 
 
 @runtime_checkable
 class Unrollable(Protocol):
-    """An inner loop that can be run step by step: `Problem` and `GradientDescent`."""
+    """A class of the user's own with the three functions of a `Problem` as methods. Estimators accept it as well."""
 
     def init(self, meta: Tree, /) -> Tree: ...
 
@@ -41,8 +43,83 @@ class Unrollable(Protocol):
     def outer_loss(self, state: Tree, meta: Tree, batch: Any, /) -> Tensor: ...
 
 
+class BilevelProblem:
+    """Base class of `Problem`, `GradientDescent` and `BlackBox`: it answers what other code asks about a problem.
+
+    The answers of this class are those of a problem that has inner steps and nothing else. A subclass states what is
+    different about it. No other code tests of which class a problem is, so a new kind of problem is one class.
+    """
+
+    init: Callable[[Tree], Tree]
+    """`init(meta)` returns the inner state before the first step."""
+    step: Callable[[Tree, Tree, Any], Tree]
+    """`step(state, meta, batch)` returns the inner state after one more step."""
+    outer_loss: Callable[[Tree, Tree, Any], Tensor]
+    """`outer_loss(state, meta, batch)` returns the outer loss at a state."""
+
+    solve_all: Callable[[Sequence[Tree]], Sequence[Tree]] | None = None
+    """A function that runs the inner loop at several meta parameters at once, if there is one."""
+    is_black_box: ClassVar[bool] = False
+    """Whether the inner loop is a single call without steps, batches or derivatives."""
+
+    @property
+    def as_gradient_descent(self) -> GradientDescent | None:
+        """The problem itself if its steps are those of an optimiser on an inner loss, otherwise `None`."""
+        return None
+
+    def require_inner_loss(self, who: str, because: str, instead: str) -> GradientDescent:
+        """Return the problem as `GradientDescent`, for a method that differentiates the inner loss.
+
+        Args:
+            who: the method, the subject of the error's sentence.
+            because: a relative clause that says what the method needs the inner loss for.
+            instead: what to take if there is no inner loss.
+
+        Raises:
+            TypeError: the problem has no inner loss.
+        """
+        problem = self.as_gradient_descent
+        if problem is None:
+            raise TypeError(
+                f"{who} needs the inner loss, {because}; a {type(self).__name__} has only steps. Describe the problem "
+                f"with bilevel.GradientDescent, or take {instead}"
+            )
+        return problem
+
+    def batches_of(self, inner_batches: Any) -> Batches:
+        """Check what a user passed as `inner_batches`, and return one batch for each inner step.
+
+        Raises:
+            TypeError, ValueError: it cannot be used; the message says what to pass.
+        """
+        return require_batches(inner_batches)
+
+    def steps_of(self, inner_batches: Batches) -> int:
+        """T, the number of inner steps that these batches stand for."""
+        return len(inner_batches)
+
+    # -- compiled code -----------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of `torch.compile` that compiles the inner gradient; `None` if it is not compiled."""
+        return None
+
+    @property
+    def eager(self) -> BilevelProblem:
+        """The same problem without compiled code."""
+        return self
+
+    def not_yet_compiled(self) -> BilevelProblem:
+        """The same problem, with the same backend, for which nothing has been compiled so far."""
+        return self
+
+    def check_compiled_again(self) -> None:
+        """Compare compiled functions once more with the functions that they stand for, each at its next call."""
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(BilevelProblem):
     """A bilevel problem in its general form, given by three pure functions.
 
     Args:
@@ -60,7 +137,7 @@ class Problem:
     ...     step=lambda state, meta, batch: state * meta,
     ...     outer_loss=lambda state, meta, batch: state**2,
     ... )
-    >>> bilevel.Reverse()(shrink, torch.tensor(0.5), bilevel.no_batches(3)).grad  # h = 64 φ⁶
+    >>> bilevel.Reverse()(shrink, torch.tensor(0.5), 3).grad  # h = 64 φ⁶
     tensor(12.)
     """
 
@@ -75,7 +152,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class BlackBox:
+class BlackBox(BilevelProblem):
     """A bilevel problem whose inner loop is a program without derivatives. Only `ZerothOrder` takes it.
 
     Args:
@@ -97,6 +174,7 @@ class BlackBox:
     solve: Callable[[Tree], Tree]
     outer_loss: Callable[[Tree, Tree, Any], Tensor]
     solve_all: Callable[[Sequence[Tree]], Sequence[Tree]] | None = None
+    is_black_box: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.a_function(self.solve, "solve", "solve(meta)")
@@ -104,16 +182,53 @@ class BlackBox:
         if self.solve_all is not None:
             checks.a_function(self.solve_all, "solve_all", "solve_all(metas)")
 
+    def init(self, meta: Tree) -> Tree:
+        """Run the whole inner loop, `solve(meta)`: no step follows."""
+        return self.solve(meta)
+
+    def step(self, state: Tree, meta: Tree, batch: Any) -> Tree:  # noqa: ARG002
+        """Raise, because there are no steps."""
+        raise TypeError("a BlackBox has no inner steps: its solve(meta) is the whole inner loop")
+
+    def batches_of(self, inner_batches: Any) -> Batches:
+        """Return one empty batch; `inner_batches` must be `None`."""
+        if inner_batches is not None:
+            raise ValueError("a BlackBox takes no inner_batches: its solve(meta) is the whole inner loop; pass None")
+        return no_batches(1)
+
+    def steps_of(self, inner_batches: Batches) -> int:  # noqa: ARG002
+        """Return 0."""
+        return 0
+
 
 class Descent(NamedTuple):
-    """The inner state of `GradientDescent`: the parameters, the optimiser's memory, and the number of steps taken."""
+    """The inner state of `GradientDescent`.
+
+    The structure of `optimizer` may change from step to step: parameters that a loss does not reach are left alone,
+    with a count of updates of their own.
+    """
 
     params: Tree
+    """The parameters."""
     optimizer: OptimizerState
+    """What the optimiser remembers."""
     steps: int
+    """The number of steps taken."""
+    buffers: Mapping[str, Tensor] | tuple[()] = ()
+    """Tensors that the modules in `params` update while the inner loss is computed, such as running statistics, by the
+    names that `state_dict` gives them (behind the module's place in `params`, if that is a tree)."""
 
 
-class GradientDescent:
+class Evaluated(NamedTuple):
+    """One evaluation of the inner loss."""
+
+    gradient: list[Tensor | None]
+    """`None` where the loss does not reach a leaf."""
+    buffers: Tree
+    """What the modules' buffers are afterwards."""
+
+
+class GradientDescent(BilevelProblem):
     """A bilevel problem whose inner loop is a `torch.optim` optimiser on an inner loss.
 
     Args:
@@ -122,6 +237,11 @@ class GradientDescent:
         params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that makes either: afresh for every
             solve, from torch's (reproducibly seeded) generator, or from the meta parameters. With a module, both
             losses receive it as a `ModuleView`, called as the module itself: `model(x)`, `model(input_ids=ids)`.
+            Parameters with `requires_grad=False` are constants; so are plain tensors in a tree that also holds an
+            `nn.Parameter` which requires gradients. Otherwise plain tensors are trained. A tensor in several places
+            is one parameter. What a module updates in its forward pass (BatchNorm's running statistics, an average of
+            its own) is part of the inner state, with its derivative. Hooks from `register_hook` change the
+            parameter's gradient as in a backward pass. The module itself is never changed.
         optimizer: from `bilevel.optimizer`; learning rates and weight decay may be functions of meta.
         compile: `True` compiles the gradient of `inner_loss` and that gradient's derivatives by `torch.compile`'s
             backend inductor, or by the backend of that name, for every set of shapes once (seconds to minutes; see
@@ -139,7 +259,7 @@ class GradientDescent:
     ...     params=torch.zeros(2),
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
     ... )
-    >>> bilevel.Reverse()(problem, torch.ones(2), bilevel.no_batches(2)).grad  # θ_2 = (1 − 0.5²) φ
+    >>> bilevel.Reverse()(problem, torch.ones(2), 2).grad  # θ_2 = (1 − 0.5²) φ
     tensor([0.7500, 0.7500])
     """
 
@@ -163,22 +283,33 @@ class GradientDescent:
         self.optimizer = optimizer
         self._outer_loss = outer_loss
         makes_params = callable(params) and not isinstance(params, nn.Module | ModuleView)
+        self._builds_params = makes_params
         self._make_params: Callable[[Any], Any] = params if makes_params else lambda meta: params  # type: ignore[assignment]
+        self._discovered = Discovered()
         self._compile_by(backend_named(compile))
 
     def _compile_by(self, backend: str | None) -> None:
         self._compiled: CompiledGradient | None = None
-        self.eager = self
-        """The same problem, not compiled."""
+        self._eager = self
         if backend is not None:
-            self.eager = copy.copy(self)
-            self.eager.eager = self.eager
-            self._compiled = CompiledGradient(self.eager.gradient, self.eager.joint_gradient, backend)
+            self._eager = copy.copy(self)
+            self._eager._eager = self._eager
+            self._compiled = CompiledGradient(self._eager.gradient, backend)
+
+    @property
+    def as_gradient_descent(self) -> GradientDescent:
+        """The problem itself."""
+        return self
 
     @property
     def backend(self) -> str | None:
         """The backend of `torch.compile` that compiles the inner gradient; `None` if it is not compiled."""
         return None if self._compiled is None else self._compiled.backend
+
+    @property
+    def eager(self) -> GradientDescent:
+        """The same problem without compiled code."""
+        return self._eager
 
     def compiled(self, backend: str = "inductor") -> GradientDescent:
         """The same problem with its inner gradient compiled, and nothing compiled yet."""
@@ -186,41 +317,104 @@ class GradientDescent:
         twin._compile_by(backend_named(backend))
         return twin
 
+    def not_yet_compiled(self) -> GradientDescent:
+        """The same problem, with the same backend, for which nothing has been compiled so far."""
+        return self if self.backend is None else self.compiled(self.backend)
+
     def check_compiled_again(self) -> None:
-        """From here on, compare compiled functions once more with what they stand for, each at its next call."""
+        """Compare compiled functions once more with the functions that they stand for, each at its next call."""
         if self._compiled is not None:
             self._compiled.check_again()
 
     def init(self, meta: Tree) -> Descent:
         """θ_0 and the optimiser's state before its first step."""
-        with convertible():
-            params = self._make_params(meta)
-        if isinstance(params, nn.Module):
-            refuse_running_statistics(params, "params")
-        params = as_tree(params)
+        memory = Memory(self._discovered.names, of_normalizations=self._compiled is None)
+        params, buffers = self._initial(meta, memory)
         tensors = trees.split(params).differentiable
         if not tensors:
             raise ValueError(
-                f"params is {params!r}, without a floating-point tensor to train; pass an nn.Module some of whose "
-                "parameters have requires_grad=True, or a tree of floating-point tensors (.float())"
+                f"params is {presented(params)!r}, without a floating-point tensor to train; pass an nn.Module some of "
+                "whose parameters have requires_grad=True, or a tree of floating-point tensors (.float())"
             )
-        return Descent(params, self.optimizer.init(tensors), 0)
+        self.optimizer.require_clippable(tensors)
+        if buffers and self._compiled is not None:
+            raise CompileError(
+                f"the inner loss updates {next(iter(buffers))!r} (running statistics or another buffer), which a "
+                "compiled gradient does not follow; take compile=False, or put that layer in eval mode"
+            )
+        return Descent(params, self.optimizer.init(tensors), 0, buffers or ())
 
-    def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
-        """∇_θ inner_loss, one tensor for each differentiable leaf of `params`."""
+    def _initial(self, meta: Tree, memory: Memory) -> tuple[Tree, dict[str, Tensor]]:
+        """θ_0 and the other tensors of modules that are part of the state."""
+        with convertible(), Origins() if self._builds_params else nullcontext() as origins:
+            made = self._make_params(meta)
+        of_meta = {p: view.named_tensors[name] for view in views_in(meta) for p, name in view._layout.names.items()}
+
+        def initial(tensor: Tensor) -> Tensor:
+            if tensor in of_meta:  # the same parameter in params and meta: the inner loop starts from meta
+                return of_meta[tensor]  # pyright: ignore[reportArgumentType]
+            return tensor.detach() if origins is None else origins.initial(tensor)
+
+        return as_params(made, memory, initial)
+
+    @property
+    def is_examined(self) -> bool:
+        """Whether `examine` has run for this problem."""
+        return self._discovered.complete
+
+    def examine(self, meta: Tree, batch: Any) -> None:
+        """Find out, once for a problem, which tensors of modules an inner step updates or `params(meta)` computes.
+
+        They are part of the inner state from then on. Costs one inner loss, and only where modules have buffers besides
+        running statistics, frozen parameters, or backward hooks.
+        """
+        if self._discovered.complete:
+            return
+        everything = Memory(everything=True)
+        if self._builds_params:
+            _, found = self._initial(autodiff.start_graph(meta), everything)
+            self._discovered.add(name for name, tensor in found.items() if tensor.requires_grad)
+        params, buffers = self._initial(meta, everything)
+        if not trees.split(params).differentiable:
+            return  # refused by `init`
+        _, known = self._initial(meta, Memory(self._discovered.names))
+        if watched := any(view._layout.watched for view in views_in(params)):
+            self.eager.gradient(params, meta, batch, buffers)
+        if watched or buffers.keys() - known.keys():
+            parts = trees.split(params)
+            there = parts.rebuild([t.detach().requires_grad_() for t in parts.differentiable])
+            with modules_in_use(there, meta):
+                self._discovered.add(
+                    updated_tensors(there, buffers, lambda params: self.inner_loss(params, presented(meta), batch))
+                )
+        self._discovered.complete = True
+
+    def gradient(self, params: Tree, meta: Tree, batch: Any, buffers: Tree = ()) -> list[Tensor | None]:
+        """Compute ∇_θ inner_loss, one tensor for each differentiable leaf of `params`.
+
+        An entry is `None` where the loss does not reach the leaf, as `.grad` is after `zero_grad()` and `backward()`.
+        """
+        return self.evaluate(params, meta, batch, buffers).gradient
+
+    def evaluate(self, params: Tree, meta: Tree, batch: Any, buffers: Tree = ()) -> Evaluated:
+        """Compute ∇_θ inner_loss as in `gradient`, and the buffers of the modules after the loss."""
         if self._compiled is not None:
-            return self._compiled.gradient(params, meta, batch)
-        parts = trees.split(params)
+            return Evaluated(self._compiled.gradient(params, meta, batch), buffers)
+        parts, after = trees.split(params), [buffers]
+        recorded = autodiff.has_graph([params, meta, buffers])
 
         def loss(tensors: Sequence[Tensor]) -> Tensor:
-            return require_scalar(self.inner_loss(parts.rebuild(tensors), meta, batch), "inner_loss")
+            value, updated = self._inner(parts.rebuild(tensors), meta, batch, buffers)
+            after[0] = _outside(updated)
+            return value
 
-        with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
+        with modules_in_use(params, meta), autodiff.named_missing_derivatives():
             found = autodiff.gradient(
                 loss,
                 parts.differentiable,
-                differentiable=autodiff.has_graph([params, meta]),
-                during=lambda tensors: standing_in(parts.rebuild(tensors), meta),
+                differentiable=recorded,
+                during=lambda tensors: standing_in(with_buffers(parts.rebuild(tensors), buffers)[0], meta),
+                memory=autodiff.memory_of(self),
             )
         if found is None:
             raise NoDependenceError(
@@ -228,71 +422,154 @@ class GradientDescent:
                 "the params it is given (for a module: call the model passed to inner_loss, not one from outside), "
                 "and keep .detach(), .item() and torch.no_grad() out of it"
             )
-        return found
+        if not (recorded or torch._C._are_functorch_transforms_active()):
+            after[0] = trees.detach(after[0])
+        return Evaluated(found, after[0])
 
-    def joint_gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
-        """∇_{θ,φ} inner_loss, one tensor for each differentiable leaf of `params`, then of `meta`; zeros for those that
-        inner_loss does not depend on.
+    def evaluate_jointly(
+        self, params: Tree, meta: Tree, batch: Any, buffers: Tree, weights: Sequence[Tensor]
+    ) -> Evaluated:
+        """Compute ∇_{θ,φ,b} L with L = inner_loss + Σ_i w_i · b'_i, where b' are the buffers after the loss.
+
+        At w = 0 this is the gradient of the inner loss. L contains all of an inner step but the optimiser's update.
+        Its second derivatives are symmetric, so they serve for the buffers as well as for the gradient:
+        ∂²L/∂w∂(θ, φ, b) is the Jacobian of b'. An entry is `None` where L does not reach the leaf.
+
+        Args:
+            params: θ.
+            meta: φ.
+            batch: handed on to the inner loss.
+            buffers: b.
+            weights: w, one tensor for each differentiable leaf of b.
         """
-        parts, meta_parts = trees.split(params), trees.split(meta)
-        count = len(parts.differentiable)
+        parts = [trees.split(tree) for tree in (params, meta, buffers)]
+        counts, after = [len(part.differentiable) for part in parts], [buffers]
 
         def loss(tensors: Sequence[Tensor]) -> Tensor:
-            value = self.inner_loss(parts.rebuild(tensors[:count]), meta_parts.rebuild(tensors[count:]), batch)
-            return require_scalar(value, "inner_loss")
+            given = iter(tensors)
+            there = [part.rebuild([next(given) for _ in range(n)]) for part, n in zip(parts, counts, strict=True)]
+            value, updated = self._inner(there[0], there[1], batch, there[2])
+            after[0] = _outside(updated)
+            if weights:
+                followed = trees.split(updated).differentiable
+                value = value + torch.stack([(w * b).sum() for w, b in zip(weights, followed, strict=True)]).sum()
+            return value
 
-        tensors = [*parts.differentiable, *meta_parts.differentiable]
-        with left_as_they_were(params, meta), autodiff.named_missing_derivatives():
-            found = autodiff.gradient(loss, tensors, differentiable=autodiff.has_graph([params, meta]))
-        return [torch.zeros_like(t) for t in tensors] if found is None else found
+        tensors = [t for part in parts for t in part.differentiable]
+        with modules_in_use(params, meta), autodiff.named_missing_derivatives():
+            recorded = autodiff.has_graph([params, meta, buffers, list(weights)])
+            found = autodiff.gradient(loss, tensors, differentiable=recorded, memory=autodiff.memory_of(self))
+        return Evaluated([None] * len(tensors) if found is None else found, after[0])
+
+    def inner_value(self, state: Descent, meta: Tree, batch: Any) -> Tensor:
+        """Compute the inner loss at a state."""
+        with modules_in_use(state.params, meta):
+            return self._inner(state.params, meta, batch, state.buffers)[0]
 
     def push_gradient(
         self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor], along_meta: Sequence[Tensor]
     ) -> autodiff.Pushed:
-        """∇_θ inner_loss and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ."""
+        """Compute ∇_θ inner_loss and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ.
+
+        The value is that of `gradient`; there are tangents for those of its entries that are not `None`.
+        """
         if self._compiled is not None:
             return self._compiled.push(params, meta, batch, along, along_meta)
         return autodiff.push_forward(
-            lambda params, meta: self.gradient(params, meta, batch), [params, meta], [along, along_meta]
+            lambda params, meta: self.gradient(params, meta, batch),
+            [params, meta],
+            [along, along_meta],
+            autodiff.memory_of(self),
         )
 
-    def joint_product(self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor]) -> list[Tensor]:
-        """The derivative of ∇_{θ,φ} inner_loss along one direction in θ: the Hessian's first columns times it."""
-        if self._compiled is not None:
-            return self._compiled.joint_product(params, meta, batch, along)
-        direction = [t.unsqueeze(0) for t in along]
-        pushed = autodiff.push_forward(lambda params: self.joint_gradient(params, meta, batch), [params], [direction])
-        return [tangent[0] for tangent in pushed.tangents]
+    def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
+        """Compute the gradient of what the inner loop descends on, which vanishes where the loop comes to rest.
 
-    def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor]:
-        """What vanishes where the inner loop comes to rest, the gradient of what it descends on: ±∇_θ inner_loss (minus
-        for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for coupled weight decay λ.
+        It is ±∇_θ inner_loss (minus for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for
+        coupled weight decay λ.
+
+        An entry is `None` where the loss does not reach the leaf, which the optimiser then leaves alone. Clipping is
+        left out: it has no effect where the gradient vanishes.
         """
-        found = self.gradient(state.params, meta, batch)
-        if self.optimizer.sign < 0:
-            found = [-g for g in found]
+        if parameter_hooks.are_registered(state.params):
+            raise ValueError(
+                "a parameter has hooks that change its gradient, so the inner loop does not come to rest where the "
+                "gradient of inner_loss vanishes, which Implicit and HessianFree assume; take Reverse or "
+                "ForwardGradient, or remove the hooks"
+            )
         tensors = trees.split(state.params).differentiable
-        decay = self.optimizer.coupled_decay(tensors, meta, state.params)
-        if decay is None:
-            return found
-        return [g + d * p for g, d, p in zip(found, decay, tensors, strict=True)]
+        decay = self.optimizer.coupled_decay(tensors, meta, state.params) or [0.0] * len(tensors)
+        found = []
+        gradient = self.gradient(state.params, meta, batch, state.buffers)
+        for g, d, p in zip(gradient, decay, tensors, strict=True):
+            signed = -g if g is not None and self.optimizer.sign < 0 else g
+            found.append(signed if signed is None or (isinstance(d, float) and d == 0) else signed + d * p)
+        return found
 
     def step(self, state: Descent, meta: Tree, batch: Any) -> Descent:
         """One step of the optimiser."""
-        return self.apply(state, self.gradient(state.params, meta, batch), meta)
+        found = self.evaluate(state.params, meta, batch, state.buffers)
+        return self.apply(state, found.gradient, meta, found.buffers)
 
-    def apply(self, state: Descent, gradient: Sequence[Tensor], meta: Tree) -> Descent:
-        """The optimiser's update with a given gradient."""
+    def apply(
+        self, state: Descent, gradient: Sequence[Tensor | None], meta: Tree, buffers: Tree | None = None
+    ) -> Descent:
+        """Update the state with a given gradient, after the parameters' hooks, and with given buffers, if any.
+
+        Leaves whose entry in the gradient is `None` are left alone.
+        """
         parts = trees.split(state.params)
+        gradient = parameter_hooks.applied(state.params, parts.differentiable, gradient)
         tensors, memory = self.optimizer.update(
             parts.differentiable, gradient, state.optimizer, state.steps, meta, state.params
         )
-        return Descent(parts.rebuild(tensors), memory, state.steps + 1)
+        after = state.buffers if buffers is None else buffers
+        return Descent(parts.rebuild(tensors), memory, state.steps + 1, after)
 
     def outer_loss(self, state: Descent, meta: Tree, batch: Any) -> Tensor:
         """The user's outer loss at the state's parameters."""
-        with left_as_they_were(state.params, meta):
-            return self._outer_loss(state.params, meta, batch)
+        params, cells = with_buffers(state.params, state.buffers)
+        with modules_in_use(params, meta), Writes(cells.values()) if cells else nullcontext():
+            return self._outer_loss(params, presented(meta), batch)
+
+    def presented(self, state: Descent) -> Descent:
+        """A state as users see it: its parameters in the form in which they were passed, modules with their buffers."""
+        return state._replace(params=with_buffers(state.params, state.buffers)[0])
+
+    def _inner(self, params: Tree, meta: Tree, batch: Any, buffers: Tree) -> tuple[Tensor, Tree]:
+        """The inner loss, and the modules' buffers after it."""
+        there, cells = with_buffers(params, buffers)
+        with Writes(cells.values()) if cells else nullcontext():
+            value = self.inner_loss(there, presented(meta), batch)
+        return require_scalar(value, "inner_loss"), values_of(cells) if cells else buffers
+
+
+def _outside(buffers: Tree) -> Tree:
+    """Tensors that were computed inside of `torch.func.grad` as they are outside of it."""
+    if not torch._C._are_functorch_transforms_active():
+        return buffers
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    level = functorch.maybe_current_level()
+    return trees.map_leaves(lambda t: functorch._unwrap_for_grad(t, level), buffers)
+
+
+def as_problem(value: Any) -> BilevelProblem:
+    """Return the problem as one that answers questions about itself.
+
+    An object of the user's own class with the methods `init`, `step` and `outer_loss` becomes a `Problem`.
+
+    Raises:
+        TypeError: the value describes no problem.
+    """
+    if isinstance(value, BilevelProblem):
+        return value
+    if isinstance(value, Unrollable) and not isinstance(value, type):
+        return Problem(value.init, value.step, value.outer_loss)
+    what = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    raise TypeError(
+        f"problem is {what}; an instance of bilevel.Problem, GradientDescent or BlackBox is needed: estimators are "
+        "called as estimator(problem, meta, inner_batches, outer_batch)"
+    )
 
 
 def require_scalar(value: Any, name: str) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -99,9 +101,55 @@ def size(tree: Tree) -> int:
     return sum(leaf.numel() for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Context manager (and decorator) for sums of the library's own, which autocast would round to 3 digits.
+
+    Losses and steps of the user are called outside of it, so their autocast stays as it is.
+    """
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """The inner product of two equally shaped lists of tensors."""
-    return torch.stack([whole((a * b).sum()) for a, b in zip(left, right, strict=True)]).sum()
+    """Return the real inner product of two equally shaped lists of tensors; Re Σ āb for complex ones.
+
+    >>> dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+    tensor(11.)
+    >>> dot([torch.tensor([1 + 2j])], [torch.tensor([1 + 2j])])
+    tensor(5.)
+    """
+    return torch.stack([whole(_product(a, b).sum()) for a, b in zip(left, right, strict=True)]).sum()
+
+
+@without_autocast()
+def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Return the real inner products `[k]` of a list of tensors with each of k lists, `[k, *leaf.shape]` for each leaf.
+
+    >>> dots([torch.tensor([1.0, 2.0])], [torch.tensor([[3.0, 4.0], [0.0, 1.0]])])
+    tensor([11.,  2.])
+    """
+    products = []
+    for a, b in zip(left, right, strict=True):
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        a, b = a.to(b.device, dtype), b.to(dtype)
+        if b.is_complex():
+            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+        products.append(b.reshape(len(b), -1) @ a.reshape(-1))
+    return functools.reduce(torch.add, products)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    a, b = _wide(a), _wide(b)
+    return (a.conj() * b).real if a.is_complex() or b.is_complex() else a * b
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it has half precision: in float16 the square of 256 is infinite."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel.comparison import compare as comparison
+from bilevel.comparison.compare import ComparisonRow
 
 
 def problem(params: Any = None) -> bilevel.GradientDescent:
@@ -32,7 +33,7 @@ def problem(params: Any = None) -> bilevel.GradientDescent:
     )
 
 
-def compare(*estimators: bilevel.Estimator, **settings: Any) -> list[bilevel.Compared]:
+def compare(*estimators: bilevel.Estimator, **settings: Any) -> list[ComparisonRow]:
     meta = torch.tensor([0.3, -2.0], dtype=torch.float64)
     return bilevel.compare(problem(), meta, bilevel.no_batches(2), estimators=estimators, **settings)
 
@@ -107,6 +108,11 @@ def test_the_reference_can_be_chosen() -> None:
 
 @dataclass(frozen=True)
 class _MustNotRun(bilevel.Estimator):
+    is_random = False
+
+    def units(self, steps: int, meta_size: int) -> float:
+        raise NotImplementedError
+
     def _estimate(self, run: Any) -> bilevel.Estimate:  # noqa: ARG002
         raise AssertionError("the exact hypergradient should have been looked at first")
 
@@ -165,6 +171,11 @@ def test_what_torch_sets_up_once_is_not_charged(monkeypatch: pytest.MonkeyPatch)
 
     @dataclass(frozen=True)
     class SlowAtFirst(bilevel.Estimator):
+        is_random = False
+
+        def units(self, steps: int, meta_size: int) -> float:
+            raise NotImplementedError
+
         def _estimate(self, run: Any) -> bilevel.Estimate:  # noqa: ARG002
             clock.tick()
             return bilevel.Estimate(torch.zeros(()), torch.ones(2, dtype=torch.float64), None)
@@ -181,7 +192,7 @@ def test_rows_as_json() -> None:
     content = json.loads(json.dumps(comparison.as_dicts(rows), allow_nan=False))
     assert [row["estimator"] for row in content] == ["reverse", "forward-gradient(directions=2)"]
     for row, parsed in zip(rows, content, strict=True):
-        assert bilevel.Compared(**parsed) == row
+        assert ComparisonRow(**parsed) == row
 
 
 def test_bias_and_variance_are_told_apart() -> None:

@@ -86,7 +86,7 @@ def test_both_exchanges_give_the_same(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["directions", "exact", "fewer than workers", "retreats", "same directions", "fresh directions, chunks"]
+    "name", ["directions", "exact", "fewer than workers", "backtracks", "same directions", "fresh directions, chunks"]
 )
 def test_training_curves_do_not_depend_on_the_number_of_workers(name: str, base: Path) -> None:
     rows, meta = found(base, "curves", 1)[name]
@@ -102,7 +102,7 @@ def test_training_curves_do_not_depend_on_the_number_of_workers(name: str, base:
 def test_one_workers_failing_solver_takes_a_step_back_on_all(base: Path) -> None:
     for size in SIZES:
         for rank in range(size):
-            rows, _ = found(base, "curves", size, rank)["retreats"]
+            rows, _ = found(base, "curves", size, rank)["backtracks"]
             # φ₂ goes nine tenths of the way to 3 and comes back by halves: from 2.72 to 0.83, from 2.78 to 0.95.
             assert [row[2] for row in rows] == [0, 2, 4]
 
@@ -165,7 +165,7 @@ def test_what_a_fully_sharded_module_cannot_do_is_refused(base: Path, happened: 
             assert refused[name].startswith("MissingDerivativeError: FSDPSequential, sharded by fully_shard, has first")
             assert 'ForwardGradient(..., tangents="difference") or ZerothOrder(...)' in refused[name]
         assert "ValueError: state.params['0.weight'] is spread over processes [0, 1]" in refused["sharing"]
-        assert "workers=bilevel.Workers.of(sharers=bilevel.Workers())" in refused["sharing"]
+        assert "workers=Workers.of(sharers=Workers())" in refused["sharing"]
         assert refused["layers alone"].startswith("ValueError: fully_shard was applied to layers of Sequential and not")
         for name in ("meta", "meta in fit"):
             assert refused[name].startswith(
@@ -247,9 +247,7 @@ def test_the_others_notice_when_a_worker_dies(base: Path, happened: dict[str, An
 def test_a_full_disk_ends_all_and_leaves_nothing_half_written(name: str, base: Path, happened: dict[str, Any]) -> None:
     """The checkpoint of step 2 does not fit, or with checkpoints further apart a line of the metrics."""
     first, second = printed(happened, name, [1, 1])
-    assert re.match(
-        rf"OSError: .*cannot write to .*/{name}; there is no checkpoint yet. With that put right, resume", first
-    )
+    assert re.match(rf"OSError: .*cannot write to .*/{name}; there is no checkpoint yet. Once repaired, resume", first)
     assert second.startswith("WorkerError: worker 0 of 2: [Errno")
     if name == "full disk":  # it was run again, with space
         printed(happened, "full disk, restarted", [0, 0])
@@ -319,9 +317,9 @@ LEAVING = """
 import os, sys
 import torch
 import bilevel
-from bilevel.distributed import workers as module
+from bilevel.distributed import workers as workers_module
 
-workers = bilevel.join_workers()
+workers = bilevel.experimental.join_workers()
 problem = bilevel.GradientDescent(
     lambda theta, phi, batch: (theta - phi).square().sum(), lambda theta, phi, batch: theta.sum(),
     torch.zeros(3), bilevel.optimizer(torch.optim.SGD, lr=0.1),
@@ -334,7 +332,7 @@ def gloos_threads():
     return sum("gloo" in name for name in names)
 
 before = gloos_threads()
-module._leave()
+workers_module._leave()
 print(before > 0, gloos_threads())
 """
 
@@ -387,7 +385,7 @@ def test_the_planner_shows_what_is_exchanged(capsys: pytest.CaptureFixture[str])
     from bilevel.cli import plan_command
 
     sizes = {"params": 1e9, "meta_params": 1e8, "steps": 10, "memory": "80GB", "directions": 64}
-    plan = bilevel.on_paper(**sizes, workers=64)  # pyright: ignore[reportArgumentType]
+    plan = bilevel.plan_from_sizes(**sizes, workers=64)  # pyright: ignore[reportArgumentType]
     rows = {type(row.estimator).__name__: row for row in plan.rows}
     assert (rows["ForwardGradient"].exchange, rows["Reverse"].exchange) == ("gradient", None)
     assert rows["ForwardGradient"].sent_bytes == communication.sent_bytes("gradient", 64, 10**8, 64)
@@ -395,5 +393,5 @@ def test_the_planner_shows_what_is_exchanged(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "for each of 64 workers" in shown
     assert planner.size_text(rows["ForwardGradient"].sent_bytes or 0) in shown
-    plan_command.show(bilevel.on_paper(**sizes), "on paper", in_units=True)  # pyright: ignore[reportArgumentType]
+    plan_command.show(bilevel.plan_from_sizes(**sizes), "on paper", in_units=True)  # pyright: ignore[reportArgumentType]
     assert "exchange" not in capsys.readouterr().out

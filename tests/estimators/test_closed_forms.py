@@ -1,15 +1,13 @@
 """Every estimator against hypergradients known in closed form.
 
-An estimator joins by a row in one of the tables below, next to the property that it must have; the last test fails for
-one that is in none of them. Problems join in `closed_forms.py`.
+An estimator joins by its row in `estimator_table.py`, where it says which properties it must have. Problems join in
+`closed_forms.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,27 +20,14 @@ from closed_forms import (
     WEAKEST,
     Array,
     ClosedForm,
-    affine,
     descent,
     product,
     tensor,
 )
+from estimator_table import ROWS, Converging, Formula
 
 import bilevel
-import bilevel.estimators
-from bilevel import (
-    Auto,
-    ConjugateGradient,
-    Forward,
-    ForwardGradient,
-    HessianFree,
-    Implicit,
-    Neumann,
-    Nystrom,
-    Reverse,
-    TruncatedReverse,
-    ZerothOrder,
-)
+from bilevel import HessianFree, Implicit, ZerothOrder
 
 ROUNDING = 1e-10
 """Relative; the problems are small and well conditioned, so float64 leaves some 1e-15."""
@@ -55,26 +40,7 @@ every_descent = pytest.mark.parametrize("case", DESCENTS, ids=lambda case: case.
 
 # -- exact ---------------------------------------------------------------------------------------------------------
 
-EXACT: dict[str, Callable[[ClosedForm], bilevel.Estimator]] = {
-    "Auto": lambda case: Auto("1GB"),
-    "Auto, little memory": lambda case: Auto("20kB", directions=case.N),
-    "Reverse, all": lambda case: Reverse("all"),
-    "Reverse, sqrt": lambda case: Reverse("sqrt"),
-    "Reverse, log, disk": lambda case: Reverse("log", offload="disk"),
-    "Reverse, mixed product": lambda case: Reverse("log", product="mixed" if case.stationarity else "auto"),
-    "Reverse, the faster product": lambda case: Reverse(product="auto"),
-    "Reverse, graph": lambda case: Reverse("graph"),
-    "Reverse, 3": lambda case: Reverse(3),
-    "Reverse, more than T": lambda case: Reverse(case.T + 1),
-    "Forward": lambda case: Forward(),
-    "Forward, chunks": lambda case: Forward(chunk_size=2),
-    "TruncatedReverse, T": lambda case: TruncatedReverse(case.T),
-    "ForwardGradient, N coordinates": lambda case: ForwardGradient(case.N, "coordinate"),
-    "ForwardGradient, N coordinates, shared steps": lambda case: ForwardGradient(
-        case.N, "coordinate", chunk_size=2, tangents="shared" if case.stationarity else "exact"
-    ),
-    "ForwardGradient, N coordinates, chunks": lambda case: ForwardGradient(case.N, "coordinate", chunk_size=3),
-}
+EXACT = {name: make for row in ROWS.values() for name, make in row.exact.items()}
 
 
 @every_problem
@@ -136,38 +102,7 @@ def test_differences_of_other_functions_have_the_order_they_claim(scheme: str, o
 
 # -- stochastic ----------------------------------------------------------------------------------------------------
 
-SMALL = affine("few parameters", T=1, N=4, column_scale=0.4)
-LOPSIDED = affine("many parameters, one of which matters most", T=1, N=64, column_scale=0.01)
-
-
-class Stochastic(NamedTuple):
-    """A row: an unbiased estimator, and the relative variance that theory gives it."""
-
-    estimator: bilevel.Estimator
-    relative_variance: float
-    case: ClosedForm = SMALL
-    calls: int = 300
-    smallest_bias: float = 0.4
-    """The relative bias along ∇h that this sample finds, with probability 97 %: six of its standard errors at most."""
-
-
-# What the samples can tell, which the tests check as well. With N = 4 the theories differ by a third: (N − 1)/b for
-# Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinates; a sample places the variance to within a quarter. Along
-# ∇h the estimate is mean(w²)/‖∇h‖², w = ∇h·v. For Rademacher directions its variance is 2(1 − Σ g_i⁴/‖g‖⁴)/b, tiny
-# where one entry of the gradient dominates: that is how the rows with N = 64 see a bias below a percent in a hundred
-# calls. Their variance is tight as well, the squared error being a sum of 64 nearly independent terms.
-STOCHASTIC = [
-    Stochastic(ForwardGradient(64), 63 / 64, LOPSIDED, calls=100, smallest_bias=0.0075),
-    Stochastic(ForwardGradient(1), 3),
-    Stochastic(ForwardGradient(3), 1),
-    Stochastic(ForwardGradient(4, "gaussian"), 5 / 4, calls=600),
-    Stochastic(ForwardGradient(1, "coordinate"), 3),
-    Stochastic(ForwardGradient(3, "coordinate"), 1 / 3),
-    Stochastic(ZerothOrder(64, 0.5), 63 / 64, LOPSIDED, calls=60, smallest_bias=0.0075),
-    Stochastic(ZerothOrder(1, 0.5), 3),
-    Stochastic(ZerothOrder(3, 0.5), 1),
-    Stochastic(ZerothOrder(2, 0.5, distribution="coordinate"), 1),
-]
+STOCHASTIC = [sample for row in ROWS.values() for sample in row.stochastic]
 
 
 class Sample(NamedTuple):
@@ -243,52 +178,13 @@ def test_standard_errors_are_right_on_average(row: int) -> None:
 # -- implicit ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class InPlaceOfTheInverse:
-    """A row: an estimator c − d X Y, and the matrix X it has instead of H⁻¹."""
-
-    estimator: bilevel.Estimator
-    matrix: Callable[[ClosedForm, Array], Array]
-    """(problem, H) ↦ X."""
-    batches: int = 1
-
-
-def neumann_series(H: Array, iterations: int, step_size: float) -> Array:
-    """α Σ_{k=0..K} (I − αH)^k."""
-    powers = [np.linalg.matrix_power(np.eye(len(H)) - step_size * H, k) for k in range(iterations + 1)]
-    return step_size * np.sum(powers, axis=0)
-
-
-PRECISE = ConjugateGradient(iterations=20, tolerance=1e-13)
-
-IN_PLACE_OF_THE_INVERSE = {
-    "conjugate gradients": InPlaceOfTheInverse(Implicit(PRECISE), lambda case, H: np.linalg.inv(H)),
-    "conjugate gradients, 3 batches": InPlaceOfTheInverse(
-        Implicit(PRECISE, batches=3), lambda case, H: np.linalg.inv(H), batches=3
-    ),
-    "conjugate gradients, damped": InPlaceOfTheInverse(
-        Implicit(ConjugateGradient(20, 1e-13, damping=0.5)), lambda case, H: np.linalg.inv(H + 0.5 * np.eye(len(H)))
-    ),
-    "Neumann, 1": InPlaceOfTheInverse(Implicit(Neumann(1, 0.2)), lambda case, H: neumann_series(H, 1, 0.2)),
-    "Neumann, 5, 2 batches": InPlaceOfTheInverse(
-        Implicit(Neumann(5, 0.3), batches=2), lambda case, H: neumann_series(H, 5, 0.3), batches=2
-    ),
-    "Neumann, 100": InPlaceOfTheInverse(Implicit(Neumann(100, LEARNING_RATE)), lambda case, H: np.linalg.inv(H)),
-    "Nyström, whole": InPlaceOfTheInverse(
-        Implicit(Nystrom(rank=100, damping=0.5)), lambda case, H: np.linalg.inv(H + 0.5 * np.eye(len(H)))
-    ),
-    "Hessian-free": InPlaceOfTheInverse(HessianFree(0.7), lambda case, H: 0.7 * np.eye(len(H))),
-    "Hessian-free, optimizer": InPlaceOfTheInverse(
-        HessianFree(0.7, "optimizer"), lambda case, H: 0.7 * case.last_rate * np.eye(len(H))
-    ),
-}
+FORMULAS = {name: formula for row in ROWS.values() for name, formula in row.formula.items()}
+CONVERGING = {name: converging for row in ROWS.values() for name, converging in row.converging.items()}
 
 
 @every_descent
-@pytest.mark.parametrize("row", IN_PLACE_OF_THE_INVERSE.values(), ids=IN_PLACE_OF_THE_INVERSE.keys())
-def test_implicit_estimators_give_their_formula_wherever_the_inner_loop_ends(
-    row: InPlaceOfTheInverse, case: ClosedForm
-) -> None:
+@pytest.mark.parametrize("row", FORMULAS.values(), ids=FORMULAS.keys())
+def test_implicit_estimators_give_their_formula_wherever_the_inner_loop_ends(row: Formula, case: ClosedForm) -> None:
     if row.batches > case.T:
         with pytest.raises(ValueError, match=f"batches={row.batches}.* with {case.T}"):
             case(row.estimator)
@@ -299,34 +195,6 @@ def test_implicit_estimators_give_their_formula_wherever_the_inner_loop_ends(
     if isinstance(row.estimator, Implicit):
         distance = np.linalg.norm(np.mean([s.value for s in case.stationarity[-row.batches :]], axis=0))
         assert estimate.diagnostics["gradient_norm"] == pytest.approx(distance, rel=ROUNDING)
-
-
-class Converging(NamedTuple):
-    """A row: an implicit estimator, and inner loops that come to rest as T grows."""
-
-    estimator: Implicit
-    inner_loop: Callable[[int], ClosedForm]
-    """T ↦ problem."""
-    batches: int = 1
-    """After so many steps the batches start over."""
-
-
-LONG_NEUMANN = Neumann(iterations=100, step_size=LEARNING_RATE)  # 0.6¹⁰¹ = 4e-23
-
-CONVERGING = {
-    "conjugate gradients": Converging(Implicit(PRECISE), lambda T: descent("", T=T, explicit=True)),
-    "Neumann": Converging(Implicit(LONG_NEUMANN), lambda T: descent("", T=T, explicit=True)),
-    "weight decay": Converging(Implicit(PRECISE), lambda T: descent("", T=T, weight_decay=0.5)),
-    "weight decay, Neumann": Converging(Implicit(LONG_NEUMANN), lambda T: descent("", T=T, weight_decay=0.5)),
-    "learned weight decay": Converging(
-        Implicit(PRECISE), lambda T: descent("", T=T, weight_decay=0.5, learned_decay=True)
-    ),
-    # In these two the slowest mode does not oscillate (small momentum; this seed), so that its rate can be read off.
-    "momentum": Converging(Implicit(PRECISE), lambda T: descent("", T=T, momentum=0.1, start_from_meta=True)),
-    "3 batches": Converging(
-        Implicit(PRECISE, batches=3), lambda T: descent("", T=T, periods=3, shared_solution=True, seed=4), batches=3
-    ),
-}
 
 
 @pytest.mark.parametrize("row", CONVERGING.values(), ids=CONVERGING.keys())
@@ -399,8 +267,7 @@ def test_hessian_free_scales_with_adam(algorithm: type[torch.optim.Optimizer]) -
 
 # -- truncated -----------------------------------------------------------------------------------------------------
 
-TRUNCATED: dict[str, Callable[[int], bilevel.Estimator]] = {"TruncatedReverse": TruncatedReverse}
-"""The number of last steps ↦ an estimator that goes back through them alone."""
+TRUNCATED = {kind.__name__: row.last_steps for kind, row in ROWS.items() if row.last_steps is not None}
 
 every_truncated = pytest.mark.parametrize("estimator", TRUNCATED.values(), ids=TRUNCATED.keys())
 
@@ -452,16 +319,10 @@ def bias_bound(steps: int, case: ClosedForm) -> float:
 # -- all of them ---------------------------------------------------------------------------------------------------
 
 
-def test_every_exported_estimator_is_in_a_table() -> None:
-    case = UNROLLED[0]
-    rows = [
-        *(make(case) for make in EXACT.values()),
-        *(row.estimator for row in STOCHASTIC),
-        *(row.estimator for row in IN_PLACE_OF_THE_INVERSE.values()),
-        *(row.estimator for row in CONVERGING.values()),
-        *(make(1) for make in TRUNCATED.values()),
-    ]
-    exported = [Auto, *(getattr(bilevel.estimators, name) for name in bilevel.estimators.__all__)]
-    estimators = {e for e in exported if issubclass(e, bilevel.Estimator) and not inspect.isabstract(e)}
-    assert estimators <= {type(row) for row in rows}
-    assert estimators <= {getattr(bilevel, name) for name in bilevel.__all__}
+@pytest.mark.parametrize("kind", ROWS, ids=lambda kind: kind.__name__)
+def test_every_estimator_has_a_truth_that_it_must_agree_with(kind: type[bilevel.Estimator]) -> None:
+    row = ROWS[kind]
+    assert row.exact or row.stochastic or row.formula or row.last_steps
+    rows = (*row.stochastic, *row.formula.values(), *row.converging.values())
+    found = [each.estimator for each in rows] + [make(UNROLLED[0]) for make in row.exact.values()]
+    assert {type(estimator) for estimator in found} == {kind}

@@ -14,10 +14,12 @@ from closed_forms import tensor
 from torch import Tensor
 
 import bilevel
-from bilevel import ForwardGradient, Phase, Reverse, TruncatedReverse, randomness
+from bilevel import ForwardGradient, Phase, Reverse, StreamingForwardGradient, TruncatedReverse, randomness
 from bilevel.directions import distributions as module
+from bilevel.training.outer_loop import OuterStep
 
 T, WINDOWS, N = 3, 4, 3
+CARRIES: tuple[Any, ...] = ("same", "fresh")
 
 
 def inner_loss(theta: Tensor, phi: Tensor, batch: Tensor) -> Tensor:
@@ -64,7 +66,9 @@ def test_windows_with_carried_tangents_are_one_long_window(
 ) -> None:
     estimator = ForwardGradient(2, name, control_variate=variate, tangents=tangents)
     long = whole(estimator, make(optimizer))
-    last = windows(replace(estimator, carry="tangents"), make(optimizer))
+    last = windows(
+        StreamingForwardGradient(2, "same", name, control_variate=variate, tangents=tangents), make(optimizer)
+    )
     assert torch.equal(last.value, long.value)
     assert last.grad.numpy() == pytest.approx(long.grad.numpy(), rel=1e-10, abs=1e-12)
     assert last.standard_error == pytest.approx(long.standard_error, rel=1e-10)
@@ -72,23 +76,23 @@ def test_windows_with_carried_tangents_are_one_long_window(
     assert last.carried.steps == T * WINDOWS
 
 
-@pytest.mark.parametrize("carry", ["tangents", "fresh"])
+@pytest.mark.parametrize("carry", ["same", "fresh"])
 @pytest.mark.parametrize("tangents", ["exact", "difference"])
 def test_chunks_carry_what_all_at_once_carry(carry: Any, tangents: Any) -> None:
-    estimator = ForwardGradient(3, carry=carry, tangents=tangents)
+    estimator = StreamingForwardGradient(3, carry, tangents=tangents)
     once = windows(estimator)
     for size in (1, 2):
         chunks = windows(replace(estimator, chunk_size=size))
         assert chunks.grad.numpy() == pytest.approx(once.grad.numpy(), rel=1e-12, abs=1e-14)
         assert chunks.carried is not None
         assert once.carried is not None
-        for one, other in zip(chunks.carried.tangents or [], once.carried.tangents or [], strict=True):
+        for one, other in zip(chunks.carried.memory["tangents"], once.carried.memory["tangents"], strict=True):
             assert one.numpy() == pytest.approx(other.numpy(), rel=1e-12, abs=1e-14)
 
 
 def test_all_coordinates_carried_give_the_exact_gradient_of_the_whole_history() -> None:
     exact = whole(Reverse()).grad
-    assert windows(ForwardGradient(N, "coordinate", carry="tangents")).grad.numpy() == pytest.approx(
+    assert windows(StreamingForwardGradient(N, "same", "coordinate")).grad.numpy() == pytest.approx(
         exact.numpy(), rel=1e-10
     )
 
@@ -115,7 +119,7 @@ def test_fresh_directions_are_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = replace(module.DISTRIBUTIONS["rademacher"], sample=lambda seed, indices, shapes: drawn[0])
     monkeypatch.setitem(module.DISTRIBUTIONS, "rademacher", fixed)
     mean = np.zeros(N)
-    problem, estimator = make(torch.optim.SGD), ForwardGradient(1, carry="fresh")
+    problem, estimator = make(torch.optim.SGD), StreamingForwardGradient(1)
     for rows in itertools.product(signs, repeat=3):
         carried, estimate = None, None
         for k, row in enumerate(rows):
@@ -132,13 +136,13 @@ def test_fresh_directions_are_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fresh_directions_know_their_error() -> None:
     exact = whole(Reverse()).grad
-    found = [windows(ForwardGradient(3, carry="fresh", draw=draw)) for draw in range(200)]
+    found = [windows(StreamingForwardGradient(3, draw=draw)) for draw in range(200)]
     errors = np.array([float((f.grad - exact).square().sum()) for f in found])
     claimed = np.array([(f.standard_error or 0.0) ** 2 for f in found])
     spread = np.hypot(errors.std(ddof=1), claimed.std(ddof=1)) / np.sqrt(len(found))
     assert abs(errors.mean() - claimed.mean()) < 4 * spread
-    labels = [f.carried.labels for f in found[:2]]  # type: ignore[union-attr]
-    assert not torch.equal(labels[0][0], labels[1][0])  # type: ignore[index]
+    labels = [f.carried.memory["labels"] for f in found[:2]]  # type: ignore[union-attr]
+    assert not torch.equal(labels[0][0], labels[1][0])
 
 
 @pytest.mark.parametrize("draw", [0, 1])
@@ -146,20 +150,20 @@ def test_fresh_labels_are_the_old_ones_rescaled_by_the_lengths_and_new_signs(dra
     """Labels are l' = l/a + u with a = √(‖l‖ ‖Γu‖/(‖y‖ ‖u‖)), and ‖Γu‖ is the first window's in all windows."""
     count, carried, drawn, first, found = 2, None, [], None, []
     for k in range(WINDOWS):
-        estimator = ForwardGradient(count, carry="fresh", draw=draw)
+        estimator = StreamingForwardGradient(count, draw=draw)
         window = BATCHES[T * k : T * (k + 1)]
         estimate = estimator(make(torch.optim.SGD), PHI, window, OUTER, 5, carried=carried)
         after = estimate.carried
         assert after is not None
         assert after.steps == T * (k + 1)
-        labels, tangents = (torch.cat([t.flatten(1) for t in ts or []], 1) for ts in (after.labels, after.tangents))
+        labels, tangents = (torch.cat([t.flatten(1) for t in after.memory[kept]], 1) for kept in ("labels", "tangents"))
         fresh = labels
         if found:
             old, y = found[-1]
             balance = float((old.norm() * first / (y.norm() * (count * N) ** 0.5)).sqrt())
             fresh = labels - old / balance
         first = tangents.norm() if first is None else first
-        assert after.first_norm == pytest.approx(float(first), rel=1e-12)
+        assert after.memory["first_norm"] == pytest.approx(float(first), rel=1e-12)
         assert fresh.abs().numpy() == pytest.approx(np.ones((count, N)), rel=1e-10)
         drawn.append(fresh.sign())
         found.append((labels, tangents))
@@ -169,9 +173,9 @@ def test_fresh_labels_are_the_old_ones_rescaled_by_the_lengths_and_new_signs(dra
     assert max(lengths) > 1.05 * min(lengths)  # so that it matters whose length is taken
 
 
-@pytest.mark.parametrize("carry", ["tangents", "fresh"])
+@pytest.mark.parametrize("carry", CARRIES)
 def test_other_draws_of_a_stream_are_other_directions_of_the_same_history(carry: Any) -> None:
-    first, again, other = (windows(ForwardGradient(2, carry=carry, draw=draw)) for draw in (1, 1, 2))
+    first, again, other = (windows(StreamingForwardGradient(2, carry, draw=draw)) for draw in (1, 1, 2))
     assert torch.equal(first.grad, again.grad)
     assert not torch.equal(first.grad, other.grad)
     assert torch.equal(first.value, other.value)
@@ -183,12 +187,12 @@ def test_a_stream_keeps_counting_its_steps_through_estimators() -> None:
     estimators = (
         Reverse(),
         ForwardGradient(2),
-        ForwardGradient(2, carry="fresh"),
-        ForwardGradient(2, carry="tangents"),
+        StreamingForwardGradient(2, carry="fresh"),
+        StreamingForwardGradient(2, carry="same"),
     )
     for k, estimator in enumerate(estimators):
         if carried is not None and k == 3:  # tangents with labels do not go on along the same directions
-            carried = replace(carried, tangents=None, labels=None)
+            carried = replace(carried, memory=None)
         estimate = estimator(make(), PHI, BATCHES[T * k : T * (k + 1)], OUTER, 5, carried=carried)
         carried = estimate.carried
         assert carried is not None
@@ -205,7 +209,7 @@ class Stop(KeyboardInterrupt):
 
 
 def fit(estimators: list[Any], out: Path | None = None, stop_at: int = 99, resume: bool = False, **more: Any) -> Any:
-    def stop(step: bilevel.OuterStep) -> None:
+    def stop(step: OuterStep) -> None:
         if step.number > stop_at:
             raise Stop
 
@@ -217,8 +221,7 @@ def fit(estimators: list[Any], out: Path | None = None, stop_at: int = 99, resum
         phases=[Phase(estimator, steps=4) for estimator in estimators],
         optimizer=more.pop("optimizer", bilevel.optimizer(torch.optim.SGD, lr=1e-2)),
         callbacks=[stop],
-        out=out,
-        resume=resume,
+        out=None if out is None else bilevel.RunFolder(out, resume=resume),
         progress=False,
         stream=more.pop("stream", True),
         **more,
@@ -229,9 +232,15 @@ def numbers(result: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
 
 
-@pytest.mark.parametrize("carry", ["nothing", "tangents", "fresh"])
-def test_a_stream_resumes_exactly(carry: Any, tmp_path: Path) -> None:
-    estimators = [ForwardGradient(2, carry=carry), ForwardGradient(2, "gaussian", carry=carry)]
+@pytest.mark.parametrize(
+    "estimators",
+    [
+        [ForwardGradient(2), ForwardGradient(2, "gaussian")],
+        *([StreamingForwardGradient(2, carry), StreamingForwardGradient(2, carry, "gaussian")] for carry in CARRIES),
+    ],
+    ids=["nothing", *CARRIES],
+)
+def test_a_stream_resumes_exactly(estimators: list[bilevel.Estimator], tmp_path: Path) -> None:
     straight = fit(estimators)
     with pytest.raises(Stop):
         fit(estimators, tmp_path, stop_at=3)
@@ -242,7 +251,7 @@ def test_a_stream_resumes_exactly(carry: Any, tmp_path: Path) -> None:
 
 def test_a_stream_without_outer_movement_is_one_history() -> None:
     still = bilevel.optimizer(torch.optim.SGD, lr=1e-300)
-    result = fit([ForwardGradient(N, "coordinate", carry="tangents")], optimizer=still)
+    result = fit([StreamingForwardGradient(N, "same", "coordinate")], optimizer=still)
     seed = randomness.derive(0, randomness.DRAW, 0, 0)
     exact = whole(Reverse(), seed=seed)
     assert result.history[-1]["outer_loss"] == float(exact.value)
@@ -252,33 +261,34 @@ def test_a_stream_without_outer_movement_is_one_history() -> None:
 
 
 def test_tangents_begin_with_the_phase_that_carries_them() -> None:
-    assert len(fit([Reverse(), ForwardGradient(2, carry="fresh")]).history) == 8
+    assert len(fit([Reverse(), StreamingForwardGradient(2)]).history) == 8
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
 def test_settings_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="leave support='all'"):
-        ForwardGradient(4, support="touched", carry="fresh")
     with pytest.raises(ValueError, match="takes no control_variate"):
-        ForwardGradient(4, control_variate=Reverse(), carry="fresh")
+        StreamingForwardGradient(4, control_variate=Reverse())
     with pytest.raises(ValueError, match="independent directions"):
-        ForwardGradient(4, "orthogonal", carry="fresh")
+        StreamingForwardGradient(4, distribution="orthogonal")
     with pytest.raises(ValueError, match="would bring a bias"):
-        ForwardGradient(4, control_variate=bilevel.RunningMean(), carry="tangents")
-    with pytest.raises(ValueError, match="take tangents="):
-        ForwardGradient(4, tangents="shared", carry="fresh")
+        StreamingForwardGradient(4, "same", control_variate=bilevel.RunningMean())
+    with pytest.raises(ValueError, match="'exact', 'difference'"):
+        StreamingForwardGradient(4, tangents="shared")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="carry="):
-        ForwardGradient(4, carry="everything")  # type: ignore[arg-type]
+        StreamingForwardGradient(4, carry="everything")  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_carried_on() -> None:
-    first = ForwardGradient(2, carry="tangents")(make(), PHI, BATCHES[:T], OUTER)
+    first = StreamingForwardGradient(2, "same")(make(), PHI, BATCHES[:T], OUTER)
     with pytest.raises(ValueError, match="directions=3, but carried holds the tangents of 2"):
-        ForwardGradient(3, carry="tangents")(make(), PHI, BATCHES[:T], OUTER, carried=first.carried)
+        StreamingForwardGradient(3, "same")(make(), PHI, BATCHES[:T], OUTER, carried=first.carried)
     with pytest.raises(ValueError, match="whose directions are not kept"):
-        ForwardGradient(2, carry="fresh")(make(), PHI, BATCHES[:T], OUTER, carried=first.carried)
+        StreamingForwardGradient(2)(make(), PHI, BATCHES[:T], OUTER, carried=first.carried)
+    other = replace(first.carried, memory=[torch.zeros(2)])  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="memory of another estimator"):
+        StreamingForwardGradient(2)(make(), PHI, BATCHES[:T], OUTER, carried=other)
     box = bilevel.BlackBox(lambda phi: phi.square(), lambda state, phi, batch: state.sum())
     with pytest.raises(ValueError, match="BlackBox solves from the beginning"):
         bilevel.ZerothOrder(2)(box, PHI, carried=first.carried)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import ClosedForm, descent, tensor
+from estimator_table import ROWS, Unbiased
 
 import bilevel
-from bilevel import CoarserProblem, Constant, ForwardGradient, HessianFree, TruncatedReverse, ZerothOrder
+from bilevel import CoarserProblem, Constant, ForwardGradient, HessianFree, TruncatedReverse
 from bilevel.directions import distributions as module
+from bilevel.directions.control_variates import combine
 from bilevel.directions.distributions import Directions
-from bilevel.estimators.control_variates import combine
 
 Outcome = tuple[np.ndarray, float]
 """All directions `[b, N]` and the probability of just these."""
@@ -99,10 +100,14 @@ VARIATES: dict[str, Any] = {
 
 
 def expectation(
-    estimator: bilevel.Estimator, case: ClosedForm, outcomes: Iterator[Outcome], monkeypatch: pytest.MonkeyPatch
+    estimator: bilevel.Estimator,
+    case: ClosedForm,
+    outcomes: Iterator[Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str | None = None,
 ) -> tuple[np.ndarray, float, float]:
     """E grad, E‖grad − ∇h‖² and E standard_error²."""
-    name = estimator.distribution  # type: ignore[attr-defined]
+    name = name or estimator.distribution  # type: ignore[attr-defined]
     mean, squared, claimed = np.zeros(case.N), 0.0, 0.0
     for rows, probability in outcomes:
         fixed = replace(module.DISTRIBUTIONS[name], sample=lambda seed, indices, shapes, rows=rows: rows[list(indices)])
@@ -116,23 +121,29 @@ def expectation(
     return mean, squared, claimed
 
 
-@pytest.mark.parametrize("variate", VARIATES.values(), ids=VARIATES.keys())
-@pytest.mark.parametrize("name", ["rademacher", "coordinate", "orthogonal"])
-def test_forward_gradients(name: str, variate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    estimator = ForwardGradient(2, name, control_variate=variate)
-    mean, squared, claimed = expectation(estimator, CASE, ENUMERATED[name](3, 2), monkeypatch)
-    assert mean == pytest.approx(CASE.gradient, rel=1e-9)
+UNBIASED = [
+    pytest.param(row.unbiased, name, variate, id=f"{kind.__name__}-{name}-{what}")
+    for kind, row in ROWS.items()
+    if row.unbiased is not None
+    for name in row.unbiased.distributions
+    for what, variate in VARIATES.items()
+    if row.unbiased.with_variates or variate is None
+]
+
+
+@pytest.mark.parametrize("kind", ROWS, ids=lambda kind: kind.__name__)
+def test_every_random_estimator_is_in_the_table(kind: type[bilevel.Estimator]) -> None:
+    assert (ROWS[kind].unbiased is not None) == (kind.is_random and kind is not bilevel.Auto)  # which is one of them
+
+
+@pytest.mark.parametrize(("row", "name", "variate"), UNBIASED)
+def test_random_estimators_are_unbiased(
+    row: Unbiased, name: str, variate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean, squared, claimed = expectation(row.make(name, variate), CASE, ENUMERATED[name](3, 2), monkeypatch, name)
+    assert mean == pytest.approx(CASE.gradient, rel=row.rounding)
     if variate is None:
-        assert claimed == pytest.approx(squared, rel=1e-9)
-
-
-@pytest.mark.parametrize("variate", VARIATES.values(), ids=VARIATES.keys())
-@pytest.mark.parametrize("name", ["rademacher", "coordinate"])
-def test_zeroth_order(name: str, variate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # h is quadratic, so central differences have no bias of their own.
-    estimator = ZerothOrder(2, 1e-2, distribution=name, control_variate=variate)
-    mean, _, _ = expectation(estimator, CASE, ENUMERATED[name](3, 2), monkeypatch)
-    assert mean == pytest.approx(CASE.gradient, rel=1e-8)
+        assert claimed == pytest.approx(squared, rel=row.rounding)
 
 
 @pytest.mark.parametrize("tangents", ["exact", "difference"])
@@ -195,7 +206,7 @@ def test_blocks(m: int) -> None:
 
 
 def test_a_scale_fitted_to_all_directions_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bilevel.estimators import control_variates
+    from bilevel.directions import control_variates
 
     def leaky(w: torch.Tensor, p: torch.Tensor, variates: Any) -> torch.Tensor:
         return ((w @ p) / (p.square().sum() + 1)).expand_as(p)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bilevel.planning import names
+import bilevel
+from bilevel.estimators import names
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -37,9 +38,18 @@ def test_operations_are_those_of_the_formula(name: str) -> None:
     most once in an estimate, what leads to the weights of layers: in the first step, or in the product with Y.
     """
     case = CASES[name]
+    assert case.estimator.units(T, units.META) == case.units(T, units.META)
     found = units.measured(units.problem(width=8, depth=6, examples=32), case, units.counted, T)
     formula = case.units(T, units.META)
     assert formula * 17 / 18 - 1.5 < found < 1.001 * formula
+
+
+def test_units_of_several_batches_and_of_a_stream_follow_from_those() -> None:
+    several, one = (bilevel.Implicit(batches=count).units(T, 5) - T for count in (3, 1))
+    assert several == 3 * one
+    for chunk_size in (None, 2):
+        stream = bilevel.StreamingForwardGradient(4, chunk_size=chunk_size)
+        assert stream.units(T, 5) == bilevel.ForwardGradient(4, chunk_size=chunk_size).units(T, 5)
 
 
 @pytest.mark.parametrize("method", DOCUMENTED)

@@ -31,8 +31,8 @@ from bilevel import (
     ZerothOrder,
 )
 from bilevel.directions.distributions import Directions
-from bilevel.directions.support import touched
-from bilevel.estimators.control_variates import combine, fitted_scales
+from bilevel.directions.support import reached
+from bilevel.estimators.variates import combine, fitted_scales
 from bilevel.randomness import DRAW, derive
 from bilevel.training.noise_warning import NoiseWatch
 from bilevel.training.running_mean import PastEstimates
@@ -114,7 +114,7 @@ def test_steps_to_share_need_an_inner_loss() -> None:
         torch.zeros(2),
         bilevel.optimizer(torch.optim.SGD, lr=0.1),
     )
-    with pytest.raises(bilevel.NoDependenceError, match="inner_loss does not depend on the parameters"):
+    with pytest.raises(bilevel.errors.NoDependenceError, match="inner_loss does not depend on the parameters"):
         ForwardGradient(2, tangents="shared")(unused, torch.ones(2), bilevel.no_batches(2))
 
 
@@ -161,7 +161,7 @@ def test_differences_take_fused_attention_and_activation_checkpointing(dtype: to
 
 
 def weighted() -> tuple[bilevel.GradientDescent, Any]:
-    """A weight for each of 40 examples, of which mini-batches touch 6."""
+    """A weight for each of 40 examples, of which mini-batches reach 6."""
     torch.manual_seed(0)
     inputs, targets = torch.randn(40, 3).double(), torch.randn(40).double()
     chosen = [torch.tensor([3, 8]), torch.tensor([3, 30]), torch.tensor([39, 0]), torch.tensor([8, 1])]
@@ -173,15 +173,15 @@ def weighted() -> tuple[bilevel.GradientDescent, Any]:
     ), chosen
 
 
-def test_a_touched_support_needs_as_many_directions_as_entries_were_touched() -> None:
+def test_a_support_needs_as_many_directions_as_entries_are_reached() -> None:
     problem, chosen = weighted()
     meta = torch.zeros(40, dtype=torch.float64)
     exact = Reverse()(problem, meta, chosen)
-    found = ForwardGradient(6, "coordinate", support="touched")(problem, meta, chosen)
+    found = ForwardGradient(6, "coordinate", support="reached")(problem, meta, chosen)
     assert (exact.grad != 0).sum() == 6
     assert found.grad.numpy() == pytest.approx(exact.grad.numpy(), abs=1e-12)
-    with pytest.raises(ValueError, match="directions=7 for 6 touched"):
-        ForwardGradient(7, support="touched")(problem, meta, chosen)
+    with pytest.raises(ValueError, match="directions=7 for 6 reached"):
+        ForwardGradient(7, support="reached")(problem, meta, chosen)
 
 
 def test_other_draws_are_other_directions_at_the_same_seed() -> None:
@@ -202,8 +202,7 @@ def fit(estimator: bilevel.Estimator, steps: int, out: Path | None = None, resum
         phases=[Phase(estimator, steps=12)],
         optimizer=bilevel.optimizer(torch.optim.SGD, lr=1e-6),
         callbacks=[lambda step: _stop(step.number, steps)],
-        out=out,
-        resume=resume,
+        out=None if out is None else bilevel.RunFolder(out, resume=resume),
         progress=False,
     )
 
@@ -314,7 +313,7 @@ def one_place_each() -> tuple[bilevel.Problem, dict[str, Tensor], list[int]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_support_search_sees_every_place_where_meta_is_used(seed: int) -> None:
     problem, meta, batches = one_place_each()
-    masks = unflatten(flatten(meta)[1], touched(unroll(problem, meta, batches, None, seed)))
+    masks = unflatten(flatten(meta)[1], reached(unroll(problem, meta, batches, None, seed)))
     assert {name: bool(mask) for name, mask in masks.items()} == {**dict.fromkeys(PLACES, True), "nowhere": False}
 
 
@@ -330,7 +329,7 @@ def test_a_touched_support_loses_no_part_of_the_gradient(as_one_leaf: bool) -> N
         )
         meta = torch.stack(list(meta.values()))  # type: ignore[assignment]
     exact = Reverse()(problem, meta, batches).grad
-    found = ForwardGradient(len(PLACES), "coordinate", support="touched")(problem, meta, batches).grad
+    found = ForwardGradient(len(PLACES), "coordinate", support="reached")(problem, meta, batches).grad
     exact, found = (torch.cat([leaf.reshape(-1) for leaf in leaves(tree)]) for tree in (exact, found))
     assert int((exact != 0).sum()) == len(PLACES)
     assert found.numpy() == pytest.approx(exact.numpy(), rel=1e-12)
@@ -339,7 +338,7 @@ def test_a_touched_support_loses_no_part_of_the_gradient(as_one_leaf: bool) -> N
 def test_the_support_search_leaves_the_global_generator_alone() -> None:
     problem, meta, batches = one_place_each()
     before = torch.get_rng_state()
-    touched(unroll(problem, meta, batches, None, 0))
+    reached(unroll(problem, meta, batches, None, 0))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -355,7 +354,7 @@ def test_a_full_basis_of_a_touched_support_is_exact(name: str, variate: bool) ->
     meta = {"a": tensor([0.1, 0.7, -0.4]), "b": tensor([1.1, 0.2])}
     other = Constant({"a": tensor([5.0, -2.0, 3.0]), "b": tensor([1.0, 7.0])}) if variate else None
     exact = Reverse()(problem, meta, [None, None]).grad
-    found = ForwardGradient(2, name, support="touched", control_variate=other)(problem, meta, [None, None]).grad
+    found = ForwardGradient(2, name, support="reached", control_variate=other)(problem, meta, [None, None]).grad
     for leaf, truth in zip(leaves(found), leaves(exact), strict=True):
         assert leaf.numpy() == pytest.approx(truth.numpy(), rel=1e-12, abs=1e-14)
         assert torch.equal(leaf != 0, truth != 0)
@@ -585,7 +584,7 @@ def steps_that_warn(script: Any, phases: Callable[[Estimator], list[Phase]] | No
     estimator = Scripted(tuple(script))
     ends, stop_at = [0], changes.pop("stop_at", 99)
 
-    def note(step: bilevel.OuterStep) -> None:
+    def note(step: bilevel.training.outer_loop.OuterStep) -> None:
         ends.extend([step.number] * (len(caught) - len(ends) + 1))
         _stop(step.number, stop_at)
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import bilevel
-from bilevel import OutsideProgram, SolverError
+from bilevel.errors import SolverError
+from bilevel.experimental import OutsideProgram
 
 POINT = torch.tensor(2.0, dtype=torch.float64)
 

@@ -465,8 +465,6 @@ def test_settings_as_meta_parameters(
         forward = bilevel.Forward()(problem, meta, batches, batches[0])
         torch.testing.assert_close(reverse.value.item(), h(meta), rtol=1e-12, atol=0)
         torch.testing.assert_close(reverse.grad, forward.grad, rtol=1e-10, atol=1e-13)
-        mixed = bilevel.Reverse(product="mixed")(problem, meta, batches, batches[0])
-        torch.testing.assert_close(mixed.grad, forward.grad, rtol=1e-10, atol=1e-13)
         # the settings are of different sizes, so the steps of the differences are relative
         expected = numerical_gradient(lambda relative: h(meta * relative), torch.ones_like(meta)) / meta
     torch.testing.assert_close(reverse.grad, expected, rtol=1e-5, atol=1e-7)
@@ -505,6 +503,11 @@ REFUSED: list[tuple[Algorithm, dict[str, Any], str]] = [
 ]
 
 
+def as_meta(name: str) -> dict[str, Any]:
+    """A setting that is φ itself."""
+    return {name: lambda meta: meta}
+
+
 def bound_to_a_problem(optimizer: Any) -> bilevel.GradientDescent:
     return bilevel.GradientDescent(
         lambda theta, meta, batch: theta.sum(), lambda theta, meta, batch: theta.sum(), torch.ones(2), optimizer
@@ -526,7 +529,7 @@ def test_settings_whose_derivative_pytorch_drops_are_refused(
 )
 def test_settings_without_effect_are_refused(algorithm: Algorithm, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} of .* no step uses it"):
-        bound_to_a_problem(bilevel.optimizer(algorithm, **{name: lambda meta: meta}))
+        bound_to_a_problem(bilevel.optimizer(algorithm, **as_meta(name)))
 
 
 @TEN
@@ -537,7 +540,7 @@ def test_every_setting_is_differentiable_or_refused_by_name(algorithm: Algorithm
     without_effect = {"initial_accumulator_value", "t0"}
     for name in set(inspect.signature(algorithm).parameters) - {"params"} - tested - refused - without_effect:
         with pytest.raises(ValueError, match=f"{name} of torch.optim.{algorithm.__name__} is a switch"):
-            bound_to_a_problem(bilevel.optimizer(algorithm, **{name: lambda meta: meta}))
+            bound_to_a_problem(bilevel.optimizer(algorithm, **as_meta(name)))
 
 
 @pytest.mark.parametrize("settings", [{}, {"maximize": True}], ids=["minimising", "maximising"])
@@ -603,13 +606,13 @@ def test_schedule_that_makes_no_scheduler() -> None:
         bilevel.optimizer(SGD, lr=0.1, schedule=lambda optimizer: 0.1)  # type: ignore[arg-type, return-value]
 
 
-def test_schedule_that_turns_momentum_on_later() -> None:
+def test_schedule_that_turns_momentum_on_later_where_pytorch_has_no_buffer_for_it() -> None:
     class LateMomentum(StepLR):
         def step(self, epoch: int | None = None) -> None:
             super().step(epoch)
             self.optimizer.param_groups[0]["momentum"] = 0.9 if self.last_epoch >= 2 else 0.0
 
-    problem = bound_to_a_problem(bilevel.optimizer(SGD, lr=0.1, schedule=lambda o: LateMomentum(o, step_size=9)))
+    problem = bound_to_a_problem(bilevel.optimizer(RMSprop, lr=0.1, schedule=lambda o: LateMomentum(o, step_size=9)))
     with pytest.raises(ValueError, match=r"turns momentum on at step 2 \(to 0.9\)"):
         bilevel.ZerothOrder()(problem, torch.ones(1), bilevel.no_batches(4))
 
@@ -624,7 +627,7 @@ def test_wrong_number_of_values_for_a_setting(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_vector_of_values_for_a_setting(name: str) -> None:
-    problem = bound_to_a_problem(bilevel.optimizer(SGD, **{name: lambda meta: meta}))
+    problem = bound_to_a_problem(bilevel.optimizer(SGD, **as_meta(name)))
     with pytest.raises(ValueError, match=rf"{name} gave a tensor of shape \(3,\) for a parameter of shape \(2,\)"):
         bilevel.Reverse()(problem, torch.ones(3), bilevel.no_batches(1))
 

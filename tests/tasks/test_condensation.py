@@ -24,6 +24,7 @@ from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.task import CondensationTask
 from bilevel.tasks.image_data import LabelledImages
 from bilevel.training import checkpoint_files
+from bilevel.training.outer_loop import OuterStep
 
 SHAPE, CLASSES, PER_CLASS = (1, 6, 6), 3, 8
 TINY = Condensation(
@@ -123,8 +124,8 @@ def test_every_outer_step_has_a_network_of_its_own() -> None:
 
 def test_images_are_brought_back_into_their_range() -> None:
     setup = condensation.setup(replace(TINY, outer_lr=5.0), some_data(), outer_steps=4, seed=0)
-    assert setup.project is not None
-    assert setup.project(torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5])).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert setup.update.project is not None
+    assert setup.update.project(torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5])).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
     seen: list[Tensor] = []
     bilevel.fit(
         setup.problem,
@@ -133,7 +134,7 @@ def test_images_are_brought_back_into_their_range() -> None:
         setup.outer_batch,
         phases=[bilevel.Phase(bilevel.Reverse(), steps=1)],
         optimizer=setup.optimizer,
-        project=setup.project,
+        update=setup.update,
         callbacks=[lambda step: seen.append(step.meta)],
         progress=False,
     )
@@ -488,7 +489,7 @@ def test_images_are_kept_from_the_start_to_the_end(outer_steps: int, tmp_path: P
     callbacks = task.callbacks(tmp_path, outer_steps, start)
     assert list(tmp_path.iterdir()) == []  # a run whose first step fails leaves nothing behind
     for number in range(1, outer_steps + 1):
-        step: Any = bilevel.OuterStep(number, start + number, None, {})  # type: ignore[arg-type]
+        step: Any = OuterStep(number, start + number, None, {})  # type: ignore[arg-type]
         for callback in callbacks:
             callback(step)
     kept = {

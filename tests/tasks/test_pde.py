@@ -253,10 +253,10 @@ def test_a_solver_that_fails_on_the_way_shortens_the_step() -> None:
         torch.tensor([0.02], dtype=torch.float64).log(),
         phases=[bilevel.Phase(bilevel.ZerothOrder(1), 3)],
         optimizer=bilevel.optimizer(Secant, lr=6.0, longest=6.0),
-        retreats=8,
+        update=bilevel.OuterUpdate(max_backtracks=8),
         progress=False,
     )
-    assert sum(row["retreats"] for row in result.history) >= 1
+    assert sum(row["backtracks"] for row in result.history) >= 1
     assert all(math.isfinite(row["outer_loss"]) for row in result.history)
     assert float(result.meta) == pytest.approx(math.log(0.01 / math.pi), abs=6)
 
@@ -274,14 +274,14 @@ def test_the_coefficient_is_found(name: Any) -> None:
         setup.meta,
         phases=[bilevel.Phase(bilevel.ZerothOrder(1), 30, patience=3)],
         optimizer=setup.optimizer,
-        retreats=8,
+        update=bilevel.OuterUpdate(max_backtracks=8),
         callbacks=setup.callbacks,
         progress=False,
     )
     errors = evaluation.errors_of(config, None, result.meta, 0)
     assert errors["coefficient_error"] < {"burgers": 0.2, "allen-cahn": 1e-2, "kdv": 1e-3}[name]
     assert sum(row["solves"] for row in result.history) <= 3 * 30
-    assert all(row["solves"] == 3 for row in result.history if not row["retreats"])
+    assert all(row["solves"] == 3 for row in result.history if not row["backtracks"])
 
 
 def test_standard_errors_are_those_of_repeated_noise() -> None:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bilevel import CheckpointError
+from bilevel.errors import CheckpointError
 from bilevel.report import files
 from bilevel.training import checkpoint_files
 

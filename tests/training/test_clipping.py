@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fit_settings import grouped
 from torch import Tensor
 
 import bilevel
@@ -32,7 +33,7 @@ def problem() -> bilevel.GradientDescent:
 def fit(steps: int, **settings: Any) -> bilevel.FitResult:
     given = {"optimizer": bilevel.optimizer(torch.optim.SGD, lr=0.5), "progress": False, **settings}
     phases = [Phase(bilevel.Reverse(), steps)]
-    return bilevel.fit(problem(), START.clone(), bilevel.no_batches(1), phases=phases, **given)
+    return bilevel.fit(problem(), START.clone(), bilevel.no_batches(1), phases=phases, **grouped(given))
 
 
 def test_a_long_hypergradient_is_shortened_and_keeps_its_direction() -> None:
@@ -80,7 +81,7 @@ def test_too_long_for_float32_to_square() -> None:
         bilevel.no_batches(1),
         phases=[Phase(bilevel.Reverse(), 1)],
         optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
-        clip_norm=2.0,
+        update=bilevel.OuterUpdate(clip_norm=2.0),
         progress=False,
     )
     assert float(result.meta) == pytest.approx(-1.0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bilevel import CheckpointError
+from bilevel.errors import CheckpointError
 from bilevel.report import progress
 from bilevel.training import metrics
 from bilevel.training.metrics import MetricsLog

@@ -1,29 +1,41 @@
-"""Derivatives of functions of trees: tangents pushed forward, cotangents pulled back, and kernels that allow both."""
+"""Derivatives of functions of trees: tangents pushed forward, cotangents pulled back, and rules that PyTorch lacks."""
 
-from bilevel.autodiff.derivatives import (
-    Pushed,
-    RefuseOnceDifferentiable,
+from bilevel.autodiff.double_reverse import push_by_double_reverse
+from bilevel.autodiff.forward_mode import Pushed, push_forward
+from bilevel.autodiff.kernels import differentiable_kernels
+from bilevel.autodiff.missing import named_missing_derivatives
+from bilevel.autodiff.reverse_mode import (
     Transpose,
-    differentiable_kernels,
     fill_zeros,
     gradient,
     has_graph,
-    named_missing_derivatives,
+    placed_where_reached,
     pull_back,
-    push_forward,
     start_graph,
+    zeros_where_none,
 )
+from bilevel.autodiff.routes import note_route, noted_routes, push, push_forward_or_refuse
+from bilevel.autodiff.substitution import Memory, memory_of, run_user_code
 
 __all__ = [
+    "Memory",
     "Pushed",
-    "RefuseOnceDifferentiable",
     "Transpose",
     "differentiable_kernels",
     "fill_zeros",
     "gradient",
     "has_graph",
+    "memory_of",
     "named_missing_derivatives",
+    "note_route",
+    "noted_routes",
+    "placed_where_reached",
     "pull_back",
+    "push",
+    "push_by_double_reverse",
     "push_forward",
+    "push_forward_or_refuse",
+    "run_user_code",
     "start_graph",
+    "zeros_where_none",
 ]

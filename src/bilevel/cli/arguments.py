@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_type_hints
 
-from bilevel.planning import names
+from bilevel.estimators import names
+from bilevel.planning import registry
 from bilevel.solvers import LinearSolver
 
 
@@ -53,7 +54,7 @@ def estimator_settings(taken: Any = None) -> Any:
 
     owners: dict[str, list[str]] = {}
     fields: dict[str, tuple[str, Any, Any]] = {}
-    for name, kind in reversed(names.ESTIMATORS.items()):  # of several with one setting, the first describes it
+    for name, kind in reversed(registry.by_name().items()):  # of several with one setting, the first describes it
         types = get_type_hints(kind)
         help_texts = {p.arg_name: p.description or "" for p in docstring_parser.parse(kind.__doc__ or "").params}
         for setting in names.settings_of(kind):
@@ -64,7 +65,7 @@ def estimator_settings(taken: Any = None) -> Any:
             help_text += f" (default: {default})" if default else ""
             annotation = Annotated[value_type | None, tyro.conf.arg(help=help_text)]
             fields[setting] = (setting, annotation, dataclasses.field(default=None))
-    in_order = dict.fromkeys(setting for kind in names.ESTIMATORS.values() for setting in names.settings_of(kind))
+    in_order = dict.fromkeys(setting for kind in registry.ESTIMATORS for setting in names.settings_of(kind))
     for field in () if taken is None else dataclasses.fields(taken):
         in_order.pop(field.name, None)
     made = dataclasses.make_dataclass("EstimatorSettings", [fields[setting] for setting in in_order], frozen=True)

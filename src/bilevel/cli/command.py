@@ -20,8 +20,8 @@ from bilevel.cli import arguments
 from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
-from bilevel.planning import names
-from bilevel.problem import BlackBox
+from bilevel.estimators import names
+from bilevel.planning import registry
 from bilevel.report.files import write_json
 from bilevel.training.run_record import CHECKPOINT
 from bilevel.unrolling import freed_memory
@@ -35,7 +35,7 @@ _USAGE = """usage: bilevel COMMAND ...
   run TASK [options]      train, evaluate, write a folder with results and a report
   compare TASK [options]  several estimators at one point, against the exact hypergradient
   plan TASK [options]     memory and time of every estimator, and which one to take
-  plan --params 1.5e9 ... the same on paper, for a machine one does not have
+  plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
   report DIR              make the report of a finished run again
 
 Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
@@ -51,7 +51,8 @@ class CompareOptions:
     """What `bilevel compare` is told besides the task's own settings."""
 
     estimators: tuple[str, ...] = field(
-        default=tuple(name for name in names.ESTIMATORS if name != "forward"), metadata={"metavar": "NAME [NAME ...]"}
+        default=tuple(name for name in registry.by_name() if name != "forward"),
+        metadata={"metavar": "NAME [NAME ...]"},
     )
     """Estimators, such as reverse or "forward-gradient(directions=32)"."""
     seed: int = 0
@@ -123,7 +124,7 @@ def _list(rest: list[str]) -> None:
         for i, (name, preset) in enumerate(task.presets.items()):
             tasks.add_row(task.name if i == 0 else "", name, preset.summary)
     console.print(tasks)
-    settings = [f"{setting}," for kind in names.ESTIMATORS.values() for setting in names.settings_of(kind)]
+    settings = [f"{setting}," for kind in registry.by_name().values() for setting in names.settings_of(kind)]
     estimators = Table(
         Column("estimator", no_wrap=True),
         Column("settings", min_width=max(map(len, settings))),
@@ -131,7 +132,7 @@ def _list(rest: list[str]) -> None:
         title="estimators",
         title_justify="left",
     )
-    for name, kind in names.ESTIMATORS.items():
+    for name, kind in registry.by_name().items():
         summary = (kind.__doc__ or "").split(". ")[0].split("\n")[0]
         estimators.add_row(name, ", ".join(names.settings_of(kind)), summary)
     console.print(estimators)
@@ -185,10 +186,10 @@ def _compare(rest: list[str]) -> None:
         task=task.presets[preset].config,
     )
     if not options.estimators:
-        raise ValueError(f"--estimators needs at least one; there are {', '.join(names.ESTIMATORS)}")
-    estimators = [names.parse(text) for text in options.estimators]
+        raise ValueError(f"--estimators needs at least one; there are {', '.join(registry.by_name())}")
+    estimators = [registry.parse(text) for text in options.estimators]
     setup = task.setup(config, options.data_dir, 1, options.seed)
-    if isinstance(setup.problem, BlackBox):
+    if setup.problem.is_black_box:
         raise ValueError(
             f"with these settings the inner loop of {task.name} is a black box, without the exact hypergradient that "
             "estimators are compared with; choose settings with which it can be differentiated"
@@ -209,7 +210,7 @@ def _compare(rest: list[str]) -> None:
         write_json(options.out, {"task": task.name, "rows": compare.as_dicts(rows), "versions": running.versions()})
     console = Console()
     point = f"{task.name} at its starting point: N = {trees.size(setup.meta)} meta parameters"
-    title = point if inner_batches is None else f"{point}, T = {len(inner_batches)}"
+    title = f"{point}, T = {len(setup.problem.batches_of(inner_batches))}"
     print_methods(console, title, *_comparison_table(rows))
     console.print(
         "relative error: ‖estimate − exact‖/‖exact‖; standard error: what the estimator expects of itself, likewise "
@@ -219,8 +220,8 @@ def _compare(rest: list[str]) -> None:
     )
 
 
-def _comparison_table(compared: Sequence[compare.Compared]) -> tuple[list[Field], list[Row]]:
-    """The columns and the numbers of each method."""
+def _comparison_table(compared: Sequence[compare.ComparisonRow]) -> tuple[list[Field], list[Row]]:
+    """Return the columns and the numbers of each method."""
     headers = ["relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB"]
     if any(row.compile_seconds is not None for row in compared):
         headers.append("compiling, s")
@@ -244,7 +245,7 @@ def _comparison_table(compared: Sequence[compare.Compared]) -> tuple[list[Field]
     return [Field(header) for header in headers], rows
 
 
-def _with_interval(row: compare.Compared, name: str) -> str:
+def _with_interval(row: compare.ComparisonRow, name: str) -> str:
     value = getattr(row, name)
     if value is None:
         return "–"
@@ -256,8 +257,8 @@ def _plan(rest: list[str]) -> None:
     from bilevel.cli import plan_command
 
     if not rest or rest[0].startswith("-"):
-        (paper,) = arguments.parse("bilevel plan", plan_command.ON_PAPER, rest, paper=plan_command.PaperOptions())
-        plan_command.show(plan_command.plan_on_paper(paper), "on paper", in_units=True)
+        (sizes,) = arguments.parse("bilevel plan", plan_command.FROM_SIZES, rest, sizes=plan_command.SizeOptions())
+        plan_command.show(plan_command.plan_from_sizes(sizes), "from sizes", in_units=True)
         return
     task, preset = _task_and_preset("plan", rest)
     _, options, config = arguments.parse(

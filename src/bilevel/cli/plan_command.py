@@ -11,18 +11,18 @@ from rich.text import Text
 
 from bilevel.checks import whole_number
 from bilevel.cli.method_tables import Field, Row, print_methods
-from bilevel.estimators import ZerothOrder
-from bilevel.planning import names, planner
+from bilevel.estimators import ZerothOrder, names
+from bilevel.planning import planner
 
 if TYPE_CHECKING:
     from bilevel.tasks.task import Setup
 
-ON_PAPER = "Memory and time of every estimator from numbers alone; times in units of one inner gradient."
+FROM_SIZES = "Memory and time of every estimator from sizes alone; times in units of one inner gradient."
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What `bilevel plan TASK` is told besides the task's own settings."""
+    """Options of `bilevel plan TASK`, besides the settings of the task."""
 
     memory: str = "4GB"
     """What a worker may use beyond the model and the data, such as 8GB or 512MiB."""
@@ -37,8 +37,8 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class PaperOptions:
-    """What `bilevel plan` is told instead of a task."""
+class SizeOptions:
+    """Options of `bilevel plan` without a task."""
 
     params: float = 1e6
     """M, inner parameters, such as 1.5e9."""
@@ -61,7 +61,7 @@ class PaperOptions:
 
 
 def plan_task(setup: Setup, options: PlanOptions) -> planner.Plan:
-    """The plan for a task's inner loop at its starting point."""
+    """Return the plan for the inner loop of a task at its starting point."""
     return planner.plan(
         setup.problem,
         setup.meta,
@@ -74,13 +74,13 @@ def plan_task(setup: Setup, options: PlanOptions) -> planner.Plan:
     )
 
 
-def plan_on_paper(options: PaperOptions) -> planner.Plan:
-    """The plan from numbers alone."""
+def plan_from_sizes(options: SizeOptions) -> planner.Plan:
+    """Return the plan that follows from sizes alone."""
     for name in ("params", "meta_params"):
         if not 1 <= getattr(options, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: a number of at least 1 is needed")
     whole_number(options.steps, "steps")
-    return planner.on_paper(
+    return planner.plan_from_sizes(
         options.params,
         options.meta_params,
         options.steps,
@@ -125,12 +125,12 @@ def show(plan: planner.Plan, where: str, in_units: bool = False) -> None:
     console.print(Text(f"because {plan.reason}." if plan.recommended else f"{plan.reason}."))
 
 
-def exchange_texts(row: planner.Planned) -> tuple[str, str]:
+def exchange_texts(row: planner.PlanRow) -> tuple[str, str]:
     """What several workers exchange, and how much each of them sends."""
     return ("nothing", "–") if row.sent_bytes is None else (str(row.exchange), planner.size_text(row.sent_bytes))
 
 
-def error_text(row: planner.Planned) -> str:
+def error_text(row: planner.PlanRow) -> str:
     """What is known of a method's error."""
     if row.relative_variance is None:
         return "biased"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,20 +13,20 @@ import numpy as np
 from bilevel import checks, trees
 from bilevel.batches import Batches
 from bilevel.estimators import Estimate, Estimator, Reverse
-from bilevel.estimators.descriptions import describe
-from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.estimators.names import describe
+from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.report.peak_memory import PeakMemory
 from bilevel.report.progress import bar
 from bilevel.unrolling.unroll import unroll
 
 
 @dataclass(frozen=True)
-class Compared:
-    """How one method did. Errors are relative to ‖exact‖, squared ones to ‖exact‖²."""
+class ComparisonRow:
+    """A row of the table of `compare`: one method. Errors are relative to ‖exact‖, squared errors to ‖exact‖²."""
 
     estimator: str
     repeats: int
-    """Draws of random directions; 1 for a deterministic method."""
+    """Estimates, each with other random directions; 1 for a deterministic method."""
     relative_error: float
     """√ of the mean of ‖grad − exact‖²/‖exact‖² over the draws."""
     squared_bias: float | None
@@ -41,19 +41,20 @@ class Compared:
     """Half the widths of the 95 % confidence intervals (jackknife over the draws) of `relative_error`,
     `squared_error`, its square, `squared_bias`, `variance` and `cosine`; empty for fewer than three draws."""
     units: float
-    """Process time over that of the inner loop alone, run plainly. Times are the best of up to three."""
+    """Process time divided by that of the inner loop without derivatives. Times are the best of up to three."""
     seconds: float
+    """Wall time of one estimate."""
     peak_memory_bytes: int | None
-    """The most memory held during a call above what was held before: on a GPU that of torch, on a CPU the resident
-    memory of the process, sampled; `None` where the system does not tell."""
+    """Bytes held at the peak of a call, above those held before it: on a GPU torch's memory, on a CPU the resident
+    memory of the process, sampled; `None` if the system does not report it."""
     compile_seconds: float | None = None
-    """Wall time that this method took for compiling, before it was timed; `None` if the problem is not compiled."""
+    """Seconds that this method took to compile, before it was timed; `None` if the problem is not compiled."""
 
 
 def compare(
-    problem: Unrollable | BlackBox,
+    problem: BilevelProblem | Unrollable,
     meta: Any,
-    inner_batches: Batches | None = None,
+    inner_batches: Batches | int | None = None,
     outer_batch: Any = None,
     seed: int = 0,
     *,
@@ -61,13 +62,13 @@ def compare(
     exact: Estimator | None = None,
     repeats: int = 1,
     progress: bool = False,
-) -> list[Compared]:
+) -> list[ComparisonRow]:
     """Estimate one hypergradient by several methods and compare each with the exact one.
 
     Args:
         problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.
         meta: φ, the point at which to compare.
-        inner_batches: T batches by random access.
+        inner_batches: T batches by random access, or the whole number T for a problem without data.
         outer_batch: passed to the outer loss.
         seed: the same for all methods.
         estimators: what to compare.
@@ -87,14 +88,15 @@ def compare(
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
     ... )
     >>> (row,) = bilevel.compare(
-    ...     problem, torch.tensor(1.0), bilevel.no_batches(2), estimators=[bilevel.TruncatedReverse(1)]
+    ...     problem, torch.tensor(1.0), 2, estimators=[bilevel.TruncatedReverse(1)]
     ... )
     >>> row.estimator, round(row.relative_error, 3)  # 0.5 instead of 0.75
     ('truncated-reverse', 0.333)
     """
     checks.whole_number(repeats, "repeats")
+    problem = as_problem(problem)
     run = unroll(problem, meta, inner_batches, outer_batch, seed).eager
-    rows: list[Compared] = []
+    rows: list[ComparisonRow] = []
     with bar("comparing", len(estimators) + 1, show=progress) as shown:
         truth = (exact or Reverse("sqrt"))(run.problem, meta, inner_batches, outer_batch, seed)
         length = float(trees.squared_norm(trees.leaves(truth.grad)).sqrt())
@@ -105,19 +107,20 @@ def compare(
         _, plain, _ = _timed(lambda: run.descend(run.start()))
         shown.advance("exact")
         for estimator in estimators:
-            call = partial(_call, _not_yet_compiled(problem), meta, inner_batches, outer_batch, seed)
+            call = partial(_call, problem.not_yet_compiled(), meta, inner_batches, outer_batch, seed)
             compiling = call(estimator).compile_seconds if run.problem is not problem else None
             with PeakMemory() as memory:
                 first, process, wall = _timed(partial(call, estimator))
-            draws = _draws(estimator, repeats)
-            found = [first, *(call(each) for each in draws[1:])]
-            row = _compared(describe(estimator), found, truth, length, process / plain, wall, memory.peak)
+            resolved = estimator.resolved(run)
+            draws = repeats if resolved.is_random else 1
+            found = [first, *(call(resolved.redrawn(number)) for number in range(1, draws))]
+            row = _compared(describe(estimator), resolved, found, truth, length, process / plain, wall, memory.peak)
             rows.append(replace(row, compile_seconds=compiling))
             shown.advance(rows[-1].estimator)
     return rows
 
 
-def as_dicts(rows: Sequence[Compared]) -> list[dict[str, Any]]:
+def as_dicts(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """The rows as dicts, for JSON."""
     return [asdict(row) for row in rows]
 
@@ -126,30 +129,16 @@ def _call(problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: i
     return estimator(problem, meta, inner_batches, outer_batch, seed)
 
 
-def _not_yet_compiled(problem: Unrollable | BlackBox) -> Unrollable | BlackBox:
-    """The problem with nothing compiled for it so far."""
-    if isinstance(problem, GradientDescent) and problem.backend is not None:
-        return problem.compiled(problem.backend)
-    return problem
-
-
-def _draws(estimator: Estimator, repeats: int) -> list[Estimator]:
-    """The estimator with other directions each time; once if it draws none."""
-    if all(field.name != "draw" for field in fields(estimator)):
-        return [estimator]
-    first: int = getattr(estimator, "draw")  # noqa: B009
-    return [replace(estimator, draw=first + number) for number in range(repeats)]  # pyright: ignore[reportCallIssue]
-
-
 def _compared(
     name: str,
+    estimator: Estimator,
     found: Sequence[Estimate],
     truth: Estimate,
     length: float,
     units: float,
     seconds: float,
     peak_memory_bytes: int | None,
-) -> Compared:
+) -> ComparisonRow:
     exact = _flat(truth.grad)
     grads = np.stack([_flat(estimate.grad) for estimate in found])
     errors = (grads - exact) / length
@@ -158,9 +147,9 @@ def _compared(
     values = _statistics(products, cosines)
     claimed = [None if e.standard_error is None else (e.standard_error / length) ** 2 for e in found]
     known = [c for c in claimed if c is not None]
-    if not known:  # deterministic: all of the error is bias
+    if not estimator.is_random:  # all of the error is bias
         values["squared_bias"], values["variance"] = values["squared_error"], 0.0
-    return Compared(
+    return ComparisonRow(
         estimator=name,
         repeats=len(found),
         relative_error=values["relative_error"],

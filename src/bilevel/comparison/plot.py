@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bilevel.comparison.compare import Compared
+from bilevel.comparison.compare import ComparisonRow
 from bilevel.report import page
 from bilevel.report.files import write_bytes
 
 
-def write(path: Path, rows: Sequence[Compared], title: str) -> None:
+def write(path: Path, rows: Sequence[ComparisonRow], title: str) -> None:
     """A PNG file with a point for each row: round for random estimates, with their intervals, square for biased ones,
     and a triangle at the bottom for an error of 0.
     """
     write_bytes(path, as_png(rows, title))
 
 
-def as_png(rows: Sequence[Compared], title: str) -> bytes:
+def as_png(rows: Sequence[ComparisonRow], title: str) -> bytes:
     """The picture itself."""
     figure, axis = page.figure(figsize=(7.5, 4.5))
     squared = [row.relative_error**2 for row in rows]

@@ -2,13 +2,12 @@
 
 What a step of `GradientDescent` costs lies in the gradient of the inner loss and in that gradient's derivatives; the
 optimiser's update around it is a few operations an entry, and its step numbers would be compiled anew at every step.
-So four functions of tensors are compiled, when they are first called for:
+So three functions of tensors are compiled, when they are first called for:
 
     gradient        (θ, φ, batch) ↦ ∇_θ g
     pulled back     (θ, φ, batch), then w ↦ wᵀ ∂(∇_θ g)/∂(θ, φ): two halves, between which only what the second one
                     needs is kept (the least that can be, by a minimal cut)
     pushed          (θ, φ, batch, k tangents) ↦ ∇_θ g and its derivative along each
-    joint product   (θ, φ, batch, w) ↦ the derivative of ∇_{θ,φ} g along w in θ
 
 Each is traced with all its differentiation inside, by the very code that computes it uncompiled, so that what
 autograd would do (`torch.no_grad()`, custom functions) is in the trace, and nothing is differentiated afterwards.
@@ -36,11 +35,18 @@ from bilevel.compilation.tracing import halves, trace
 from bilevel.errors import CompileError, MissingDerivativeError
 from bilevel.trees import Tree
 
-Gradient = Callable[[Tree, Tree, Any], "list[Tensor]"]
+Gradient = Callable[[Tree, Tree, Any], "list[Tensor | None]"]
+JointGradient = Callable[[Tree, Tree, Any], "list[Tensor]"]
 Tensors = Sequence[Tensor]
 
 MOST_CASES = 16
 """Sets of shapes (and numbers) for which one function is compiled at most."""
+
+
+_HAS_CHANGED = (
+    "the loss reads something besides its arguments that has changed since it was compiled (a number, a flag, a tensor "
+    "that was replaced). Pass what changes in meta or in the batch, as tensors; or leave compile=False"
+)
 
 
 class _Clock:
@@ -82,6 +88,9 @@ class _Case:
 
     run: Callable[[Tensors], Sequence[Tensor]]
     """From all inputs to all outputs, the gradient first."""
+    reached: list[bool] | None = None
+    """For each leaf of θ, whether the loss reaches it; the compiled function has zeros for the others. `None` for a
+    product, which holds every leaf."""
     back: Callable[[Tensors], Sequence[Tensor]] | None = None
     """Of a function in two halves, the second: from what was kept and the cotangents to the products."""
     connected: list[bool] = field(default_factory=list)
@@ -91,13 +100,17 @@ class _Case:
     largest: float = 0.0
     """Norm of a gradient, at the comparisons so far."""
 
+    def where_reached(self, found: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradient with `None` for leaves that the loss does not reach."""
+        assert self.reached is not None
+        return [g if there else None for g, there in zip(found, self.reached, strict=True)]
+
 
 class CompiledGradient:
     """What `GradientDescent(..., compile=...)` computes its gradients with."""
 
-    def __init__(self, gradient: Gradient, joint_gradient: Gradient, backend: str) -> None:
-        self._gradient, self._joint_gradient = gradient, joint_gradient
-        self.backend = backend
+    def __init__(self, gradient: Gradient, backend: str) -> None:
+        self._gradient, self.backend = gradient, backend
         self._cases: dict[str, dict[Hashable, _Case]] = {}
         self._estimate = 0
 
@@ -105,70 +118,59 @@ class CompiledGradient:
         """From here on, compare every function once more with what it stands for, at its next call."""
         self._estimate += 1
 
-    def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor]:
-        """∇_θ g, with a graph if θ or φ have one."""
+    def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor | None]:
+        """Compute ∇_θ g, with a graph if θ or φ have one; `None` for leaves that g does not reach."""
         _require_no_transform()
         call = LossCall(params, meta, batch)
         if autodiff.has_graph([params, meta]):
             case = self._case("pulled back", call, lambda: self._pulled_back(call))
             self._check(case, call, case.run)
-            return list(_Differentiable.apply(case, call.count, call.rest, *call.theta, *call.phi))
+            return case.where_reached(_Differentiable.apply(case, call.count, call.rest, *call.theta, *call.phi))
+        reached: list[bool] = []
 
         def gradient(primals: Tensors, _: Tensors) -> list[Tensor]:
             with call.with_inputs(primals) as (params, meta, batch):
-                return [g.detach() for g in self._gradient(params, meta, batch)]
+                return [g.detach() for g in self._filled(params, meta, batch, reached)]
 
-        case = self._case("gradient", call, lambda: _Case(self._compiled(gradient, call.inputs, [])))
+        case = self._case("gradient", call, lambda: _Case(self._compiled(gradient, call.inputs, []), reached))
         self._check(case, call, case.run)
-        return _run(case.run, call.inputs)
+        return case.where_reached(_run(case.run, call.inputs))
 
     def push(
         self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor], along_meta: Sequence[Tensor]
     ) -> autodiff.Pushed:
-        """∇_θ g and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ."""
+        """Compute ∇_θ g and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ.
+
+        The value is that of `gradient`; there are tangents for those of its entries that are not `None`.
+        """
         call = LossCall(params, meta, batch)
         tangents = [t.contiguous() for t in (*along, *along_meta)]
+        reached: list[bool] = []
 
         def pushed(primals: Tensors, tangents: Tensors) -> list[Tensor]:
             with call.with_inputs(primals) as (params, meta, batch):
                 found = autodiff.push_forward(
-                    lambda params, meta: self._gradient(params, meta, batch),
+                    lambda params, meta: self._filled(params, meta, batch, reached),
                     [params, meta],
                     [tangents[: call.count], tangents[call.count :]],
                 )
             return [*found.value, *found.tangents]
 
         kind = f"pushed along {len(tangents[0])}"
-        case = self._case(kind, call, lambda: _Case(self._compiled(pushed, call.inputs, tangents)))
+        case = self._case(kind, call, lambda: _Case(self._compiled(pushed, call.inputs, tangents), reached))
         self._check(case, call, lambda inputs: case.run([*inputs, *tangents]))
         found = _run(case.run, [*call.inputs, *tangents])
-        return autodiff.Pushed(found[: call.count], found[call.count :])
-
-    def joint_product(self, params: Tree, meta: Tree, batch: Any, along: Sequence[Tensor]) -> list[Tensor]:
-        """The derivative of ∇_{θ,φ} g along one direction in θ."""
-        call = LossCall(params, meta, batch)
-        tangents = [t.contiguous() for t in along]
-
-        def product(primals: Tensors, tangents: Tensors) -> list[Tensor]:
-            with call.with_inputs(primals) as (params, meta, batch):
-                found = autodiff.push_forward(
-                    lambda params: self._joint_gradient(params, meta, batch),
-                    [params],
-                    [[t.unsqueeze(0) for t in tangents]],
-                )
-            return [*found.value[: call.count], *(t[0] for t in found.tangents)]
-
-        case = self._case("joint product", call, lambda: _Case(self._compiled(product, call.inputs, tangents)))
-        self._check(case, call, lambda inputs: case.run([*inputs, *tangents]))
-        return _run(case.run, [*call.inputs, *tangents])[call.count :]
+        value, moved = (case.where_reached(part) for part in (found[: call.count], found[call.count :]))
+        return autodiff.Pushed(value, [tangent for tangent in moved if tangent is not None])
 
     def _pulled_back(self, call: LossCall) -> _Case:
         connected: list[bool] = []
+        reached: list[bool] = []
 
         def joint(primals: Tensors, cotangents: Tensors) -> list[Tensor]:
-            with call.with_inputs(primals) as (params, meta, batch), autodiff.RefuseOnceDifferentiable():
+            with call.with_inputs(primals) as (params, meta, batch):
                 value, products = autodiff.pull_back(
-                    lambda params, meta: self._gradient(params, meta, batch), [params, meta], cotangents
+                    lambda params, meta: self._filled(params, meta, batch, reached), [params, meta], cotangents
                 )
             found = [part for group in products for part in group]
             connected[:] = [part is not None for part in found]
@@ -176,12 +178,18 @@ class CompiledGradient:
 
         traced = self._traced(joint, call.inputs, call.theta)
         if not any(connected):
-            return _Case(self._built(traced, [*call.inputs, *call.theta]), None, connected)
+            return _Case(self._built(traced, [*call.inputs, *call.theta]), reached, None, connected)
         first, second = halves(traced, call.count)
         run = self._built(first, call.inputs)
         kept = _run(run, call.inputs)[call.count :]
         back = self._built(second, [*kept, *(t.contiguous() for t in call.theta)])
-        return _Case(run, back, connected)
+        return _Case(run, reached, back, connected)
+
+    def _filled(self, params: Tree, meta: Tree, batch: Any, reached: list[bool]) -> list[Tensor]:
+        """The uncompiled gradient with zeros for `None`, and in `reached` which entries are not `None`."""
+        found = self._gradient(params, meta, batch)
+        reached[:] = [g is not None for g in found]
+        return autodiff.fill_zeros(found, params)
 
     def _compiled(
         self, function: Callable[[Tensors, Tensors], list[Tensor]], primals: Tensors, tangents: Tensors
@@ -238,9 +246,11 @@ class CompiledGradient:
                     cases[key] = make()
         return cases[key]
 
-    def _reference(self, call: LossCall) -> list[Tensor]:
+    def _reference(self, call: LossCall) -> tuple[list[Tensor], list[bool]]:
+        """The gradient computed without compiling, and which of its leaves the loss reaches."""
+        reached: list[bool] = []
         with call.with_inputs(call.inputs) as (params, meta, batch):
-            return self._gradient(params, meta, batch)
+            return self._filled(params, meta, batch, reached), reached
 
     @torch.no_grad()
     def _check(self, case: _Case, call: LossCall, run: Callable[[Tensors], Sequence[Tensor]]) -> None:
@@ -253,9 +263,14 @@ class CompiledGradient:
             return
         states = randomness.generator_states()
         with randomness.replayed(states):
-            expected = self._reference(call)
+            expected, reached = self._reference(call)
         with randomness.replayed(states):
             found = _run(run, call.inputs)[: call.count]
+        if case.reached is not None and case.reached != reached:
+            raise CompileError(
+                f"the compiled gradient reaches {sum(case.reached)} of the {len(reached)} parameters, and inner_loss "
+                f"now reaches {sum(reached)}{' others' * (sum(case.reached) == sum(reached))}: {_HAS_CHANGED}"
+            )
         own = float(trees.squared_norm(expected).sqrt())
         apart = float(trees.squared_norm([a - b for a, b in zip(found, expected, strict=True)]).sqrt())
         root = max(torch.finfo(t.dtype).eps for t in call.theta) ** 0.25
@@ -264,9 +279,7 @@ class CompiledGradient:
             if not apart <= root * max(own, root * case.largest):
                 raise CompileError(
                     f"the compiled gradient differs from that of inner_loss by {apart:.3g}, at a norm of {own:.3g}: "
-                    "the loss reads something besides its arguments that has changed since it was compiled (a number, "
-                    "a flag, a tensor that was replaced). Pass what changes in meta or in the batch, as tensors; or "
-                    "leave compile=False"
+                    f"{_HAS_CHANGED}"
                 )
         case.checked = self._estimate
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from bilevel import trees
 from bilevel.errors import CompileError
-from bilevel.models.module_view import ModuleView, as_plain_tree, left_as_they_were, views_in
+from bilevel.models.conversion import as_plain_tree, modules_in_use
+from bilevel.models.module_view import ModuleView, views_in
+from bilevel.models.places import Constant
 from bilevel.models.recomputed import Recomputed
 from bilevel.trees import Tree
 
@@ -28,8 +29,8 @@ class LossCall:
         theta, phi, rest = self._parts
         self.theta, self.phi, self.count = theta.differentiable, phi.differentiable, len(theta.differentiable)
         self._views = views_in([params, meta])
-        self._slots = [_constant_slots(view) for view in self._views]
-        constants = [t.detach() for slots in self._slots for t in slots.values()]
+        self._constants = [_constants_of(view) for view in self._views]
+        constants = [each.tensor.detach() for group in self._constants for each in group]
         self.rest = [*theta.other, *phi.other, *rest.differentiable, *rest.other, *constants]
 
     @property
@@ -46,7 +47,10 @@ class LossCall:
         tensors = [(t.shape, t.stride(), t.dtype, t.device) for t in (*self.theta, *self.phi, *self.rest)]
         outlines = [trees.flatten(as_plain_tree(tree))[1] for tree in self._trees]
         types = tuple(type(each) for rest in numbers for each in rest)  # True == 1 == 1.0
-        modules = [(tuple(slots), _outline(view.module)) for view, slots in zip(self._views, self._slots, strict=True)]
+        modules = [
+            (tuple((type(each.layer), each.key) for each in group), _outline(view.module))
+            for view, group in zip(self._views, self._constants, strict=True)
+        ]
         return (*tensors, *outlines, numbers, types, *modules, *_switches())
 
     def _refuse_opaque(self) -> None:
@@ -72,24 +76,32 @@ class LossCall:
         meta = phi.rebuild(differentiable[1], following(phi.other))
         rebuilt = params, meta, batch.rebuild(following(batch.differentiable), following(batch.other))
         with ExitStack() as stack:
-            stack.enter_context(left_as_they_were(params, meta))
-            for view, slots in zip(self._views, self._slots, strict=True):
-                constants = {name: next(rest) for name in slots}
-                stack.enter_context(_reparametrize_module(view.module, constants))
+            stack.enter_context(modules_in_use(params, meta))
+            for view, group in zip(self._views, self._constants, strict=True):
+                constants = [each._replace(tensor=next(rest), version=None) for each in group]
+                stack.enter_context(_with_constants(view, constants))
             yield rebuilt
 
 
-def _constant_slots(view: ModuleView) -> dict[str, Tensor]:
-    """Every place in a module that holds a buffer or a frozen parameter: inputs, since a module may be built anew for
-    every solve, with others in it.
+def _constants_of(view: ModuleView) -> list[Constant]:
+    """The buffers and frozen parameters of a module: inputs, since a module may be built anew for every solve, with
+    other ones in it.
     """
-    trained = view._tensor_of_each_parameter()
-    return {
-        f"{path}.{name}" if path else name: tensor
-        for path, layer in view.module.named_modules()
-        for name, tensor in (*layer._parameters.items(), *layer._buffers.items())
-        if tensor is not None and not (isinstance(tensor, nn.Parameter) and tensor in trained)
-    }
+    return [*view._layout.constants, *view._layout.frozen]
+
+
+@contextmanager
+def _with_constants(view: ModuleView, constants: Sequence[Constant]) -> Iterator[None]:
+    """Context in which a module computes with other constants."""
+    layout = view._layout
+    before = layout.constants
+    layout.constants = list(constants)
+    layout.forget_layers()
+    try:
+        yield
+    finally:
+        layout.constants = before
+        layout.forget_layers()
 
 
 def _outline(module: nn.Module) -> Hashable:

@@ -12,7 +12,8 @@ from bilevel.distributed.work_assignment import Assignment
 from bilevel.distributed.workers import Workers
 from bilevel.trees import Tree
 from bilevel.unrolling.diagnosis import require_finite
-from bilevel.unrolling.unroll import Slopes, Unroll
+from bilevel.unrolling.tangents import Slopes
+from bilevel.unrolling.unroll import Unroll
 
 
 def spread_slopes(
@@ -42,7 +43,7 @@ def spread_slopes(
     variates = everybodys_variates(run, deal, computed, workers)
     if workers.size == 1:
         return pushed, variates
-    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64)
+    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64, device="cpu")
     numbers = _padded(pushed.slopes.cpu().double(), deal, workers)
     received = workers.gather("slopes", torch.cat([first_two, numbers]))
     slopes = _in_order(workers, deal, received[:, 2:])
@@ -73,8 +74,8 @@ def everybodys_rows(
     leaves = trees.split(state).differentiable
     if workers.size > 1 and any(map(trees.is_spread, leaves)):
         raise ValueError(
-            "the tangents of a sharded inner model are carried on by one worker alone; pass sharers=bilevel.Workers(), "
-            'or take carry="nothing"'
+            "the tangents of a sharded inner model can be carried on by one worker only; pass "
+            "sharers=bilevel.experimental.Workers(), or take ForwardGradient, which carries no tangents on"
         )
     own = (
         [torch.cat(parts) for parts in zip(*mine, strict=True)] if mine else [t.new_zeros(0, *t.shape) for t in leaves]
@@ -99,12 +100,16 @@ def _in_order(workers: Workers, deal: Assignment, received: Tensor) -> Tensor:
     return result
 
 
-def agreed_state(state: Tree, workers: Workers) -> Tree:
-    """The first worker's: those of others, who had other directions for company, may differ in their last bits, and so
-    would what begins there.
+def agreed_tree(tree: Tree, workers: Workers) -> Tree:
+    """Return the first worker's tree of tensors, on every worker.
+
+    The trees of other workers may differ from it in their last bits, since each pushes other directions, and so would
+    everything that goes on from there.
     """
-    parts = trees.split(state)
+    parts = trees.split(tree)
     mine = [*parts.differentiable, *parts.other]
+    if not mine:
+        return tree
     firsts = workers.broadcast_tensors("the state", [trees.local(t) for t in mine])
     tensors = [trees.spread_like(t, like) for t, like in zip(firsts, mine, strict=True)]
     count = len(parts.differentiable)

@@ -205,16 +205,11 @@ class Directions:
         weights = torch.from_numpy(excess).to(slopes.device)
         return float((weights * slopes.double().square()).sum()) / self.count**2
 
-    @property
-    def bytes_per_number(self) -> int:
-        """The number of bytes of one entry, the largest over the leaves."""
-        return max(leaf.element_size() for leaf in self.like)
-
     def require_count(self, exact_instead: str) -> None:
         """Raise when there are more directions than meta parameters, where the exact gradient is cheaper."""
         if self.count > self.size:
             raise ValueError(
-                f"directions={self.count} for {self.size} {'' if self.support is None else 'touched '}meta "
+                f"directions={self.count} for {self.size} {'' if self.support is None else 'reached '}meta "
                 f"parameter{'s' * (self.size != 1)}: {exact_instead} with {self.size} evaluations; "
                 f"take directions <= {self.size}"
             )

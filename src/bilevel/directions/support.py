@@ -1,4 +1,4 @@
-"""Which meta parameters an inner loop touches at all: those outside have derivative zero and need no directions."""
+"""Finds the meta parameters that an inner loop depends on; all others have derivative zero and need no directions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from torch import Tensor
 from bilevel import autodiff, randomness, trees
 from bilevel.unrolling.unroll import Unroll
 
-_PROBE = 10
 
-
-def touched(run: Unroll) -> list[Tensor]:
-    """For each leaf of φ a mask of the entries on which an inner step, θ_0 or the outer loss depends.
+def reached(run: Unroll) -> list[Tensor]:
+    """Return for each leaf of φ a mask of the entries on which θ_0, an inner step or the outer loss depends.
 
     Entry j counts if uᵀB_t is not zero there for a random normal u, t = 0..T, or ∂outer/∂φ_j is not: if column j of B_t
     is not zero, uᵀB_t vanishes there with probability 0. One vector-Jacobian product of each step: about 3T units, and
@@ -21,7 +19,7 @@ def touched(run: Unroll) -> list[Tensor]:
     masks = [torch.zeros_like(leaf, dtype=torch.bool) for leaf in trees.leaves(run.meta)]
 
     def note(function: autodiff.Transpose, number: int) -> None:
-        with randomness.torch_seeded(run.seed, _PROBE, number):
+        with randomness.torch_seeded(run.seed, randomness.SUPPORT_PROBE, number):
             probe = [torch.randn_like(t) for t in trees.split(function.value).differentiable]
         for mask, part in zip(masks, function(probe, keep=False)[0], strict=True):
             if part is not None:

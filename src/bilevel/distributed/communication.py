@@ -74,6 +74,6 @@ def sent_bytes(
 
 
 def partners(exchange: Exchange, directions: int, meta_size: int, bytes_per_number: int, workers: Workers) -> Workers:
-    """Return the workers among whom adding up the directions is shared: all of them, or this one alone."""
+    """Return the workers who share the adding up of directions: all of them, or this one alone."""
     how = chosen(exchange, directions, meta_size, workers.size, bytes_per_number)
     return workers if how == "gradient" else Workers()

@@ -31,6 +31,11 @@ class Assignment:
         """Return the chunks of a worker."""
         return [chunk for chunk, owner in zip(self.chunks, self.owners, strict=True) if owner == rank]
 
+    @property
+    def longest_chunk(self) -> int:
+        """The number of directions in the longest chunk of all."""
+        return max(len(chunk) for chunk in self.chunks)
+
     def numbers_of(self, rank: int) -> list[int]:
         """Return the numbers of the directions of a worker."""
         return [number for chunk in self.chunks_of(rank) for number in chunk]

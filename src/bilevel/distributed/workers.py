@@ -131,7 +131,7 @@ class Workers:
 
     def _meet(self, what: str, failure: Exception | None, number: int = 0) -> list[int]:
         """Return the number of every worker, after checking that none failed and all are at the same place."""
-        mine = torch.tensor([zlib.crc32(what.encode()), failure is not None, number])
+        mine = torch.tensor([zlib.crc32(what.encode()), failure is not None, number], device="cpu")
         headers = [torch.empty_like(mine) for _ in range(self.size)]
         with self._at(what):
             dist.all_gather(headers, mine, group=self.group)

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bilevel import autodiff, trees
+from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
-from bilevel.models.module_view import as_plain_tree, modules_in
-from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.models.conversion import as_plain_tree
+from bilevel.models.module_view import modules_in
+from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import Unroll, unroll
 
 
@@ -29,13 +30,19 @@ class Estimate:
     grad: Tree
     """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor."""
     state: Tree
-    """The final inner state θ_T. With a module inside, `state.params.named_tensors` goes into `load_state_dict`."""
+    """The final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its parameters and
+    running statistics, in the form that the module's `load_state_dict` takes."""
     standard_error: float | None = None
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
-    """What the method observed on the way, such as the residual of a linear solve."""
-    carried: Carried | None = None
-    """Where the inner loop ended; passed to the next call as `carried=`, that one goes on from there."""
+    """What the method observed on the way, such as the residual of a linear solve.
+
+    Where an operation has no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the
+    inner steps and functions whose tangents took another route. The same names with `_units` say what they cost in
+    inner gradients.
+    """
+    carried: WindowEnd | None = None
+    """The end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from there."""
     compile_seconds: float = 0.0
     """Wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up for the first time.
     """
@@ -46,27 +53,43 @@ class Estimator(ABC):
     """A method that estimates ∇h(φ) for h(φ) = outer_loss(θ_T(φ), φ)."""
 
     needs_derivatives: ClassVar[bool] = True
+    """Whether the inner loop is differentiated; if so, a `BlackBox` is refused."""
+    is_random: ClassVar[bool]
+    """Whether an estimate depends on random directions that the estimator draws itself. Every estimator states it.
+
+    Random numbers of the problem (dropout, random initialisation) do not count. A random estimator also defines
+    `redrawn`. It cannot be a control variate, and several workers share its directions instead of whole estimates.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "is_random"):
+            raise TypeError(
+                f"{cls.__name__} does not say whether it draws random directions: write is_random = True and define "
+                "redrawn(number), or is_random = False"
+            )
 
     def __call__(
         self,
-        problem: Unrollable | BlackBox,
+        problem: BilevelProblem | Unrollable,
         meta: Any,
-        inner_batches: Batches | None = None,
+        inner_batches: Batches | int | None = None,
         outer_batch: Any = None,
         seed: int = 0,
-        carried: Carried | None = None,
+        carried: WindowEnd | None = None,
     ) -> Estimate:
         """Estimate the hypergradient at `meta`.
 
         Args:
             problem: a `Problem`, `GradientDescent` or (for `ZerothOrder`) `BlackBox`.
             meta: φ: a tensor, a tree of tensors, or an `nn.Module`. It is not changed.
-            inner_batches: T batches by random access, one for each inner step; `None` for a black box.
+            inner_batches: T batches by random access, one for each inner step; or the whole number T for a problem
+                without data; `None` for a black box.
             outer_batch: passed to the outer loss.
             seed: determines every random number: directions, dropout, random initialisation.
-            carried: `estimate.carried` of the window before, for an inner loop that goes on from call to call, at the
-                same seed. The estimate then is that of the derivative through these T steps, with the state that they
-                start from as a constant; `ForwardGradient(..., carry=...)` looks back further.
+            carried: `estimate.carried` of the call before, for an inner loop that goes on from call to call (a stream),
+                at the same seed. The estimate is then the derivative through these T steps, with the state from which
+                they start as a constant. `StreamingForwardGradient` looks back further.
 
         Raises:
             NonFiniteError: the outer loss, an inner state or the hypergradient is NaN or infinite.
@@ -74,14 +97,50 @@ class Estimator(ABC):
             MissingDerivativeError: an operation lacks the derivative this method needs.
             TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
         """
-        if isinstance(problem, BlackBox) and self.needs_derivatives:
+        problem = as_problem(problem)
+        if problem.is_black_box and self.needs_derivatives:
             raise TypeError(
                 f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
-        found = self._of(run)
-        return replace(found, compile_seconds=compile_seconds() - before)
+        with randomness.preserved(), autodiff.noted_routes() as routes:
+            found = self.resolved(run)._of(run)
+        return replace(found, compile_seconds=compile_seconds() - before, diagnostics={**found.diagnostics, **routes})
+
+    # -- what an estimator says about itself ---------------------------------------------------------------------
+
+    def redrawn(self, number: int) -> Estimator:
+        """Return the same estimator with other random directions: those of draw `number` = 0, 1, 2, …
+
+        At the same seed, all draws see the same initialisation and the same dropout. Draw 0 is the estimator itself,
+        and so is every draw of a deterministic estimator.
+        """
+        if self.is_random and number:
+            raise NotImplementedError(f"{type(self).__name__} is random, so it must define redrawn(number)")
+        return self
+
+    @abstractmethod
+    def units(self, steps: int, meta_size: int) -> float:
+        """Return about how many inner gradients one estimate costs on one worker.
+
+        The planner ranks methods by this number, and the work of control variates is assigned to workers by it.
+
+        Args:
+            steps: T, the number of inner steps.
+            meta_size: N, the number of meta parameters.
+        """
+
+    def resolved(self, run: Unroll) -> Estimator:  # noqa: ARG002
+        """Return the estimator that makes the estimate of this inner loop: itself, unless it chooses another one."""
+        return self
+
+    @property
+    def first_order(self) -> bool:
+        """Whether first derivatives of the inner loss are enough, so that any kernel will do."""
+        return False
+
+    # -- the estimate ----------------------------------------------------------------------------------------------
 
     def _of(self, run: Unroll) -> Estimate:
         if not self.needs_derivatives or self.first_order:
@@ -89,32 +148,22 @@ class Estimator(ABC):
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):  # which is not held any longer
             return _checked(run, self._estimate(run))
 
-    @property
-    def first_order(self) -> bool:
-        """Whether first derivatives of the inner loss are enough, so that any kernel will do."""
-        return False
-
-    def units(self, steps: int) -> float:
-        """About how many inner gradients an estimate over so many steps costs, where that depends on nothing else.
-
-        Plans are made from it, and a control variate of such a cost is dealt out to workers.
-        """
-        return 4.0 * steps
-
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:
-        """The estimate for checked arguments; `grad` is a tree like `run.meta`."""
+        """Return the estimate for checked arguments; its `grad` is a tree like `run.meta`."""
 
 
 def _checked(run: Unroll, estimate: Estimate) -> Estimate:
+    descent = run.problem.as_gradient_descent
     diagnosis.require_finite(run, estimate.value, estimate.state, estimate.grad)
+    state = trees.detach(estimate.state)
     return Estimate(
         value=estimate.value.detach(),
         grad=as_plain_tree(trees.detach(estimate.grad)),
-        state=trees.detach(estimate.state),
+        state=state if descent is None else descent.presented(state),
         standard_error=estimate.standard_error,
         diagnostics=estimate.diagnostics,
-        carried=estimate.carried or Carried(trees.detach(estimate.state), run.first_step + run.steps),
+        carried=estimate.carried or run.window_end(state),
     )
 
 
@@ -125,10 +174,8 @@ def like_meta(run: Unroll, tensors: list[Tensor]) -> Tree:
 
 def require_gradient_descent(run: Unroll, estimator: Estimator) -> GradientDescent:
     """The problem, if it is a `GradientDescent`, for methods that differentiate its inner loss."""
-    if not isinstance(run.problem, GradientDescent):
-        raise TypeError(
-            f"{type(estimator).__name__} needs the inner loss, whose gradient vanishes at the inner solution; a "
-            f"{type(run.problem).__name__} has only steps. Describe the problem with bilevel.GradientDescent, or take "
-            "Reverse, Forward or ForwardGradient"
-        )
-    return run.problem
+    return run.problem.require_inner_loss(
+        type(estimator).__name__,
+        "whose gradient vanishes at the inner solution",
+        instead="Reverse, Forward or ForwardGradient",
+    )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from bilevel import checks, trees
 from bilevel.estimators.base import Estimate, Estimator, like_meta
-from bilevel.unrolling.unroll import Slopes, Unroll
+from bilevel.unrolling.tangents import Slopes, push_forward
+from bilevel.unrolling.unroll import Unroll
 
 
 @dataclass(frozen=True)
 class Forward(Estimator):
-    """Exact hypergradient by carrying the whole tangent matrix forward. The literature's FGU, RTRL.
+    """Exact hypergradient by carrying the whole tangent matrix forward. The literature's FGU and RTRL.
 
     With Z_t = dθ_t/dφ `[M, N]`, A_t = ∂θ_t/∂θ_{t−1} `[M, M]`, B_t = ∂θ_t/∂φ `[M, N]`,
 
@@ -42,31 +46,41 @@ class Forward(Estimator):
     """
 
     chunk_size: int | None = None
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
             checks.whole_number(self.chunk_size, "chunk_size")
 
+    def units(self, steps: int, meta_size: int) -> float:
+        return (math.ceil(meta_size / (self.chunk_size or meta_size)) + 2.0 * meta_size) * steps
+
     def _estimate(self, run: Unroll) -> Estimate:
         size, chunk = run.meta_size, self.chunk_size or run.meta_size
-        shapes = trees.leaves(run.meta)
-        grad = torch.zeros(size, dtype=shapes[0].dtype, device=shapes[0].device)
+        leaves = trees.leaves(run.meta)
+        slopes: list[Tensor] = []
         pushed: Slopes | None = None
         moved = False
         for start in range(0, size, chunk):
-            stop = min(start + chunk, size)
-            columns = torch.zeros(stop - start, size, dtype=grad.dtype, device=grad.device)
-            columns[torch.arange(stop - start), torch.arange(start, stop)] = 1
-            pushed = run.push_forward(_as_leaves(columns, shapes))
-            grad[start:stop] = pushed.slopes
+            pushed = push_forward(run, _unit_vectors(range(start, min(start + chunk, size)), leaves))
+            slopes.append(pushed.slopes)
             moved = moved or pushed.moved
         assert pushed is not None
-        run.require_connections(moved, grad, pushed.state)
-        parts = [part[0] for part in _as_leaves(grad.unsqueeze(0), shapes)]
-        return Estimate(pushed.value, like_meta(run, parts), pushed.state)
+        found = torch.cat(slopes)  # in the dtype of the outer loss, and rounded once, to that of each leaf
+        run.require_connections(moved, found, pushed.state)
+        parts = found.split([leaf.numel() for leaf in leaves])
+        grad = [part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+        return Estimate(pushed.value, like_meta(run, grad), pushed.state)
 
 
-def _as_leaves(rows: torch.Tensor, shapes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Rows `[k, N]` cut into one tensor `[k, *shape]` for each leaf."""
-    parts = rows.split([leaf.numel() for leaf in shapes], dim=1)
-    return [part.reshape(len(rows), *leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, shapes, strict=True)]
+def _unit_vectors(numbers: range, leaves: list[Tensor]) -> list[Tensor]:
+    """The unit vectors of R^N of those numbers, `[k, *leaf.shape]` for each leaf, in its own dtype."""
+    result, first = [], 0
+    for leaf in leaves:
+        rows = leaf.new_zeros(len(numbers), leaf.numel())
+        for row, number in enumerate(numbers):
+            if first <= number < first + leaf.numel():
+                rows[row, number - first] = 1
+        result.append(rows.reshape(len(numbers), *leaf.shape))
+        first += leaf.numel()
+    return result

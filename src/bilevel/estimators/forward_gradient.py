@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from bilevel import autodiff, checks, distributed, trees
-from bilevel.directions import distributions as random_directions
+from bilevel import autodiff, checks, distributed
 from bilevel.directions.distributed_slopes import spread_slopes
 from bilevel.directions.distributions import Directions
-from bilevel.directions.support import touched
-from bilevel.distributed import communication
-from bilevel.distributed.communication import EXCHANGES, Exchange
-from bilevel.distributed.work_assignment import Assignment, assign
-from bilevel.estimators import control_variates, uoro
-from bilevel.estimators.base import Estimate, Estimator, like_meta
-from bilevel.estimators.control_variates import ControlVariate
+from bilevel.directions.support import reached
+from bilevel.distributed.communication import Exchange
+from bilevel.distributed.work_assignment import assign
+from bilevel.estimators import directional, variates
+from bilevel.estimators.base import Estimate, Estimator
+from bilevel.estimators.variates import ControlVariate
 from bilevel.models.module_view import modules_in
-from bilevel.unrolling.finite_differences import push_forward_by_differences
-from bilevel.unrolling.hessian_vector_products import push_forward_sharing_steps
-from bilevel.unrolling.unroll import Slopes, Unroll
+from bilevel.unrolling.finite_differences import FiniteDifferences
+from bilevel.unrolling.hessian_vector_products import SharedSteps
+from bilevel.unrolling.tangents import FORWARD_MODE, Slopes, push_forward
+from bilevel.unrolling.unroll import Unroll
 
 
 @dataclass(frozen=True)
@@ -46,19 +44,18 @@ class ForwardGradient(Estimator):
             `tangents="shared"`. 1 also avoids `torch.vmap`, for models that it does not take.
         control_variate: a cheap biased gradient that takes variance away and adds no bias: a deterministic estimator
             such as `TruncatedReverse(5)`, `CoarserProblem`, `RunningMean` (of past estimates, in `fit`) or `Constant`;
-            or a tuple of several. Its scale is fitted (see `bilevel.estimators.control_variates`); needs b >= 2.
+            or a tuple of several. Its scale is fitted (see `bilevel.directions.control_variates`); needs b >= 2.
         tangents: `"exact"`, in forward mode; `"shared"`, exact as well, by backward passes through one graph of each
             inner step that all chunks share, with the tangents of all directions in memory (often the faster and the
             smaller one, see benchmarks/results/shared_steps.md); or `"difference"` for central differences of
             first-order gradients: for fused attention and activation checkpointing, with relative errors of about 1e-10
-            in float64 and 1e-4 in float32.
-        support: `"touched"` restricts the directions to entries that the inner loop depends on at all (weights of
-            examples that came up in a mini-batch), found with at most 3T units; N is then their number.
+            in float64 and 1e-4 in float32. Differences do not stop at `detach()` or `torch.no_grad()`. `"exact"` takes
+            Hessian-vector products at the same cost where an operation of the inner loss has no forward-mode
+            derivative; `diagnostics["hessian_product_steps"]` then counts the steps.
+        support: `"reached"` restricts the directions to the entries of φ on which the inner loop or the outer loss
+            depends (for instance the weights of examples that occur in a mini-batch). Finding them costs about 3T
+            units, and N is then their number.
         draw: another number gives other directions for the same seed, so for the same initialisation and dropout.
-        carry: for streams (`fit(..., stream=True)`, or `carried=` in a call): `"tangents"` go on from one window of
-            inner steps to the next along the same directions, or `"fresh"` directions join them in each window. See
-            `bilevel.estimators.uoro` for what is unbiased then. The tangents of all b directions are kept, in
-            whatever chunks they are pushed.
         exchange: what several workers send each other: `"slopes"`, one number for each direction, from which each of
             them adds up the gradient, or also the `"gradient"`, by an all-reduce; `"auto"` takes what costs less time.
             With `"slopes"`, the estimate is the same to the last bit on any number of workers up to b/chunk_size.
@@ -75,8 +72,9 @@ class ForwardGradient(Estimator):
     is a function of (seed, i) alone.
 
     Workers share the control variates and the directions, chunk by chunk, by what they cost (see
-    `bilevel.distributed.work_assignment`);
-    `support` each works out for itself.
+    `bilevel.distributed.work_assignment`). Each worker finds the `support` for itself.
+
+    In a stream (`carried=`), it sees the steps of its own window alone; `StreamingForwardGradient` looks back further.
 
     Reference: Shen et al., NeurIPS 2024, eq. 7 to 10, Algorithm 1, Lemma 3.1; Baydin et al., 2022.
 
@@ -97,40 +95,24 @@ class ForwardGradient(Estimator):
     chunk_size: int | None = None
     control_variate: ControlVariate | None = None
     tangents: Literal["exact", "shared", "difference"] = "exact"
-    support: Literal["all", "touched"] = "all"
+    support: Literal["all", "reached"] = "all"
     draw: int = 0
-    carry: Literal["nothing", "tangents", "fresh"] = "nothing"
     exchange: Exchange = "auto"
+    is_random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        checks.whole_number(self.directions, "directions")
-        random_directions.distribution(self.distribution)
-        checks.whole_number(self.draw, "draw", at_least=0)
+        directional.check_settings(self)
         if self.chunk_size is not None:
             checks.whole_number(self.chunk_size, "chunk_size")
         checks.one_of(self.tangents, "tangents", ("exact", "shared", "difference"))
-        checks.one_of(self.support, "support", ("all", "touched"))
-        checks.one_of(self.carry, "carry", ("nothing", "tangents", "fresh"))
-        self._require_carriable()
-        checks.one_of(self.exchange, "exchange", EXCHANGES)
-        if control_variates.as_tuple(self.control_variate) and self.directions == 1:
-            raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
+        checks.one_of(self.support, "support", ("all", "reached"))
 
-    def _require_carriable(self) -> None:
-        if self.carry != "nothing" and self.support != "all":
-            raise ValueError(f"carry={self.carry!r} keeps the tangents of all entries: leave support='all'")
-        if self.carry != "nothing" and self.tangents == "shared":
-            raise ValueError(f'carry={self.carry!r} with tangents="shared": take tangents="exact" or "difference"')
-        if self.carry == "tangents" and control_variates.running_mean_of(self) is not None:
-            raise ValueError(
-                'carry="tangents" keeps its directions, and RunningMean() is made of estimates along them: '
-                "as a control variate it would bring a bias; take another one"
-            )
-        if self.carry == "fresh" and (self.control_variate is not None or self.distribution not in uoro.SYMMETRIC):
-            raise ValueError(
-                f'carry="fresh" takes no control_variate, and independent directions ({", ".join(uoro.SYMMETRIC)}); '
-                'carry="tangents" takes any'
-            )
+    def redrawn(self, number: int) -> ForwardGradient:
+        return replace(self, draw=self.draw + number)
+
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        chunk = self.directions if self.tangents == "shared" else self.chunk_size or self.directions
+        return (math.ceil(self.directions / chunk) + 2.0 * self.directions) * steps
 
     @property
     def first_order(self) -> bool:
@@ -138,59 +120,36 @@ class ForwardGradient(Estimator):
         return self.tangents == "difference"
 
     def _estimate(self, run: Unroll) -> Estimate:
-        if self.carry != "nothing":
-            return uoro.estimate(self, run)
-        workers = distributed.current()
-        variates = control_variates.as_tuple(self.control_variate)
+        several = variates.as_tuple(self.control_variate)
         support = None
-        if self.support == "touched":
+        if self.support == "reached":
             with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):
-                support = touched(run)
-        directions = Directions(
-            self.distribution,
-            random_directions.seed_of_draw(run.seed, self.draw),
-            self.directions,
-            trees.leaves(run.meta),
-            support,
-        )
-        directions.require_count("Forward() gives the exact gradient")
-        pushed, found = spread_slopes(
+                support = reached(run)
+        directions = directional.directions_of(self, run, "Forward() gives the exact gradient", support=support)
+        workers = distributed.current()
+        assigned = assign(self.directions, workers.size, self.chunk_size, variates.costs(self.control_variate, run))
+        pushed, gradients = spread_slopes(
             run,
-            self._deal(run),
-            partial(self._push, run, directions),
-            lambda number: control_variates.gradient_of(variates[number], run),
+            assigned,
+            lambda chunks: self._push(run, directions, chunks),
+            lambda number: variates.gradient_of(several[number], run),
             workers,
         )
         run.require_connections(pushed.moved, pushed.slopes, pushed.state)
-        scaled = control_variates.scaled(found, run, support)
-        return self._combined(run, directions, pushed, scaled)
-
-    def _deal(self, run: Unroll) -> Assignment:
-        """Which worker pushes which directions, and computes which control variates."""
-        costs = control_variates.costs(self.control_variate, run)
-        return assign(self.directions, distributed.current().size, self.chunk_size, costs)
-
-    def _combined(self, run: Unroll, directions: Directions, pushed: Slopes, variates: list[Tensor]) -> Estimate:
-        """The estimate from all slopes and all control variates."""
-        workers = distributed.current()
-        share = -(-self.directions // workers.size)
-        among = communication.partners(
-            self.exchange, directions.count, directions.size, directions.bytes_per_number, workers
+        return directional.estimate_from_slopes(
+            self, run, directions, pushed.value, pushed.state, pushed.slopes, gradients, assigned.longest_chunk
         )
-        chunk = min(self.chunk_size or share, share)
-        found = control_variates.combine(directions, pushed.slopes, variates, chunk, among)
-        left = {} if found.variance_left is None else {"variance_left": found.variance_left}
-        return Estimate(pushed.value, like_meta(run, found.grad), pushed.state, found.standard_error, left)
 
     def _push(self, run: Unroll, directions: Directions, chunks: Sequence[range]) -> Slopes:
-        """The slopes along some of the directions, chunk by chunk."""
+        """Return the slopes along some of the directions, chunk by chunk."""
         if self.tangents == "shared":
-            return push_forward_sharing_steps(run, [directions.draw(numbers) for numbers in chunks])
-        push = partial(push_forward_by_differences, run) if self.first_order else run.push_forward
-        pushed = push(directions.draw(chunks[0]))
+            numbers = [number for chunk in chunks for number in chunk]
+            return push_forward(run, directions.draw(numbers), SharedSteps([len(chunk) for chunk in chunks]))
+        rule = FiniteDifferences() if self.tangents == "difference" else FORWARD_MODE
+        pushed = push_forward(run, directions.draw(chunks[0]), rule)
         slopes, moved = [pushed.slopes], pushed.moved
-        for numbers in chunks[1:]:  # no more than one chunk's state is held
-            pushed = push(directions.draw(numbers))
+        for numbers in chunks[1:]:  # only one chunk's state is held at a time
+            pushed = push_forward(run, directions.draw(numbers), rule)
             slopes.append(pushed.slopes)
             moved = moved or pushed.moved
         return pushed._replace(slopes=torch.cat(slopes), moved=moved)

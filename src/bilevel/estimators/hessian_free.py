@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class HessianFree(Estimator):
     Cost: at most T + 3 units: T for the inner loop, 1 for a gradient with its graph, 2 for the product with Y; 1 more
     with the optimiser's scale. Memory: the graph of one inner gradient. Bias: of the order of the hypergradient itself,
     unless the inner Hessian is close to I/α. Dependence on φ through the initial state or the learning rate is not
-    seen.
+    seen. Running statistics of modules (BatchNorm) are taken as constants.
 
     Reference: Luketina et al., ICML 2016 (T1–T2); Choe et al., NeurIPS 2023 (SAMA); Shen et al., NeurIPS 2024, App. B.
 
@@ -50,17 +50,18 @@ class HessianFree(Estimator):
 
     scale: float = 1.0
     preconditioner: Literal["identity", "optimizer"] = "identity"
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.positive(self.scale, "scale")
         checks.one_of(self.preconditioner, "preconditioner", ("identity", "optimizer"))
 
-    def units(self, steps: int) -> float:
-        return steps + 3.0
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        return steps + 3.0 + (self.preconditioner == "optimizer")
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
-        state: Descent = run.descend(run.start())
+        state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
         d = d[: len(trees.split(state.params).differentiable)]
         jacobian = stationarity_transpose(run, problem, state, batches=1)
@@ -77,11 +78,10 @@ def _through_update(run: Unroll, problem: GradientDescent, state: Descent, d: li
     """
     last = run.steps - 1
     again = state._replace(steps=last)
-    with run.seeded_step(last):
-        gradient = problem.gradient(state.params, run.meta, run.inner_batches[last])
+    gradient = run.at_step(last, lambda batch: problem.gradient(state.params, run.meta, batch, state.buffers))
 
-    def update(gradient: list[Tensor]) -> list[Tensor]:
+    def update(gradient: list[Tensor | None]) -> list[Tensor]:
         return trees.split(problem.apply(again, gradient, run.meta).params).differentiable
 
     _, (found,) = autodiff.pull_back(update, [gradient], d)
-    return [-problem.optimizer.sign * part for part in autodiff.fill_zeros(found, gradient)]
+    return [-problem.optimizer.sign * part for part in autodiff.placed_where_reached(found, gradient, d)]

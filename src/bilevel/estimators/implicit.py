@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Implicit(Estimator):
     the graph of one inner gradient, whatever T.
     Bias: the inner loop must have come to rest; what is missing, d(dθ_T/dφ + H⁻¹Y), is not measured by the method (the
     diagnostic `gradient_norm`, ‖∇g(θ_T)‖, says how far from rest it is). The solver adds its own error. Dependence on φ
-    through the initial state or the learning rate does not move the solution and is not seen.
+    through the initial state or the learning rate does not move the solution and is not seen. Running statistics of
+    modules (BatchNorm) are taken as constants. Hooks on parameters, which move the solution, are refused.
 
     Reference: Pedregosa, ICML 2016 (CG); Lorraine et al., AISTATS 2020 (Neumann); Hataya and Yamada, AISTATS
     2023 (Nyström); Shen et al., NeurIPS 2024, App. B.
@@ -58,6 +60,7 @@ class Implicit(Estimator):
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)
     batches: int = 1
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):
@@ -67,8 +70,9 @@ class Implicit(Estimator):
             )
         checks.whole_number(self.batches, "batches")
 
-    def units(self, steps: int) -> float:
-        return steps + 2.0 * (2 + self.solver.products)
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        # For each batch: the gradient with its graph, and two units for each product with H and for the one with Y.
+        return steps + self.batches * (1.0 + 2.0 * (self.solver.products + 1))
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
@@ -77,16 +81,19 @@ class Implicit(Estimator):
                 f"Implicit(batches={self.batches}) of an inner loop with {run.steps} batches; take batches <= "
                 f"{run.steps}"
             )
-        state: Descent = run.descend(run.start())
+        state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
-        jacobian = stationarity_transpose(run, problem, state, self.batches)
+        reached: list[bool] = []
+        jacobian = stationarity_transpose(run, problem, state, self.batches, reached)
         theta = trees.split(state.params).differentiable
-        d = d[: len(theta)]  # the optimiser's memory is not part of the solution
+        # Neither the optimiser's memory nor parameters that g does not reach are part of the solution.
+        d = [part if there else torch.zeros_like(part) for part, there in zip(d, reached, strict=False)]
 
         def hessian(vector: Sequence[Tensor]) -> list[Tensor]:
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
 
-        solution = self.solver.solve(hessian, d)
+        with trees.without_autocast():
+            solution = self.solver.solve(hessian, d)
         if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
             raise NonFiniteError(
                 f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, or a "
@@ -104,16 +111,24 @@ class Implicit(Estimator):
         return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
 
 
-def stationarity_transpose(run: Unroll, problem: GradientDescent, state: Descent, batches: int) -> autodiff.Transpose:
-    """The transposed Jacobian of (θ, φ) ↦ ∇_θ g at the final state, g the mean over the last `batches` batches."""
+def stationarity_transpose(
+    run: Unroll, problem: GradientDescent, state: Descent, batches: int, reached: list[bool] | None = None
+) -> autodiff.Transpose:
+    """Evaluate (θ, φ) ↦ ∇_θ g at the final state, for its transposed Jacobian.
+
+    g is the mean over the last `batches` batches. `reached`, if given, is filled with whether g reaches each leaf of θ.
+    """
 
     def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
         moved = state._replace(params=params)
         each = []
         for t in range(run.steps - batches, run.steps):
-            with run.seeded_step(t), autodiff.RefuseOnceDifferentiable():
-                each.append(problem.stationarity(moved, meta, run.inner_batches[t]))
-        return [torch.stack(parts).mean(0) for parts in zip(*each, strict=True)]
+            each.append(run.at_step(t, lambda batch: problem.stationarity(moved, meta, batch)))
+        if reached is not None:
+            reached[:] = [any(part is not None for part in parts) for parts in zip(*each, strict=True)]
+        return [
+            torch.stack(parts).mean(0) for parts in zip(*(autodiff.fill_zeros(e, params) for e in each), strict=True)
+        ]
 
     return autodiff.Transpose(gradient, [state.params, run.meta])
 
@@ -139,9 +154,10 @@ def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: De
     """Raise unless ∇_θ g is computed from φ on some batch, if not on the last ones."""
     meta = autodiff.start_graph(run.meta)
     for t in range(run.steps):
-        with torch.enable_grad(), run.seeded_step(t):
-            if autodiff.has_graph(problem.eager.stationarity(state, meta, run.inner_batches[t])):
-                return
+        with torch.enable_grad():
+            found = run.at_step(t, lambda batch: problem.eager.stationarity(state, meta, batch))
+        if autodiff.has_graph(found):
+            return
     raise NoDependenceError(
         "inner_loss does not depend on the meta parameters (in no term that has params in it as well), and an implicit "
         "method sees no other dependence; for meta parameters in the optimiser's settings or in the initial parameters "

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from bilevel import autodiff, checks
-from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
+from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.trees import Tree
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.checkpoint_schedules import Checkpoints, Trail
 from bilevel.unrolling.state_storage import OFFLOADS, Offload
-from bilevel.unrolling.step_products import Product, faster_product
 from bilevel.unrolling.unroll import Unroll
 
 
@@ -36,17 +34,10 @@ class Reverse(Estimator):
         offload: where the kept states lie: on their device (`None`), `"cpu"` for the host's memory (which on a machine
             without a GPU changes nothing), or `"disk"` for a temporary file in TMPDIR. They are fetched ahead.
 
-        product: how a cotangent goes back through one step of a `GradientDescent`. `"reverse"`: by a backward pass
-            through the step and the gradient in it. `"mixed"`: by one forward-over-reverse product (MixFlow-MG), which
-            keeps no graph of the gradient; for operations without a second derivative in reverse mode, and where a
-            step's graph is larger than its tangents. `"auto"` times both on the first inner step of a problem, once,
-            and takes the faster one. It is not the default because timings vary: a run that is resumed, or made
-            again, could then differ by rounding. And there was nothing to gain by it: on an MLP, a convnet and a GPT-2
-            `"reverse"` is 1.5 to 2 times faster (`benchmarks/results/products.md`).
 
     Cost: in units of one inner gradient, 3T for `"graph"`, else 3T and the steps computed, at most (3 + r)·T: 4T for
-    `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). With `product="mixed"`, T more. Besides the states, the graph of
-    one step is held, of which layers wrapped in `bilevel.Recomputed` keep their inputs alone. Bias: none.
+    `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). Besides the states, the graph of
+    one step is held, of which layers wrapped in `bilevel.experimental.Recomputed` keep their inputs alone. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
     schedule: Griewank and Walther, ACM TOMS 2000.
@@ -64,13 +55,10 @@ class Reverse(Estimator):
 
     checkpoints: Checkpoints | Literal["graph"] = "all"
     offload: Offload = None
-    product: Product | Literal["auto"] = "reverse"
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checkpoint_schedules.check(self.checkpoints)
-        checks.one_of(self.product, "product", ("reverse", "mixed", "auto"))
-        if self.checkpoints == "graph" and self.product != "reverse":
-            raise ValueError(f'product={self.product!r} goes back step by step, and checkpoints="graph" does not')
         if self.offload is not None:
             checks.one_of(self.offload, "offload", OFFLOADS)
             if self.checkpoints == "graph":
@@ -78,7 +66,7 @@ class Reverse(Estimator):
                     f'offload={self.offload!r} moves kept states, and checkpoints="graph" keeps none; take "all"'
                 )
 
-    def units(self, steps: int) -> float:
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
         if self.checkpoints == "graph":
             return 3.0 * steps
         made = checkpoint_schedules.steps_computed(steps, checkpoint_schedules.slots(self.checkpoints, steps))
@@ -87,13 +75,10 @@ class Reverse(Estimator):
     def _estimate(self, run: Unroll) -> Estimate:
         if self.checkpoints == "graph":
             return _through_one_graph(run)
-        if self.product == "mixed":
-            require_gradient_descent(run, self)
         with Trail(run, self.checkpoints, self.offload) as trail:
             state = trail.descend()
             value, d, c = run.outer_cotangents(state)
-            product = faster_product(run, d) if self.product == "auto" else self.product
-            through = run.pull_back(trail.backwards(), d, product)
+            through = run.pull_back(trail.backwards(), state, d)
         run.pull_back_init(d, through)
         return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
 
@@ -102,8 +87,7 @@ def _through_one_graph(run: Unroll) -> Estimate:
     def final_state(meta: Tree) -> Tree:
         state = run.init(meta)
         for t in range(run.steps):
-            with autodiff.RefuseOnceDifferentiable() if t == 0 else nullcontext():
-                state = run.step(t, state, meta)
+            state = run.step(t, state, meta)
         return state
 
     jacobian = autodiff.Transpose(final_state, [run.meta])

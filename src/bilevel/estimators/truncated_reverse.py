@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bilevel import checks
 from bilevel.estimators.base import Estimate, Estimator, like_meta
@@ -39,11 +40,12 @@ class TruncatedReverse(Estimator):
     """
 
     steps: int = 1
+    is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.whole_number(self.steps, "steps")
 
-    def units(self, steps: int) -> float:
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
         return steps + 3.0 * self.steps
 
     def _estimate(self, run: Unroll) -> Estimate:
@@ -58,7 +60,7 @@ class TruncatedReverse(Estimator):
             trail.append((t + 1, run.descend(trail[-1][1], t, t + 1)))
         state = run.descend(trail[-1][1], run.steps - 1)
         value, d, c = run.outer_cotangents(state)
-        through = run.pull_back((trail.pop() for _ in range(self.steps)), d)
+        through = run.pull_back((trail.pop() for _ in range(self.steps)), state, d)
         if first == 0:
             run.pull_back_init(d, through)
         return Estimate(value, like_meta(run, run.add_explicit(through, c, from_start=first == 0)), state)

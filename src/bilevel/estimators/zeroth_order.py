@@ -5,29 +5,23 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from bilevel import checks, distributed, trees
-from bilevel.directions import distributions as random_directions
 from bilevel.directions.distributed_slopes import everybodys_numbers, everybodys_variates
 from bilevel.directions.distributions import Directions
-from bilevel.distributed import communication
-from bilevel.distributed.communication import EXCHANGES, Exchange
+from bilevel.distributed.communication import Exchange
 from bilevel.distributed.work_assignment import assign
-from bilevel.estimators import control_variates
+from bilevel.estimators import directional, variates
 from bilevel.estimators.base import Estimate, Estimator, like_meta
-from bilevel.estimators.control_variates import ControlVariate, Variate
-from bilevel.problem import BlackBox
+from bilevel.estimators.variates import ControlVariate, Variate
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.unroll import Unroll
-
-_DRAWN_AT_ONCE = 64
-"""Directions added up at a time."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +70,31 @@ class ZerothOrder(Estimator):
     draw: int = 0
     exchange: Exchange = "auto"
     needs_derivatives: ClassVar[bool] = False
+    is_random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        checks.whole_number(self.directions, "directions")
+        directional.check_settings(self)
         checks.positive(self.step_size, "step_size")
         checks.one_of(self.scheme, "scheme", ("central", "forward"))
-        random_directions.distribution(self.distribution)
-        checks.whole_number(self.draw, "draw", at_least=0)
-        checks.one_of(self.exchange, "exchange", EXCHANGES)
-        if control_variates.as_tuple(self.control_variate) and self.directions == 1:
-            raise ValueError("control_variate with directions=1: its scale is fitted to the other directions; take two")
+
+    def redrawn(self, number: int) -> ZerothOrder:
+        return replace(self, draw=self.draw + number)
+
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        return (1.0 + self._solves_each * self.directions) * steps
 
     def _estimate(self, run: Unroll) -> Estimate:
-        directions = Directions(
-            self.distribution,
-            random_directions.seed_of_draw(run.seed, self.draw),
-            self.directions,
-            trees.leaves(run.meta),
-        )
-        directions.require_count("ZerothOrder(distribution='coordinate') differences every one of them")
+        exact_instead = "ZerothOrder(distribution='coordinate') differences every one of them"
+        directions = directional.directions_of(self, run, exact_instead)
         workers = distributed.current()
-        variates = control_variates.as_tuple(self.control_variate)
-        self._require_variates(run, variates)
-        shares = assign(self.directions, workers.size, 1, control_variates.costs(variates, run), 0.0, self._solves_each)
+        several = variates.as_tuple(self.control_variate)
+        self._require_variates(run, several)
+        shares = assign(self.directions, workers.size, 1, variates.costs(several, run), 0.0, self._solves_each)
         value, state, mine, computed = workers.together(
             "slopes",
             lambda: (
                 *self._slopes(run, directions, shares.numbers_of(workers.rank)),
-                {i: control_variates.gradient_of(variates[i], run) for i in shares.variates_of(workers.rank)},
+                {i: variates.gradient_of(several[i], run) for i in shares.variates_of(workers.rank)},
             ),
         )
         gradients = everybodys_variates(run, shares, computed, workers)
@@ -116,13 +107,7 @@ class ZerothOrder(Estimator):
                 "angles to the gradient",
                 stacklevel=4,
             )
-        among = communication.partners(
-            self.exchange, directions.count, directions.size, directions.bytes_per_number, workers
-        )
-        chunk = min(_DRAWN_AT_ONCE, -(-self.directions // among.size))
-        found = control_variates.combine(directions, slopes, control_variates.scaled(gradients, run), chunk, among)
-        left = {} if found.variance_left is None else {"variance_left": found.variance_left}
-        return Estimate(value, like_meta(run, found.grad), state, found.standard_error, left)
+        return directional.estimate_from_slopes(self, run, directions, value, state, slopes, gradients)
 
     def _slopes(self, run: Unroll, directions: Directions, numbers: Sequence[int]) -> tuple[Tensor, Tree, Tensor]:
         """The outer loss and the final state at φ, and ∇h · v for the directions of those numbers, by differences."""
@@ -144,9 +129,9 @@ class ZerothOrder(Estimator):
         return 2.0 if self.scheme == "central" else 1.0
 
     @staticmethod
-    def _require_variates(run: Unroll, variates: Sequence[Estimator | Variate]) -> None:
-        for each in variates if isinstance(run.problem, BlackBox) else ():
-            if not isinstance(each, control_variates.Constant):
+    def _require_variates(run: Unroll, several: Sequence[Estimator | Variate]) -> None:
+        for each in several if run.problem.is_black_box else ():
+            if not isinstance(each, variates.Constant):
                 raise TypeError(f"control_variate={each!r} differentiates the inner loop, and a BlackBox cannot be")
 
     @staticmethod

@@ -43,8 +43,8 @@ class OutsideProgram:
         time_limit: seconds after which an attempt is ended, with all processes it started.
         attempts: runs of the program for one evaluation, before it counts as failed.
 
-    Failed attempts are kept in `failures`, `started` counts all. An evaluation without a result raises `SolverError`;
-    `fit(retreats=...)` answers it with a shorter outer step.
+    Failed attempts are kept in `failures`, and `started` counts all attempts. An evaluation without a result raises
+    `SolverError`. With `fit(..., update=bilevel.OuterUpdate(max_backtracks=…))` the outer step is then halved.
 
     >>> import sys, torch, bilevel
     >>> program = OutsideProgram(

@@ -33,14 +33,15 @@ class Recomputed(nn.Module):
             arguments (in any nesting), and tensors come out.
 
     >>> import torch, bilevel
-    >>> blocks = [bilevel.Recomputed(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh())) for _ in range(4)]
+    >>> layers = [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()) for _ in range(4)]
+    >>> blocks = [bilevel.experimental.Recomputed(layer) for layer in layers]
     >>> problem = bilevel.GradientDescent(
     ...     inner_loss=lambda model, meta, batch: (model(meta) - 1).square().mean(),
     ...     outer_loss=lambda model, meta, batch: model(torch.ones(3)).sum(),
     ...     params=torch.nn.Sequential(*blocks),
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1),
     ... )
-    >>> bilevel.Reverse()(problem, torch.zeros(3), bilevel.no_batches(5)).grad.shape
+    >>> bilevel.Reverse()(problem, torch.zeros(3), 5).grad.shape
     torch.Size([3])
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,10 +20,8 @@ class Timetable:
         constants: Mapping[str, Any],
         schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None,
     ) -> None:
-        known = inspect.signature(algorithm).parameters
-        flags = {name: value for name, value in (("foreach", False), ("differentiable", True)) if name in known}
         self.blank: Callable[[], torch.optim.Optimizer] = functools.partial(
-            algorithm, [torch.zeros(1)], **{**flags, **constants}
+            algorithm, [torch.zeros(1, device="cpu")], **constants
         )
         """Makes an optimiser of these settings whose parameters and state are still to be filled in."""
         self._optimizer = self.blank()

@@ -1,4 +1,4 @@
-"""The method that the planner recommends for the problem at hand."""
+"""An estimator that takes the method which the planner recommends for the problem at hand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from bilevel import checks, distributed
 from bilevel.errors import MemoryBudgetError
 from bilevel.estimators.base import Estimate, Estimator
 from bilevel.planning import planner
-from bilevel.problem import BlackBox
 from bilevel.unrolling.unroll import Unroll
 
 _CHOSEN: WeakKeyDictionary[Any, dict[Any, Estimator]] = WeakKeyDictionary()
-"""For every problem what was recommended, so that it is measured once."""
+"""The recommendations made so far for each problem, so that each problem is measured only once."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,17 @@ class Auto(Estimator):
     estimate is at least 0.1; else a biased method, with a warning; else the estimate that is mostly noise.
 
     The choice rests on bytes counted in one inner step and on the methods' costs in units, not on timings, so it is the
-    same in every run. It is made at the first call for a problem and kept for the later ones.
+    same in every run. It is made at the first call for a problem and kept for later calls.
 
     Args:
         memory: what may be used beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of bytes.
-        directions: b, where it comes to random directions; at most N.
+        directions: b, the number of random directions if the choice is a method that has them; at most N.
 
     Cost: at the first call some fifty inner steps; then that of the method. Bias: that of the method; where it has any,
     a `UserWarning` says so when it is chosen.
 
     Raises:
-        MemoryBudgetError: nothing fits.
+        MemoryBudgetError: no method fits into the memory.
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -45,24 +44,29 @@ class Auto(Estimator):
     ...     params=torch.tensor(0.0),
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
     ... )
-    >>> bilevel.Auto("1GB")(problem, torch.tensor(2.0), bilevel.no_batches(4)).grad  # 2 (1 − 0.5⁴)² φ
+    >>> bilevel.Auto("1GB")(problem, torch.tensor(2.0), 4).grad  # 2 (1 − 0.5⁴)² φ
     tensor(3.5156)
     """
 
     memory: str | float = "4GB"
     directions: int = 16
     needs_derivatives: ClassVar[bool] = False
+    is_random: ClassVar[bool] = True
+    """True because the chosen method may be random. For one inner loop ask `auto.resolved(run).is_random`."""
 
     def __post_init__(self) -> None:
         planner.parse_bytes(self.memory)
         checks.whole_number(self.directions, "directions")
 
-    def _estimate(self, run: Unroll) -> Estimate:
-        batches = None if isinstance(run.problem, BlackBox) else run.inner_batches
-        return self.chosen(run)(run.problem, run.meta, batches, run.outer_batch, run.seed)
+    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+        raise TypeError(
+            "Auto has no cost of its own: what an estimate costs depends on the method that is chosen for an inner "
+            "loop; ask that one with auto.resolved(run).units(steps, meta_size)"
+        )
 
-    def chosen(self, run: Unroll) -> Estimator:
-        """The recommendation for this inner loop."""
+    def resolved(self, run: Unroll) -> Estimator:
+        """Return the estimator that is recommended for this inner loop."""
+        run = run.eager
         known = _CHOSEN.setdefault(run.problem, {})
         workers = distributed.current().size
         key = (self, run.steps, run.meta_size, workers)
@@ -74,3 +78,11 @@ class Auto(Estimator):
                 warnings.warn(f"Auto(memory={self.memory!r}) takes {plan.recommended}: {plan.reason}", stacklevel=5)
             known[key] = plan.recommended
         return known[key]
+
+    def redrawn(self, number: int) -> Estimator:
+        if number:
+            raise TypeError("Auto draws no directions itself; write auto.resolved(run).redrawn(number)")
+        return self
+
+    def _estimate(self, run: Unroll) -> Estimate:
+        return self.resolved(run)._estimate(run)

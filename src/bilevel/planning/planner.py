@@ -19,8 +19,8 @@ from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
 from bilevel.planning import step_costs
-from bilevel.planning.step_costs import Carried, Price, StepCosts
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.planning.step_costs import Price, PricePerDirection, StepCosts
+from bilevel.problem import BilevelProblem, Unrollable
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.unroll import Unroll, unroll
 
@@ -36,23 +36,23 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MI
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One method and what it is predicted to take."""
+class PlanRow:
+    """A row of a `Plan`: one method, and its predicted error, memory and time."""
 
     estimator: Estimator
     relative_variance: float | None
-    """E‖grad − ∇h‖²/‖∇h‖²: 0 for exact methods, `None` for biased ones, of whose error nothing is known beforehand."""
+    """E‖grad − ∇h‖²/‖∇h‖²: 0 for exact methods, `None` for biased methods, whose error is not known beforehand."""
     units: float
-    """Cost in inner gradients by the formulas of the estimators' docstrings."""
+    """Cost in inner gradients, by the formulas in the docstrings of the estimators."""
     bytes: float
-    """Tensors alive at the peak, above the model and the meta parameters that were there before."""
+    """Bytes of the tensors alive at the peak, in addition to the model and the meta parameters."""
     seconds: float
     fits: bool
     exchange: str | None = None
-    """What several workers send each other (`bilevel.distributed.communication`): "slopes" or "gradient"; `None` where
-    they share nothing."""
+    """What several workers send to each other, "slopes" or "gradient" (`bilevel.distributed.communication`); `None` if
+    they do not share this method's work."""
     sent_bytes: float | None = None
-    """What each of them sends for one estimate."""
+    """Bytes that each worker sends for one estimate."""
 
     @property
     def biased(self) -> bool:
@@ -68,29 +68,29 @@ class Planned:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing but rounding is between this method and ∇h; differences of solves leave O(μ²)."""
+        """Whether the method equals ∇h but for rounding. Differences of solves do not: their error is O(step²)."""
         return self.relative_variance == 0 and not isinstance(self.estimator, ZerothOrder)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All methods, and the one to take."""
+    """The result of `plan`: a row for each method, and the recommended one."""
 
-    rows: list[Planned]
+    rows: list[PlanRow]
     steps: int
     memory: float
-    """What there is, in bytes."""
+    """Bytes that a worker may use, beyond the model and the data."""
     recommended: Estimator | None
-    """`None` if nothing fits."""
+    """The method to take; `None` if none fits into the memory."""
     reason: str
     costs: StepCosts
     workers: int = 1
 
 
 def plan(
-    problem: Unrollable | BlackBox,
+    problem: BilevelProblem | Unrollable,
     meta: Any,
-    inner_batches: Batches | None = None,
+    inner_batches: Batches | int | None = None,
     outer_batch: Any = None,
     seed: int = 0,
     *,
@@ -100,19 +100,21 @@ def plan(
 ) -> Plan:
     """Predict the memory and the time of every method for this problem, and recommend one.
 
-    One inner step of the problem is measured, plainly, forwards with tangents and backwards, and each method's price
-    put together from that and from T and N. Transfers to the disk are taken to be hidden behind the computing. Costs
-    some fifty inner steps. Of a problem with `compile=True` the step is measured as it is without.
+    One inner step is measured three times: without derivatives, forwards with tangents, and backwards. The price of
+    each method follows from these measurements, T and N. Transfers to the disk are assumed to take no extra time. The
+    measurement costs about fifty inner steps. For a problem with `compile=True` the step is measured without compiled
+    code.
 
     Args:
-        problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.
-        meta: φ.
-        inner_batches: T batches by random access.
+        problem: as in the call of an estimator, like `meta`, the batches and `seed`.
+        meta: φ, the meta parameters.
+        inner_batches: T batches by random access, or the whole number T for a problem without data.
         outer_batch: passed to the outer loss.
-        seed: of the measured steps.
-        memory: what a worker may use, beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of bytes.
-        directions: b of the methods with random directions, at most N.
-        workers: over how many the directions are spread; each carries ⌈b/workers⌉.
+        seed: the seed of the measured steps.
+        memory: the memory that a worker may use, beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of
+            bytes.
+        directions: b, the number of random directions, at most N.
+        workers: the number of workers that share the directions; each carries ⌈b/workers⌉.
 
     Returns:
         A `Plan`. Of the methods that fit it recommends, in this order:
@@ -126,6 +128,9 @@ def plan(
 
         `Plan.reason` gives the ratio, and the number of directions at which it would reach 1.
 
+    Raises:
+        TypeError, ValueError: an argument cannot be used; the message says what to pass.
+
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
     ...     inner_loss=lambda theta, phi, batch: (theta - phi).square().sum(),
@@ -133,7 +138,7 @@ def plan(
     ...     params=torch.zeros(1000),
     ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9),
     ... )
-    >>> bilevel.plan(problem, torch.zeros(1000), bilevel.no_batches(400), memory="1MB").recommended.checkpoints
+    >>> bilevel.plan(problem, torch.zeros(1000), 400, memory="1MB").recommended.checkpoints
     'sqrt'
     """
     run = unroll(problem, meta, inner_batches, outer_batch, seed)
@@ -143,11 +148,10 @@ def plan(
 def plan_of(run: Unroll, memory: str | float, directions: int, workers: int) -> Plan:
     """The plan for an inner loop that has been checked."""
     run = run.eager  # what compiled code allocates can't be counted
-    steps = 1 if isinstance(run.problem, BlackBox) else run.steps
-    return from_costs(step_costs.measure(run), steps, memory, directions, workers)
+    return from_costs(step_costs.measure(run), len(run.inner_batches), memory, directions, workers)
 
 
-def on_paper(
+def plan_from_sizes(
     params: float,
     meta_params: float,
     steps: int,
@@ -160,22 +164,32 @@ def on_paper(
     activation_bytes: float = 0,
     gradient_seconds: float = 1,
 ) -> Plan:
-    """The plan from numbers alone, for a machine one does not have.
+    """Predict memory and time of every method from sizes alone, for a machine that is not at hand.
 
     Args:
         params: M, the number of inner parameters.
-        meta_params: N.
-        steps: T.
-        memory: of one worker, beyond the model and the data.
-        directions: b.
-        workers: over how many the directions are spread.
-        optimizer_memory: numbers the inner optimiser keeps for each parameter: 0 for SGD, 1 with momentum, 2 for Adam.
-        bytes_per_number: 4 for float32.
-        activation_bytes: of one inner forward pass.
-        gradient_seconds: of one inner gradient; with 1, times are in units.
+        meta_params: N, the number of meta parameters.
+        steps: T, the number of inner steps.
+        memory: the memory that a worker may use, beyond the model and the data: `"80GB"`, or a number of bytes.
+        directions: b, the number of random directions.
+        workers: the number of workers that share the directions.
+        optimizer_memory: numbers that the inner optimiser keeps for each parameter: 0 for SGD, 1 with momentum, 2 for
+            Adam.
+        bytes_per_number: bytes of a number, 4 for float32.
+        activation_bytes: bytes of the activations of one inner forward pass.
+        gradient_seconds: seconds of one inner gradient. With 1, all times are in units of one inner gradient.
 
-    The rest follows from counting: a step redone and differentiated takes 3 units and the activations of a pass forward
-    and back three times; a direction takes 2 units and the activations once more.
+    A step that is computed again and differentiated counts as 3 units and three times the activations. A direction
+    counts as 2 units and the activations once more.
+
+    >>> plan_from_sizes(1.5e9, 1e5, 100, memory="80GB", optimizer_memory=0).recommended.checkpoints
+    'log'
+
+    Returns:
+        A `Plan`, as from `plan`.
+
+    Raises:
+        ValueError: a number is too small; the message names it.
     """
     size = params * bytes_per_number
     state, gradient = size * (1 + optimizer_memory), gradient_seconds
@@ -191,8 +205,8 @@ def on_paper(
         back=Price(3 * gradient, 2 * state + 2 * size + 3 * activation_bytes),
         graph=Price(3 * gradient, state + size + 3 * activation_bytes),
         product=Price(2 * gradient, 2 * size + 3 * activation_bytes),
-        pushed=Carried(step, Price(2 * gradient, state + size + activation_bytes)),
-        outer_pushed=Carried(half, half),
+        pushed=PricePerDirection(step, Price(2 * gradient, state + size + activation_bytes)),
+        outer_pushed=PricePerDirection(half, half),
     )
     return from_costs(paper, steps, memory, directions, workers)
 
@@ -205,7 +219,7 @@ def from_costs(prices: StepCosts, steps: int, memory: str | float, directions: i
     available = parse_bytes(memory)
     rows = [
         _with_exchange(
-            Planned(estimator, variance, units, price.bytes, price.seconds, price.bytes <= available), prices, workers
+            PlanRow(estimator, variance, units, price.bytes, price.seconds, price.bytes <= available), prices, workers
         )
         for estimator, variance, units, price in _predictions(prices, steps, min(directions, prices.meta_size), workers)
     ]
@@ -213,7 +227,7 @@ def from_costs(prices: StepCosts, steps: int, memory: str | float, directions: i
     return Plan(rows, steps, available, recommended, reason, prices, workers)
 
 
-def _with_exchange(row: Planned, prices: StepCosts, workers: int) -> Planned:
+def _with_exchange(row: PlanRow, prices: StepCosts, workers: int) -> PlanRow:
     """The row with what several workers send each other."""
     if workers == 1 or not isinstance(row.estimator, ForwardGradient | ZerothOrder):
         return row
@@ -246,11 +260,12 @@ def _predictions(p: StepCosts, T: int, b: int, workers: int) -> Iterator[tuple[E
     share = -(-b // workers)
     if p.pushed is not None and p.outer_pushed is not None:
         if p.meta_size <= max(b, _FEW):
-            yield Forward(), 0.0, (1 + 2 * p.meta_size) * T, _pushed(p, T, p.meta_size)
-        yield ForwardGradient(b), (p.meta_size - 1) / b, (1 + 2 * share) * T, _pushed(p, T, share)
+            yield _priced(p, Forward(), 0.0, T, _pushed(p, T, p.meta_size))
+        units = ForwardGradient(share).units(T, p.meta_size)
+        yield ForwardGradient(b), (p.meta_size - 1) / b, units, _pushed(p, T, share)
     solve = T * p.plain.seconds + p.outer.seconds
     price = Price((1 + 2 * share) * solve, 2 * p.state_bytes + 2 * p.meta_bytes + max(p.plain.bytes, p.outer.bytes))
-    yield ZerothOrder(b), (p.meta_size - 1) / b, (1 + 2 * share) * T, price
+    yield ZerothOrder(b), (p.meta_size - 1) / b, ZerothOrder(share).units(T, p.meta_size), price
 
 
 def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float | None, float, Price]]:
@@ -259,33 +274,33 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
     S, meta = p.state_bytes, 2 * p.meta_bytes
     outer = p.outer_back.seconds
     graph = Price(T * p.graph.seconds + outer, T * p.graph.bytes + S + p.outer_back.bytes)
-    yield _priced(Reverse("graph"), 0.0, T, graph)
+    yield _priced(p, Reverse("graph"), 0.0, T, graph)
     one_back = max(p.back.bytes, p.outer_back.bytes) + S + meta  # with the cotangent of the state
     for name in ("all", "sqrt", "log"):
         kept = checkpoint_schedules.slots(name, T)
         made = checkpoint_schedules.steps_computed(T, kept)
         held = kept if kept == T else kept + 1  # the state before last is not among those kept
         price = Price(made * p.plain.seconds + T * p.back.seconds + outer, held * S + one_back)
-        yield _priced(Reverse(name), 0.0, T, price)
+        yield _priced(p, Reverse(name), 0.0, T, price)
     price = Price(T * (p.plain.seconds + p.back.seconds) + outer, 2 * S + one_back)
-    yield _priced(Reverse("all", offload="disk"), 0.0, T, price)
+    yield _priced(p, Reverse("all", offload="disk"), 0.0, T, price)
     there = T * p.plain.seconds + outer
     few = min(_TRUNCATION, T)
     if p.step_depends_on_meta or few == T:
         variance = 0.0 if few == T else None  # through all steps it is exact
-        yield _priced(TruncatedReverse(few), variance, T, Price(there + few * p.back.seconds, few * S + one_back))
+        yield _priced(p, TruncatedReverse(few), variance, T, Price(there + few * p.back.seconds, few * S + one_back))
     if p.product is not None:
         implicit = Implicit()
         products = 2 + implicit.solver.products
         held = 2 * S + meta + max(p.product.bytes, p.outer_back.bytes)
-        yield _priced(implicit, None, T, Price(there + products * p.product.seconds, held))
-        yield _priced(HessianFree(), None, T, Price(there + p.product.seconds, held))
+        yield _priced(p, implicit, None, T, Price(there + products * p.product.seconds, held))
+        yield _priced(p, HessianFree(), None, T, Price(there + p.product.seconds, held))
 
 
 def _priced(
-    estimator: Estimator, variance: float | None, T: int, price: Price
+    p: StepCosts, estimator: Estimator, variance: float | None, T: int, price: Price
 ) -> tuple[Estimator, float | None, float, Price]:
-    return estimator, variance, estimator.units(T), price
+    return estimator, variance, estimator.units(T, p.meta_size), price
 
 
 def _pushed(p: StepCosts, T: int, count: int) -> Price:
@@ -296,7 +311,7 @@ def _pushed(p: StepCosts, T: int, count: int) -> Price:
     return Price(T * step.seconds + outer.seconds, held + max(step.bytes, outer.bytes))
 
 
-def _recommendation(rows: list[Planned], prices: StepCosts, memory: float) -> tuple[Estimator | None, str]:
+def _recommendation(rows: list[PlanRow], prices: StepCosts, memory: float) -> tuple[Estimator | None, str]:
     fitting = [row for row in rows if row.fits]
     exact = [row for row in fitting if row.exact]
     exact.sort(key=lambda row: (getattr(row.estimator, "offload", None) is not None, row.units, row.bytes))
@@ -330,7 +345,7 @@ def _without_exact(memory: float, prices: StepCosts) -> str:
     return f"no exact method fits into {size_text(memory)}"
 
 
-def _worth(row: Planned, prices: StepCosts) -> str:
+def _worth(row: PlanRow, prices: StepCosts) -> str:
     """What an estimate along random directions is worth."""
     assert isinstance(row.estimator, ForwardGradient | ZerothOrder)
     directions, size = row.estimator.directions, prices.meta_size

@@ -17,9 +17,8 @@ from bilevel import autodiff, trees
 from bilevel.errors import MissingDerivativeError
 from bilevel.models.module_view import modules_in
 from bilevel.planning.live_memory import counting
-from bilevel.problem import BlackBox, GradientDescent
 from bilevel.trees import Tree
-from bilevel.unrolling.step_products import pull_back_step
+from bilevel.unrolling.step_products import push_step
 from bilevel.unrolling.unroll import Unroll
 
 _REPEATS = 3
@@ -36,8 +35,8 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Carried:
-    """A price that grows with the number of directions carried at once."""
+class PricePerDirection:
+    """A price that grows with the number of directions that are pushed at once."""
 
     shared: Price
     each: Price
@@ -70,9 +69,9 @@ class StepCosts:
     product: Price | None = None
     """The graph of one inner gradient, and one product with its Jacobian; `None` also where that gradient does not
     depend on φ, so that implicit methods see nothing of φ."""
-    pushed: Carried | None = None
+    pushed: PricePerDirection | None = None
     """One step with directions."""
-    outer_pushed: Carried | None = None
+    outer_pushed: PricePerDirection | None = None
     """The outer loss with directions."""
     step_depends_on_meta: bool = True
     """Whether a step depends on φ, and not the initial state alone, of which truncation sees nothing."""
@@ -83,7 +82,7 @@ def measure(run: Unroll) -> StepCosts:
     state = run.start()
     meta_bytes, state_bytes = _size(run.meta), _size(state)
     outer = _price(lambda: run.outer_loss(state, run.meta))
-    if isinstance(run.problem, BlackBox):
+    if run.problem.is_black_box:
         return StepCosts(run.meta_size, meta_bytes, state_bytes, _price(run.start), outer)
     with autodiff.differentiable_kernels(modules_in([run.meta, state])):
         plain = _price(lambda: run.descend(state, 0, 1))
@@ -104,44 +103,47 @@ def _backwards(run: Unroll, state: Tree) -> dict[str, Any]:
         return _price(lambda: autodiff.pull_back(final, [state, run.meta], d))
 
     two, four = through_graph(2), through_graph(4)
-    _, across = pull_back_step(run, 0, state, d, "reverse")
+    across = run.pull_back_step(0, state, d).across
     prices = {
         "step_depends_on_meta": any(part is not None for part in across),
         "outer_back": _price(lambda: run.outer_cotangents(state)),
-        "back": _price(lambda: pull_back_step(run, 0, state, d, "reverse")),
+        "back": _price(lambda: run.pull_back_step(0, state, d)),
         "graph": Price((four.seconds - two.seconds) / 2, (four.bytes - two.bytes) / 2),
     }
-    if isinstance(problem := run.problem, GradientDescent):
+    if (problem := run.problem.as_gradient_descent) is not None:
         count = len(trees.split(state.params).differentiable)
 
         def gradient(params: Tree, meta: Tree) -> list[torch.Tensor]:
-            with run.seeded_step(0):
-                return problem.gradient(params, meta, run.inner_batches[0])
+            def filled(batch: Any) -> list[torch.Tensor]:
+                return autodiff.fill_zeros(problem.gradient(params, meta, batch, state.buffers), params)
+
+            return run.at_step(0, filled)
 
         def product() -> None:
             autodiff.Transpose(gradient, [state.params, run.meta])(d[:count])
 
-        with torch.enable_grad(), run.seeded_step(0):
-            stationarity = problem.stationarity(state, autodiff.start_graph(run.meta), run.inner_batches[0])
+        recording = autodiff.start_graph(run.meta)
+        with torch.enable_grad():
+            stationarity = run.at_step(0, lambda batch: problem.stationarity(state, recording, batch))
         if autodiff.has_graph(stationarity):
             prices["product"] = _price(product)
     return prices
 
 
 def _forwards(run: Unroll, state: Tree) -> dict[str, Any]:
-    def carried(function: Callable[..., Tree]) -> Carried:
-        few, more = (pushed(function, count) for count in (2, 6))
+    def per_direction(pushed: Callable[[list[torch.Tensor], list[torch.Tensor]], Any]) -> PricePerDirection:
+        few, more = (price(pushed, count) for count in (2, 6))
         each = Price((more.seconds - few.seconds) / 4, (more.bytes - few.bytes) / 4)
-        return Carried(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
+        return PricePerDirection(Price(max(0.0, few.seconds - 2 * each.seconds), few.bytes - 2 * each.bytes), each)
 
-    def pushed(function: Callable[..., Tree], count: int) -> Price:
+    def price(pushed: Callable[[list[torch.Tensor], list[torch.Tensor]], Any], count: int) -> Price:
         vectors = [t.new_ones(count, *t.shape) for t in trees.split(run.meta).differentiable]
         tangents = [t.new_zeros(count, *t.shape) for t in trees.split(state).differentiable]
-        return _price(lambda: autodiff.push_forward(function, [state, run.meta], [tangents, vectors]))
+        return _price(lambda: pushed(tangents, vectors))
 
     return {
-        "pushed": carried(lambda state, meta: run.step(0, state, meta)),
-        "outer_pushed": carried(run.outer_loss),
+        "pushed": per_direction(lambda y, v: push_step(run, 0, autodiff.Pushed(state, y), v)),
+        "outer_pushed": per_direction(lambda y, v: run.push_outer(autodiff.Pushed(state, y), v)),
     }
 
 

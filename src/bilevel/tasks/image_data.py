@@ -51,17 +51,22 @@ class LabelledImages:
         )
 
 
-def load(name: DataName, data_dir: Path | None) -> LabelledImages:
-    """A data set by name; `digits` needs no files."""
+def load(name: DataName, data_dir: Path | None, device_name: str = "cpu") -> LabelledImages:
+    """Return a data set by name, on a device (see `device`). The digits need no files.
+
+    Raises:
+        DataError: the files are missing or damaged.
+        ValueError: the device cannot be used.
+    """
     if name == "digits":
-        return digits()
+        return digits().to(device(device_name))
     if data_dir is None:
         raise DataError("mnist is read from files: pass --data-dir FOLDER with its four idx files (.gz or unpacked)")
-    return mnist(data_dir)
+    return mnist(data_dir).to(device(device_name))
 
 
 def device(name: str) -> torch.device:
-    """The device of that name, if it can be used; `auto` takes a GPU if there is one."""
+    """Return the device of that name, if it can be used; `auto` takes a GPU if there is one."""
     chosen = name
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""What a run is told besides its task's own settings, and the phases that follow from it."""
+"""The options of a run that all tasks share, and the phases that follow from them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from bilevel import checks, distributed, randomness
-from bilevel.planning import names
+from bilevel.estimators import names
+from bilevel.planning import registry
 from bilevel.tasks.task import Preset
 from bilevel.training.phases import Phase
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What every task's run is told besides the task's own settings."""
+    """Options of `bilevel run`, besides the settings of the task."""
 
     estimator: str | None = field(default=None, metadata={"metavar": "NAME"})
     """Estimator, such as reverse or "forward-gradient(directions=8)", see `bilevel list`; the preset's by default."""
@@ -48,21 +49,21 @@ class RunOptions:
 
 
 def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str, Any]) -> list[Phase]:
-    """The phases that the options ask for; `settings` go to every estimator that has them."""
+    """Return the phases that the options ask for; each of `settings` goes to every estimator that has it."""
     if options.phases is not None and (options.estimator is not None or options.outer_steps is not None):
         raise ValueError("--phases says which estimators run and for how long; drop --estimator and --outer-steps")
     if options.phases is not None:
         specs = [_phase_spec(text) for text in options.phases]
     else:
         steps = preset.outer_steps if options.outer_steps is None else options.outer_steps
-        specs = [(options.estimator or preset.estimator, steps, preset.patience)]
+        specs = [(options.estimator or names.describe(preset.estimator), steps, preset.patience)]
     if not specs:
         raise ValueError('--phases needs at least one ESTIMATOR:STEPS, such as --phases hessian-free:50 "reverse:100"')
     phases, used = [], set()
     for text, steps, patience in specs:
-        kind, own = names.read(text)
+        kind, own = registry.read(text)
         fitting = {k: v for k, v in settings.items() if k in names.settings_of(kind) and k not in own}
-        phases.append(Phase(names.parse(text, **fitting), steps, options.accumulate, patience))
+        phases.append(Phase(registry.parse(text, **fitting), steps, options.accumulate, patience))
         used |= set(fitting)
     for name in settings:
         if name not in used:
@@ -82,13 +83,13 @@ def _phase_spec(text: str) -> tuple[str, int, int | None]:
 
 
 def _why_unused(setting: str, texts: Sequence[str]) -> str:
-    known = {text: names.settings_of(names.read(text)[0]) for text in texts}
+    known = {text: names.settings_of(registry.read(text)[0]) for text in texts}
     if any(setting in settings for settings in known.values()):
         return f"{', '.join(text for text in texts if setting in known[text])} says it already"
     return "; ".join(f"{text} has no such setting (it has: {', '.join(has)})" for text, has in known.items())
 
 
 def describe(phase: Phase) -> str:
-    """A phase in the words of `--phases`."""
+    """Return the text that `--phases` takes for this phase."""
     text = f"{names.describe(phase.estimator)}:{phase.steps}"
     return text if phase.patience is None else f"{text}:{phase.patience}"

@@ -20,8 +20,8 @@ import torch
 from bilevel import distributed
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.distributed.workers import Workers
-from bilevel.planning import names
-from bilevel.problem import BlackBox, GradientDescent
+from bilevel.estimators import names
+from bilevel.problem import BilevelProblem
 from bilevel.report import page
 from bilevel.report.files import write_json
 from bilevel.tasks.options import RunOptions, describe, make_phases
@@ -31,6 +31,7 @@ from bilevel.training import metrics
 from bilevel.training.fit import FitResult, fit
 from bilevel.training.outer_loop import OuterStep
 from bilevel.training.phases import Phase
+from bilevel.training.settings import RunFolder
 
 
 def run(
@@ -41,10 +42,10 @@ def run(
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train, evaluate, and write `config.json`, `metrics.jsonl`, `results.json` and `report.html`; the results.
+    """Train, evaluate, write `config.json`, `metrics.jsonl`, `results.json` and `report.html`, and return the results.
 
-    What can be refused is refused before anything is written, and a run whose first outer step fails leaves nothing.
-    Under torchrun, the workers share the training; the first one writes, evaluates and has results.
+    Wrong settings are refused before anything is written. A run whose first outer step fails leaves no files. Under
+    torchrun, the workers share the training. The first worker writes and evaluates; the others return an empty dict.
     """
     for package in ("jinja2", "matplotlib", *(["tensorboard"] if options.tensorboard else [])):
         importlib.import_module(package)  # now, not after the training
@@ -95,7 +96,7 @@ def run(
 
 
 def _settings(task: Task[Any], config: Any, options: RunOptions, phases: Sequence[Phase]) -> dict[str, Any]:
-    """What `config.json` says."""
+    """Return the content of `config.json`."""
     return {
         "task": task.name,
         **dataclasses.asdict(config),
@@ -109,7 +110,7 @@ def _settings(task: Task[Any], config: Any, options: RunOptions, phases: Sequenc
 
 @dataclass(frozen=True)
 class _Training:
-    """How this run trains whatever a task sets up."""
+    """The training of a run, for each setup of its task."""
 
     options: RunOptions
     phases: list[Phase]
@@ -124,7 +125,7 @@ class _Training:
         progress: bool,
         workers: Workers,
     ) -> FitResult:
-        """The outer loop of a setup."""
+        """Run the outer loop of a setup."""
         return fit(
             compiled(setup.problem, self.options.compile),
             setup.meta,
@@ -133,15 +134,15 @@ class _Training:
             self.options.seed,
             phases=self.phases,
             optimizer=setup.optimizer,
-            project=setup.project,
-            retreats=setup.retreats,
-            clip_norm=setup.clip_norm,
+            update=setup.update,
             callbacks=[*callbacks, *setup.callbacks],
-            out=out,
-            resume=self.resume,
-            checkpoint_every=self.options.checkpoint_every,
-            config={k: v for k, v in self.written.items() if k != "phases"},
-            tensorboard=self.options.tensorboard,
+            out=RunFolder(
+                out,
+                resume=self.resume,
+                checkpoint_every=self.options.checkpoint_every,
+                tensorboard=self.options.tensorboard,
+                config={k: v for k, v in self.written.items() if k != "phases"},
+            ),
             progress=progress,
             workers=workers,
         )
@@ -150,7 +151,7 @@ class _Training:
 def _prepared(
     task: Task[Any], workers: Workers, config: Any, options: RunOptions, folder: Path, progress: bool
 ) -> Task[Any]:
-    """The task with its stages before the outer loop done: by the first worker, from whose files the others read."""
+    """Run the task's stages before the outer loop: the first worker computes them, the others read its files."""
 
     def prepare(progress: bool) -> Task[Any]:
         return task.prepared(config, options.data_dir, folder, options.seed, progress)
@@ -159,30 +160,30 @@ def _prepared(
     return made if workers.first else prepare(False)
 
 
-def _require_derivatives(problem: Any, phases: Sequence[Phase]) -> None:
-    """Raise before anything is written for an estimator that cannot take this problem."""
+def _require_derivatives(problem: BilevelProblem, phases: Sequence[Phase]) -> None:
+    """Raise if an estimator cannot take this problem, before anything is written."""
     for phase in phases:
-        if isinstance(problem, BlackBox) and phase.estimator.needs_derivatives:
+        if problem.is_black_box and phase.estimator.needs_derivatives:
             raise ValueError(
                 f"{names.describe(phase.estimator)} differentiates the inner loop, and here that is a black box "
                 "without derivatives: take zeroth-order, or settings of the task with which it can be differentiated"
             )
 
 
-def compiled(problem: Any, backend: str | None) -> Any:
-    """The problem, compiled if a backend is named."""
+def compiled(problem: BilevelProblem, backend: str | None) -> BilevelProblem:
+    """Return the problem, compiled if a backend is named."""
     if backend is None:
         return problem
-    if not isinstance(problem, GradientDescent):
+    if (descent := problem.as_gradient_descent) is None:
         raise ValueError(
             f"--compile {backend}: the gradient of an inner loss is what is compiled, and with these settings the task "
             f"has none: its inner loop is a {type(problem).__name__}"
         )
-    return problem.compiled(backend)
+    return descent.compiled(backend)
 
 
 def write_report(task: Task[Any], folder: Path) -> Path:
-    """Make `report.html` from what lies in a finished run's folder."""
+    """Write `report.html` from the files of a finished run, and return its path."""
     config, results = read_json(folder / CONFIG), read_json(folder / RESULTS)
     rows = metrics.read(folder / metrics.FILE)
     headline = [
@@ -204,7 +205,7 @@ def write_report(task: Task[Any], folder: Path) -> Path:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process ever held; on a GPU, the most that torch allocated there."""
+    """Return the largest memory that this process has held; on a GPU, the largest that torch has allocated there."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -212,5 +213,5 @@ def peak_memory_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Return the versions of the software that the numbers of a run depend on."""
     return {"bilevel": metadata.version("bilevel"), "torch": torch.__version__, "python": platform.python_version()}

@@ -1,61 +1,61 @@
-"""What an experiment provides, so that `bilevel run`, `compare` and `report` work on it."""
+"""The interface of an experiment, which `bilevel run`, `compare` and `report` use."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from bilevel.estimators import Estimator
 from bilevel.optim.update_rule import Optimizer
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.problem import BilevelProblem
 from bilevel.report.page import Section
 from bilevel.training.accumulation import batch_of, batches_of
 from bilevel.training.outer_loop import OuterStep
+from bilevel.training.settings import OuterUpdate
 
 Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
 class Preset(Generic[Config]):
-    """A configuration that is known to work."""
+    """A configuration that is known to work, with an estimator and a number of outer steps."""
 
     config: Config
-    estimator: str
+    estimator: Estimator
     outer_steps: int
     summary: str
     patience: int | None = None
-    """End early when the outer loss has not improved for so many outer steps."""
+    """End the run early if the outer loss has not improved for this many outer steps."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A bilevel problem ready for `fit`; the fields are its arguments."""
+    """A bilevel problem with further arguments of `fit`."""
 
-    problem: Unrollable | BlackBox
+    problem: BilevelProblem
     meta: Any
     inner_batches: Any
     outer_batch: Any
     optimizer: Optimizer
-    project: Callable[[Any], Any] | None = None
-    retreats: int = 0
-    clip_norm: float | None = None
+    update: OuterUpdate = field(default_factory=OuterUpdate)
     callbacks: Sequence[Callable[[OuterStep], None]] = ()
-    """Besides those of the task."""
+    """Callbacks in addition to those of the task."""
 
     def inner_batches_of(self, draw: int) -> Any:
-        """The inner batches of one draw."""
+        """Return the inner batches of the estimate with this number."""
         return batches_of(self.inner_batches, draw)
 
     def outer_batch_of(self, draw: int) -> Any:
-        """The outer batch of one draw."""
+        """Return the outer batch of the estimate with this number."""
         return batch_of(self.outer_batch, draw)
 
 
 @dataclass(frozen=True)
 class Trained(Generic[Config]):
-    """A run whose outer loop is done, before it is judged."""
+    """A run after its outer loop and before its evaluation."""
 
     config: Config
     data_dir: Path | None
@@ -65,7 +65,7 @@ class Trained(Generic[Config]):
     seed: int
     progress: bool
     fit: Callable[[Setup, str], Any]
-    """`fit(setup, name)`: the same phases on another setup, recorded in the subfolder `name`; the φ found."""
+    """`fit(setup, name)` runs the same phases on another setup, records them in the subfolder `name`, and returns φ."""
 
 
 class Task(ABC, Generic[Config]):
@@ -74,7 +74,7 @@ class Task(ABC, Generic[Config]):
     name: str
     summary: str
     presets: Mapping[str, Preset[Config]]
-    """The first is the default."""
+    """Configurations by name. The first one is the default."""
 
     def prepared(
         self,
@@ -84,30 +84,31 @@ class Task(ABC, Generic[Config]):
         seed: int,  # noqa: ARG002
         progress: bool,  # noqa: ARG002
     ) -> Task[Config]:
-        """The task with its stages before the outer loop done, such as a pretrained model in `folder`/stages.
+        """Run the stages before the outer loop, such as pretraining a model into `folder`/stages.
 
-        A run calls this first, and what it returns for everything else; a resumed run finds what is there already.
+        Returns the task that the rest of the run uses. A resumed run reads the results of finished stages from the
+        folder.
         """
         return self
 
     @abstractmethod
     def setup(self, config: Config, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:
-        """The bilevel problem of this configuration."""
+        """Return the bilevel problem of this configuration."""
 
     @abstractmethod
     def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:
-        """What to record into the run's folder while it runs; `start` is φ before the first outer step."""
+        """Return callbacks that record into the run's folder; `start` is φ before the first outer step."""
 
     @abstractmethod
     def evaluate(self, config: Config, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
-        """What `results.json` says about the trained φ."""
+        """Return the entries of `results.json` about the trained φ."""
 
     def adapted(self, preset: Preset[Config], config: Config) -> Preset[Config]:  # noqa: ARG002
-        """The preset, with the estimator and the outer steps that suit a changed configuration."""
+        """Return the preset with the estimator and the number of outer steps that suit this configuration."""
         return preset
 
     def judge(self, run: Trained[Config]) -> dict[str, Any]:
-        """As `evaluate`, for tasks that need more than φ: further outer loops, or what lies in the folder."""
+        """Return the entries of `results.json`, for tasks that need further outer loops or files of the run."""
         return self.evaluate(run.config, run.data_dir, run.meta, run.seed, run.progress)
 
     @abstractmethod

@@ -13,7 +13,10 @@ from bilevel.report.progress import bar
 def accuracies_of(
     trials: Mapping[str, Callable[[int], float]], names: Mapping[str, str], runs: int, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """Mean, standard deviation and every run of each trial, which gives the accuracy from the number of the run."""
+    """Return mean, standard deviation and every run of each trial.
+
+    A trial is a function that returns the accuracy of a run from the number of the run.
+    """
     results = {}
     with bar("evaluation", len(trials) * runs, show=progress) as shown:
         for name, trial in trials.items():
@@ -29,8 +32,22 @@ def accuracies_of(
     return results
 
 
+def percent(found: Mapping[str, Any]) -> str:
+    """Return the mean of an accuracy in percent, with the standard deviation if there are several runs."""
+    spread = f" ± {100 * found['std']:.1f}" if len(found["runs"]) > 1 else ""
+    return f"{100 * found['mean']:.1f}{spread}"
+
+
+def accuracy_rows(results: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Return a row of a report's table for each kind of training: its name, its accuracy, and every run."""
+    return [
+        (names[name], percent(found), ", ".join(f"{100 * run:.1f}" for run in found["runs"]))
+        for name, found in results.items()
+    ]
+
+
 def picture_of_accuracies(results: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """Every run as a point, over a bar at the mean."""
+    """Return a picture with every run as a point, over a bar at the mean."""
     fig, axis = page.figure(figsize=(6, 0.8 + 0.4 * len(results)))
     for position, found in enumerate(results.values()):
         axis.barh(position, 100 * found["mean"], color="0.88")

@@ -10,26 +10,36 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, randomness, trees
-from bilevel.directions.distributed_slopes import agreed_state
+from bilevel.directions.distributed_slopes import agreed_tree
 from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError
-from bilevel.estimators import Estimate, Estimator, control_variates
-from bilevel.problem import BlackBox, GradientDescent, Unrollable
+from bilevel.estimators import Estimate, Estimator
+from bilevel.models.sharing import leaves_once
+from bilevel.problem import BilevelProblem
 from bilevel.trees import Tree
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.unrolling.inner_loop import WindowEnd
+from bilevel.unrolling.unroll import unroll
 
 
-def batches_of(inner_batches: Any, draw: int) -> Any:
-    """The inner batches of a draw: `inner_batches` itself, or what that function makes of the draw's number."""
+def batches_of(inner_batches: Any, draw: int, seed: int = 0) -> Any:
+    """The inner batches of a draw: `inner_batches` itself, or the result of that function for the draw's number.
+
+    All global generators are set to (seed, draw) while the function runs. So a DataLoader that shuffles inside of it
+    gives the same batches on every worker, and again when a run is resumed.
+    """
     if callable(inner_batches) and not hasattr(inner_batches, "__getitem__"):
-        made: Any = inner_batches(draw)
+        with randomness.seeded(seed, randomness.INNER_BATCHES, draw):
+            made: Any = inner_batches(draw)
         return made
     return inner_batches
 
 
-def batch_of(outer_batch: Any, draw: int) -> Any:
-    """The outer batch of a draw: `outer_batch` itself, or what that function makes of the draw's number."""
-    return outer_batch(draw) if callable(outer_batch) else outer_batch
+def batch_of(outer_batch: Any, draw: int, seed: int = 0) -> Any:
+    """The outer batch of a draw: `outer_batch` itself, or the result of that function, called as in `batches_of`."""
+    if callable(outer_batch):
+        with randomness.seeded(seed, randomness.OUTER_BATCH, draw):
+            return outer_batch(draw)
+    return outer_batch
 
 
 class Estimates(NamedTuple):
@@ -47,24 +57,24 @@ class Estimates(NamedTuple):
 class Draws:
     """What estimates are made from: the problem, its batches and seeds, and in a stream where the inner loop is."""
 
-    problem: Unrollable | BlackBox
+    problem: BilevelProblem
     inner_batches: Any
     outer_batch: Any
     seed: int
     stream: bool = False
     draws: int = 0
     """Estimates made so far."""
-    carried: Carried | None = None
-    """In a stream, where its inner loop has got to."""
+    carried: WindowEnd | None = None
+    """The end of the last window of a stream."""
 
     @property
     def backend(self) -> str | None:
         """What compiles the inner gradient."""
-        return self.problem.backend if isinstance(self.problem, GradientDescent) else None
+        return self.problem.backend
 
     def batches(self, draw: int) -> tuple[Any, Any]:
         """The inner batches and the outer batch of a draw."""
-        return batches_of(self.inner_batches, draw), batch_of(self.outer_batch, draw)
+        return batches_of(self.inner_batches, draw, self.seed), batch_of(self.outer_batch, draw, self.seed)
 
     def estimates(self, estimator: Estimator, count: int, meta: Tree, outer_step: int) -> Estimates:
         """The `count` estimates of one outer step; of each, no more is kept than is needed.
@@ -73,8 +83,11 @@ class Draws:
         goes on where the one before ended.
         """
         workers = distributed.current()
-        alone = workers.size == 1 or count == 1 or self.stream
-        if alone or control_variates.draws_directions(estimator):
+        if workers.size == 1 or count == 1 or self.stream:
+            return self._these(range(count), estimator, meta, outer_step)
+        inner, outer = self.batches(self.draws)
+        estimator = estimator.resolved(unroll(self.problem, meta, inner, outer, self.seed))
+        if estimator.is_random:
             return self._these(range(count), estimator, meta, outer_step)
         mine = workers.share(count)
 
@@ -84,8 +97,8 @@ class Draws:
                 return self._these(mine or range(1), estimator, meta, outer_step)
 
         found = workers.together("accumulated estimates", share)
-        losses = torch.zeros(count, dtype=torch.float64)
-        losses[list(mine)] = torch.tensor(found.losses[: len(mine)], dtype=torch.float64)
+        losses = torch.zeros(count, dtype=torch.float64, device="cpu")
+        losses[list(mine)] = losses.new_tensor(found.losses[: len(mine)])
         sums = found.sums if mine else [torch.zeros_like(total) for total in found.sums]
         (losses,) = workers.sum("accumulated losses", [losses])
         sums = workers.sum("accumulated gradients", sums)
@@ -98,7 +111,7 @@ class Draws:
         estimate: Estimate | None = None
         for number in numbers:
             estimate = self._estimate(number, estimator, meta, outer_step)
-            sums = [total + part for total, part in zip(sums, trees.leaves(estimate.grad), strict=True)]
+            sums = [total + part for total, part in zip(sums, leaves_once(estimate.grad, meta), strict=True)]
             losses.append(float(estimate.value))
             errors.append(estimate.standard_error)
         assert estimate is not None
@@ -118,7 +131,8 @@ class Draws:
             raise SolverError(f"outer step {outer_step}: {error}") from error
         if self.stream and found.carried is not None:
             self.carried = found.carried
-            if found.carried.tangents is None:  # with them, all workers have agreed already
-                state = agreed_state(found.carried.state, distributed.current())
-                self.carried = replace(found.carried, state=state)
+            if not found.carried.agreed:
+                workers = distributed.current()
+                state, memory = (agreed_tree(tree, workers) for tree in (found.carried.state, found.carried.memory))
+                self.carried = replace(found.carried, state=state, memory=memory, agreed=True)
         return found

@@ -1,19 +1,21 @@
-"""What a checkpoint holds of an outer loop, and how a loop goes back to it."""
+"""The content of a checkpoint of an outer loop, and how a loop is restored from it."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import trees
+from bilevel.optim.optimizer_state import BucketState, same_device
+from bilevel.problem import Descent
 from bilevel.training.outer_loop import OuterLoop
-from bilevel.unrolling.inner_loop import Carried
+from bilevel.trees import Tree
+from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import unroll
 
 _COUNTERS = {
@@ -26,7 +28,7 @@ _COUNTERS = {
 
 
 def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes it must have in common."""
+    """Return the settings in which a checkpoint and the run that resumes it must agree."""
     leaves = trees.named_leaves(loop.meta_tree(), "meta")
     return {
         "seed": loop.draws.seed,
@@ -35,13 +37,13 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
         "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
         "config": dict(config),
         **({"stream": True} if loop.draws.stream else {}),
-        **({} if loop.clip_norm is None else {"clip_norm": loop.clip_norm}),
+        **({} if loop.update.clip_norm is None else {"clip_norm": loop.update.clip_norm}),
         **({} if loop.draws.backend is None else {"compile": loop.draws.backend}),
     }
 
 
 def state(loop: OuterLoop) -> dict[str, Any]:
-    """A copy of everything that the following steps depend on."""
+    """Return a copy of everything that the following outer steps depend on."""
     counters = {name: getattr(getattr(loop, part), name) for part, names in _COUNTERS.items() for name in names}
     return copy.deepcopy(
         {
@@ -57,7 +59,7 @@ def state(loop: OuterLoop) -> dict[str, Any]:
 
 
 def restore(loop: OuterLoop, stored: Mapping[str, Any]) -> None:
-    """Go back (or forward) to a `state`."""
+    """Restore a loop to a `state`."""
     with torch.no_grad():
         for parameter, value in zip(loop.parameters, stored["meta"], strict=True):
             parameter.copy_(value)
@@ -84,30 +86,42 @@ def _placed_like(loop: OuterLoop, tensors: Sequence[Tensor] | None) -> list[Tens
     return None if tensors is None else [t.to(p.device) for t, p in zip(tensors, loop.parameters, strict=True)]
 
 
-def _as_dict(carried: Carried) -> dict[str, Any]:
-    """For a checkpoint: the leaves of the state instead of its tree, which the problem can make again."""
-    for name, leaf in trees.named_leaves(carried.state, "state"):
+def _as_dict(carried: WindowEnd) -> dict[str, Any]:
+    """Return what a checkpoint stores of a stream: the leaves of the inner state, since the problem can make its tree
+    again, and the estimator's memory as it is.
+    """
+    for name, leaf in [*trees.named_leaves(carried.state, "state"), *trees.named_leaves(carried.memory, "memory")]:
         if trees.is_spread(leaf):
             raise ValueError(
                 f"{name} of the stream is spread over processes, and a checkpoint is written by one of them; for a "
                 "stream over a sharded model call fit without out="
             )
-    return {**{f.name: getattr(carried, f.name) for f in fields(carried)}, "state": trees.leaves(carried.state)}
+    optimizer = carried.state.optimizer if isinstance(carried.state, Descent) else None
+    leaves = trees.leaves(_without_optimizer(carried.state))
+    return {"state": leaves, "optimizer": optimizer, "steps": carried.steps, "memory": carried.memory}
 
 
-def _carried_from(loop: OuterLoop, stored: Mapping[str, Any]) -> Carried:
-    """What `_as_dict` made, in the form and on the devices of this problem's inner states."""
+def _without_optimizer(state: Tree) -> Tree:
+    """Return the state without the optimiser's memory, whose layout depends on the steps so far."""
+    return state._replace(optimizer=[]) if isinstance(state, Descent) else state
+
+
+def _carried_from(loop: OuterLoop, stored: Mapping[str, Any]) -> WindowEnd:
+    """Return what `_as_dict` stored, with the inner state on the devices where this problem has it, and the memory on
+    the device of the inner state.
+    """
     draws = loop.draws
     inner, outer = draws.batches(draws.draws)
-    like, spec = trees.flatten(unroll(draws.problem, loop.meta_tree(), inner, outer, draws.seed).start())
-
-    def placed(leaves: Sequence[Any], places: Sequence[Any]) -> list[Any]:
-        return [x.to(y.device) if isinstance(x, Tensor) else x for x, y in zip(leaves, places, strict=True)]
-
-    inner_state = trees.unflatten(spec, placed(stored["state"], like))
-    parts = ("tangents", trees.split(inner_state).differentiable), ("labels", loop.parameters)
-    kept = {name: None if stored[name] is None else placed(stored[name], places) for name, places in parts}
-    return Carried(inner_state, stored["steps"], first_norm=stored["first_norm"], **kept)
+    start = unroll(draws.problem, loop.meta_tree(), inner, outer, draws.seed).start()
+    like, spec = trees.flatten(_without_optimizer(start))
+    leaves = [x.to(y.device) if isinstance(x, Tensor) else x for x, y in zip(stored["state"], like, strict=True)]
+    state = trees.unflatten(spec, leaves)
+    if isinstance(state, Descent):
+        optimizer = [BucketState(*bucket) for bucket in stored["optimizer"]]
+        state = state._replace(optimizer=same_device(optimizer, trees.split(state.params).differentiable))
+    device = next(leaf.device for leaf in like if trees.is_differentiable(leaf))
+    memory = trees.map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, stored["memory"])
+    return WindowEnd(state, stored["steps"], memory, agreed=True)
 
 
 def _without_addresses(value: Any) -> str:

@@ -1,9 +1,11 @@
-"""Phases of an outer loop: which estimator has how many steps, and when the next one takes over."""
+"""Phases of an outer loop: the estimator of each, its number of steps, and when it ends early."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bilevel import checks
 from bilevel.estimators import Estimator
 
 
@@ -12,14 +14,15 @@ class Phase:
     """A stretch of the outer loop with one estimator.
 
     Args:
-        estimator: how the hypergradient is found.
-        steps: outer steps at most.
-        accumulate: estimates averaged for one outer step. Each has directions and batches of its own. Several workers
-            share them, where the estimator has no directions that they could share.
-        patience: end the phase early when the outer loss has not improved for so many outer steps.
-        min_improvement: what counts as an improvement, as a fraction of the best outer loss so far.
+        estimator: the method that estimates the hypergradient.
+        steps: the largest number of outer steps.
+        accumulate: the number of estimates that are averaged for one outer step. Each has its own directions and
+            batches. Several workers share the estimates if the estimator has no directions that they could share.
+        patience: end the phase early if the outer loss has not improved for this many outer steps.
+        min_improvement: the smallest decrease that counts as an improvement, as a fraction of the best outer loss so
+            far.
 
-    The paper's two phases, a cheap biased method first and (FG)²U from where it leads:
+    The two phases of the paper are a cheap biased method, and then (FG)²U from the point that it reached:
 
     >>> from bilevel import ForwardGradient, HessianFree
     >>> phases = [Phase(HessianFree(), steps=100, patience=10), Phase(ForwardGradient(directions=32), steps=900)]
@@ -36,19 +39,40 @@ class Phase:
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, Estimator):
             raise TypeError(f"estimator is {self.estimator!r}; write Phase(bilevel.Reverse(), steps=100)")
-        for name in ("steps", "accumulate", "patience"):
-            count = getattr(self, name)
-            if count is None and name == "patience":
-                continue
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}={count!r}: a whole number of at least 1 is needed")
-        if not 0 <= self.min_improvement < 1:
-            raise ValueError(f"min_improvement={self.min_improvement!r}: a fraction in [0, 1) is needed")
+        checks.whole_number(self.steps, "steps")
+        checks.whole_number(self.accumulate, "accumulate")
+        if self.patience is not None:
+            checks.whole_number(self.patience, "patience")
+        checks.fraction(self.min_improvement, "min_improvement")
+
+
+def phases_of(estimator: Estimator | None, steps: int | None, phases: Sequence[Phase] | None) -> list[Phase]:
+    """Return the phases of an outer loop, from either `estimator` and `steps` or `phases`.
+
+    Raises:
+        ValueError: both were passed, or neither, or something else than phases.
+    """
+    if phases is None:
+        if estimator is None or steps is None:
+            passed = f"estimator={estimator!r}, steps={steps!r}"
+            raise ValueError(
+                f"{passed}: write estimator=bilevel.Reverse(), steps=100, or for several estimators "
+                "phases=[bilevel.Phase(bilevel.Reverse(), steps=100), ...]"
+            )
+        return [Phase(estimator, steps)]
+    if estimator is not None or steps is not None:
+        raise ValueError(
+            f"phases={phases!r} together with estimator={estimator!r}, steps={steps!r}: each phase has its own "
+            "estimator and number of steps; pass either phases, or estimator and steps"
+        )
+    if isinstance(phases, Phase) or not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise ValueError(f"phases={phases!r}: write phases=[bilevel.Phase(bilevel.Reverse(), steps=100)]")
+    return list(phases)
 
 
 @dataclass
 class Progress:
-    """Where in its phases an outer loop is."""
+    """The place of an outer loop in its phases."""
 
     phases: list[Phase]
     outer_step: int = 0

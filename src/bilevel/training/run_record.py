@@ -1,4 +1,4 @@
-"""What is kept of a run: its metrics, and a checkpoint from which it goes on to the very same numbers."""
+"""The record of a run: its metrics, and checkpoints from which it resumes with the same numbers."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from bilevel.report.files import remove_leftovers
 from bilevel.training import checkpoint_files, metrics, outer_state
 from bilevel.training.metrics import MetricsLog, Row
 from bilevel.training.outer_loop import OuterLoop
+from bilevel.training.settings import RunFolder
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 
 
 class RunRecord:
-    """What is kept of a run: its rows; and in its folder, if it has one, the metrics and the last two checkpoints.
+    """The record of a run: its rows, and in its folder, if it has one, the metrics and the last two checkpoints.
 
     A checkpoint holds the state after the last outer step that is complete, with its callbacks and its line in the
     metrics, wherever an interruption finds the loop itself. If the newest one is damaged, the run goes on from the one
     before, and the metrics are cut back to it.
     """
 
-    def __init__(
-        self, loop: OuterLoop, folder: Path | None, config: Mapping[str, Any], resume: bool, tensorboard: bool
-    ) -> None:
-        """Refuse a folder that holds another run; or go on with the one in it."""
+    def __init__(self, loop: OuterLoop, settings: RunFolder | None, resume: bool) -> None:
+        """Refuse a folder that holds another run; with `resume`, go on with the run in it."""
         self.rows: list[Row] = []
         self._loop = loop
         self._log: MetricsLog | None = None
         self._restored: dict[str, Any] | None = None
-        if folder is None:
+        if settings is None:
             return
+        folder = Path(settings.path)
         self._path, self._previous = folder / CHECKPOINT, folder / PREVIOUS
-        self._identity = outer_state.identity(loop, config)
+        self._identity = outer_state.identity(loop, settings.config)
         self._saved_step: int | None = None
         self._newest_is_whole = True
         checkpoint_files.require_storable(self._content(outer_state.state(loop)))
@@ -48,14 +48,17 @@ class RunRecord:
             outer_state.restore(loop, self._restored)
             self._saved_step = loop.progress.outer_step
         elif not resume and (there or metrics.exist(folder)):
-            raise FileExistsError(f"{folder} already holds a run; resume it (resume=True) or take another folder")
-        self._log = MetricsLog(folder, loop.progress.outer_step, tensorboard)
+            raise FileExistsError(
+                f"{folder} already holds a run; resume it (out=bilevel.RunFolder(path, resume=True)) "
+                "or take another folder"
+            )
+        self._log = MetricsLog(folder, loop.progress.outer_step, settings.tensorboard)
         remove_leftovers(self._path)
         self.rows = self._log.rows
         self._complete = outer_state.state(loop)
 
     def share(self, workers: Workers) -> None:
-        """Put the other workers where the first one's checkpoint put it."""
+        """Restore the other workers from the checkpoint that the first worker has loaded."""
         content, rows = workers.broadcast("the checkpoint", (self._restored, self.rows))
         self._restored = None
         if content is not None and not workers.first:
@@ -63,7 +66,7 @@ class RunRecord:
             self.rows = rows
 
     def add(self, row: Row) -> None:
-        """The loop's last outer step is complete."""
+        """Record the row of an outer step that is complete."""
         if self._log is None:
             self.rows.append(row)
             return
@@ -72,7 +75,7 @@ class RunRecord:
         self._complete = outer_state.state(self._loop)
 
     def save(self) -> None:
-        """Write the checkpoint, if it is not there already."""
+        """Write a checkpoint of the last complete outer step, unless it was written already."""
         step = None if self._log is None else self._complete["counters"]["outer_step"]
         if self._log is None or self._saved_step == step:
             return
@@ -89,21 +92,21 @@ class RunRecord:
 
     @contextmanager
     def _saying_where_to_go_on(self) -> Iterator[None]:
-        """Errors of the file system, such as a full disk, with what the user has and can do."""
+        """Context manager that adds to errors of the file system how the run can be resumed."""
         try:
             yield
         except OSError as error:
             kept = "there is no checkpoint yet"
             if self._saved_step is not None:
                 kept = f"the checkpoint of outer step {self._saved_step} is whole"
-            advice = f"cannot write to {self._path.parent}; {kept}. With that put right, resume (resume=True, --resume)"
+            advice = f"cannot write to {self._path.parent}; {kept}. Once repaired, resume (resume=True, --resume)"
             raise OSError(error.errno, f"{error.strerror or error}: {advice}") from error
 
     def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
         return {"identity": self._identity, **state}
 
     def _load(self) -> dict[str, Any]:
-        """The newest checkpoint that is whole."""
+        """Return the newest checkpoint that is not damaged."""
         if not self._path.exists():  # killed between two moves of `files.write_bytes`
             return self._checked(self._previous, checkpoint_files.load(self._previous))
         try:
@@ -131,7 +134,7 @@ class RunRecord:
 
 
 def _require_same_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise with the settings that differ."""
+    """Raise an error that lists the settings that differ, if any do."""
     differing: dict[str, tuple[Any, Any]] = {}
     for old, new in (({**stored, "config": None}, {**wanted, "config": None}), (stored["config"], wanted["config"])):
         for name in {**old, **new}:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.estimators import Estimator, control_variates
+from bilevel.estimators import Estimator, variates
 
 
 @dataclass
@@ -23,13 +23,13 @@ class PastEstimates:
     @classmethod
     def wanted_by(cls, estimators: Sequence[Estimator]) -> PastEstimates:
         """What the first of them that has a running mean asks for; kept over all phases."""
-        wanted = [control_variates.running_mean_of(estimator) for estimator in estimators]
+        wanted = [variates.running_mean_of(estimator) for estimator in estimators]
         return cls(next((mean.decay for mean in wanted if mean is not None), None))
 
     def given_to(self, estimator: Estimator) -> Estimator:
         """The estimator with this past."""
         past = None if self.past is None else [mean / self.past_weight for mean in self.past]
-        return control_variates.with_past(estimator, past)
+        return variates.with_past(estimator, past)
 
     def remember(self, gradients: Sequence[Tensor]) -> None:
         """The mean takes in one outer step's estimate."""

@@ -1,21 +1,23 @@
-"""What the arguments of an inner loop must be, and what to write instead where they are not."""
+"""Checks of the arguments of an inner loop; the errors say what to write instead."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bilevel import distributed, trees
-from bilevel.errors import NonFiniteError
-from bilevel.models.module_view import modules_in, refuse_running_statistics
-from bilevel.problem import BlackBox, Unrollable
+from bilevel.batches import address
+from bilevel.errors import NonFiniteError, ReplayError
 from bilevel.trees import Tree
 
 
 def outside_of_inference_mode() -> None:
-    """Derivatives are possible here."""
+    """Raise inside of `torch.inference_mode`, where derivatives are impossible."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "called inside torch.inference_mode(), where nothing has a derivative; call estimators outside of it "
@@ -23,20 +25,8 @@ def outside_of_inference_mode() -> None:
         )
 
 
-def problem(problem: Any) -> None:
-    """The problem is one."""
-    if isinstance(problem, type) or not isinstance(problem, Unrollable | BlackBox):
-        what = f"the class {problem.__name__}" if isinstance(problem, type) else f"a {type(problem).__name__}"
-        raise TypeError(
-            f"problem is {what}; an instance of bilevel.Problem, GradientDescent or BlackBox is needed: estimators are "
-            "called as estimator(problem, meta, inner_batches, outer_batch)"
-        )
-
-
 def meta_parameters(meta: Tree) -> None:
-    """All leaves are tensors of real floating point, and there is at least one number."""
-    for module in modules_in(meta):
-        refuse_running_statistics(module, "meta")
+    """Raise unless all leaves are tensors of real floating-point numbers, and there is at least one number."""
     for name, leaf in trees.named_leaves(meta, "meta"):
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -56,19 +46,19 @@ def meta_parameters(meta: Tree) -> None:
 
 
 def finite(meta: Tree) -> None:
-    """No meta parameter is NaN or infinite."""
+    """Raise if a meta parameter is NaN or infinite."""
     for name, leaf in trees.named_leaves(meta, "meta"):
         if leaf.is_meta:
             raise ValueError(f"{name} is on the meta device, where tensors have no values; make it on cpu or a GPU")
         if not bool(torch.isfinite(leaf).all()):
             raise NonFiniteError(
-                f"{name} holds NaN or infinity before the first inner step; if it did not at the start, an earlier "
-                "outer step broke it: lower the outer learning rate or clip the hypergradient"
+                f"{name} holds NaN or infinity, so no hypergradient can be computed there; if it did not at the start, "
+                "an earlier outer step broke it: lower the outer learning rate or clip the hypergradient"
             )
 
 
 def whole_at_each_worker(state: Tree) -> None:
-    """Nobody shares work with a process without which he can compute nothing."""
+    """Raise if processes that make each estimate together also share the work of one estimate with each other."""
     workers = distributed.current()
     if workers.size == 1:
         return
@@ -78,14 +68,14 @@ def whole_at_each_worker(state: Tree) -> None:
         if len(holders) > 1:
             raise ValueError(
                 f"{name} is spread over processes {sorted(holders)}, which must make every estimate together, and they "
-                "share the estimator's work with each other; for fit, pass "
-                "workers=bilevel.Workers.of(sharers=bilevel.Workers()), or with a mesh of two dimensions "
-                "sharers=bilevel.Workers.of(mesh.get_group(...)) for the one along which the model is repeated"
+                "share the estimator's work with each other; for fit, pass workers=Workers.of(sharers=Workers()) with "
+                "bilevel.experimental.Workers, or with a mesh of two dimensions "
+                "sharers=Workers.of(mesh.get_group(...)) for the one along which the model is repeated"
             )
 
 
 def one_device(**places: Any) -> None:
-    """Tensors with a shape all lie on one device; numbers may lie anywhere."""
+    """Raise unless all tensors with a shape are on one device; numbers may be anywhere."""
     seen: dict[torch.device, str] = {}
     for place, tree in places.items():
         for name, leaf in trees.named_leaves(tree, place):
@@ -97,7 +87,7 @@ def one_device(**places: Any) -> None:
 
 
 def same_structure(before: Tree, after: Tree) -> None:
-    """A step keeps the structure of the state, its shapes and its dtypes."""
+    """Raise if a step changed the structure of the state, or a shape or dtype in it."""
     named_before = trees.named_leaves(before, "state")
     named_after = trees.named_leaves(after, "state")
     were, are = ([name for name, _ in named] for named in (named_before, named_after))
@@ -111,6 +101,68 @@ def same_structure(before: Tree, after: Tree) -> None:
             raise ValueError(
                 f"step turned {name} from {_kind(old)} into {_kind(new)}; a step must keep shapes and dtypes: let init "
                 "return what step returns, or convert in step with .to(state.dtype) or .reshape"
+            )
+
+
+@contextmanager
+def left_as_given(**places: Tree) -> Iterator[None]:
+    """Context manager that raises if a tensor of these trees was changed in place inside of it."""
+    before = [(place, leaf, leaf._version) for place, tree in places.items() for leaf in _versioned(tree)]
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch's words, for a tensor that records its history
+        if "leaf Variable that requires grad" in str(error) and "in-place" in str(error):
+            raise ValueError(_in_place(" or ".join(places))) from error
+        raise
+    for place, leaf, version in before:
+        if leaf._version != version:
+            names = [name for name, each in trees.named_leaves(places[place], place) if each is leaf]
+            raise ValueError(_in_place(names[0]))
+
+
+def _versioned(tree: Tree) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _in_place(what: str) -> str:
+    return (
+        f"a step or loss changes {what} in place; states are kept and steps are computed more than once, so nothing "
+        "that is passed in may change: return a new tensor (state * 0.9 instead of state.mul_(0.9)), or work on a copy "
+        "(state.clone())"
+    )
+
+
+@contextmanager
+def nothing_kept(number: int) -> Iterator[None]:
+    """Context manager that names the cause where a tensor of an earlier step was kept, and PyTorch fails at it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in _OF_AN_EARLIER_STEP):
+            raise ReplayError(
+                f"inner step {number} (counted from 0) uses a tensor that was kept from an earlier call of a loss or "
+                "step, in a list, a queue or a closure, and that belongs to a derivative which is finished by now. "
+                "Keep such memory in the inner state (bilevel.Problem takes any tree of tensors as state), or keep "
+                'numbers and detached tensors alone and take Reverse("graph"), which computes each step once',
+                number,
+            ) from error
+        raise
+
+
+_OF_AN_EARLIER_STEP = ("level <= current_level", "backward through the graph a second time")
+
+
+def batch_left_as_given(changed: Mapping[str, Tensor | np.ndarray], given_again: set[int], where: str) -> None:
+    """Raise if what a loss changed in place is the user's data, which the next reading of the batch gives again.
+
+    Data that are made afresh at each reading may be changed.
+    """
+    for name, data in changed.items():
+        if address(data) in given_again:
+            raise ValueError(
+                f"a loss or step changed {name} in place, in {where}; these are your own data, so a step computed "
+                "again would see other numbers, and the data stay changed. Write the result into a tensor of its own: "
+                "x = batch['x'] * 2 instead of batch['x'].mul_(2), or take a copy first (batch['x'].clone())"
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel import autodiff, trees
 from bilevel.errors import NoDependenceError, NonFiniteError
-from bilevel.problem import BlackBox, GradientDescent
+from bilevel.problem import Descent, GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.inner_loop import InnerLoop
 
@@ -24,7 +24,7 @@ def require_finite(run: InnerLoop, value: Tensor, state: Tree, derivatives: Tree
     """
     if not bool(torch.isfinite(value)):
         raise non_finite(run, "the outer loss", value, state)
-    if not isinstance(run.problem, BlackBox) and not trees.all_finite(state):
+    if not run.problem.is_black_box and not trees.all_finite(state):
         raise non_finite(run, "the final inner state", value, state)
     if not trees.all_finite(derivatives):
         raise non_finite(run, "the hypergradient", value, state)
@@ -34,7 +34,7 @@ def require_finite(run: InnerLoop, value: Tensor, state: Tree, derivatives: Tree
 def non_finite(run: InnerLoop, what: str, value: Tensor, state: Tree) -> NonFiniteError:
     """The error for a result that is not finite: the inner loop is run again to find the step where it began."""
     what, final = f"{what} is not finite", state
-    if isinstance(run.problem, BlackBox):
+    if run.problem.is_black_box:
         place = _first_not_finite("state", state)
         found = f"{place} holds NaN or infinity already" if place else "the state is finite"
         return NonFiniteError(f"{what}: outer_loss is {value.item()} for the state that solve returned; {found}")
@@ -65,13 +65,17 @@ def non_finite(run: InnerLoop, what: str, value: Tensor, state: Tree) -> NonFini
 
 def _inner_fault(run: InnerLoop, t: int, state: Tree) -> str:
     """What may have gone wrong in an inner step from a finite state."""
-    if not isinstance(run.problem, GradientDescent):
+    if (problem := run.problem.as_gradient_descent) is None:
         return "the state before it is kept in last_finite_state"
-    with run.seeded_step(t):
-        loss = run.problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+    loss = _inner_loss(run, problem, t, state)
     if bool(torch.isfinite(loss)):
         return f"inner_loss was {loss.item():.6g} there: a smaller inner learning rate is the usual cure"
     return f"inner_loss was {loss.item()} there: check the batch, or lower the inner learning rate"
+
+
+def _inner_loss(run: InnerLoop, problem: GradientDescent, t: int, state: Descent) -> Tensor:
+    """Compute the inner loss of step t at a state."""
+    return run.at_step(t, lambda batch: problem.inner_value(state, run.meta, batch))
 
 
 def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
@@ -118,12 +122,11 @@ def require_finite_losses(run: InnerLoop) -> None:
 
     T units; so this is asked only where nothing but zeros came through.
     """
-    if not isinstance(run.problem, GradientDescent):
+    if (problem := run.problem.as_gradient_descent) is None:
         return
     state = run.start()
     for t in range(run.steps):
-        with run.seeded_step(t):
-            loss = run.problem.inner_loss(state.params, run.meta, run.inner_batches[t])
+        loss = _inner_loss(run, problem, t, state)
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(
                 f"inner_loss was {loss.item()} at inner step {t} of {run.steps} (counted from 0), with a gradient of "

@@ -1,10 +1,12 @@
-"""Tangents of an inner loop without forward mode: differences of first-order gradients, step by step.
+"""Pushes tangents without forward mode: by differences of first-order gradients, step by step.
 
     ∇g's tangent along (y, v) ≈ (∇g(θ + εy, φ + εv) − ∇g(θ − εy, φ − εv)) / 2ε
 
 with ε = ∛(machine epsilon) · ‖(θ, φ)‖/‖(y, v)‖, which balances the O(ε²) of the formula against rounding: a relative
 error of about ∛(machine epsilon)², 4e-11 in float64 and 2e-5 in float32, times the third derivative's scale; where the
 gradient is computed to less than its dtype's precision, more. The optimiser's update itself is differentiated exactly.
+
+A difference does not see a stop-gradient: what a loss computes under `detach()` or `torch.no_grad()` moves too.
 """
 
 from __future__ import annotations
@@ -16,51 +18,57 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
-from bilevel.models.module_view import standing_in
-from bilevel.problem import Descent, GradientDescent
+from bilevel.models.conversion import standing_in
+from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
-from bilevel.unrolling.unroll import Slopes, Unroll
+from bilevel.unrolling.replay import require_repeatable
+from bilevel.unrolling.tangents import Part, TangentRule
+from bilevel.unrolling.unroll import Unroll
 
 Pair = tuple[list[Tensor], list[Tensor]]
 """Tangents of the state and of φ, one tensor for each differentiable leaf."""
 
 
-def push_forward_by_differences(run: Unroll, directions: list[Tensor]) -> Slopes:
-    """What `Unroll.push_forward` gives, from first-order gradients alone, one direction after the other.
+class FiniteDifferences(TangentRule):
+    """Pushes one tangent after the other, by central differences.
 
     For a `GradientDescent` gradients are differenced; for a `Problem` whole steps. The slope of the outer loss comes
     from its own first-order gradient, exactly. 1 + 2k units a step for k directions.
     """
-    vectors = _one_by_one(directions)
-    state = run.start()
-    tangents = [_difference(lambda _, meta: run.init(meta), state, run.meta, ([], v)) for v in vectors]
-    return push_on_by_differences(run, autodiff.Pushed(state, _stacked(tangents)), directions)[0]
 
+    def parts(self, stacks: list[Tensor]) -> list[Part]:
+        return [list(each) for each in zip(*stacks, strict=True)]
 
-def push_on_by_differences(
-    run: Unroll, pushed: autodiff.Pushed, directions: list[Tensor]
-) -> tuple[Slopes, list[Tensor]]:
-    """What `Unroll.push_on` gives: the same from a given state and its tangents."""
-    vectors, state, tangents = _one_by_one(directions), pushed.value, _one_by_one(pushed.tangents)
-    for t in range(run.steps):
-        push = _push_descent if isinstance(run.problem, GradientDescent) else _push_step
-        state, tangents = push(run, t, state, list(zip(tangents, vectors, strict=True)))
-    value, d, c = _outer_gradients(run, state)
-    slopes = [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, vectors, strict=True)]
-    moved = any(bool(trees.whole(part.any())) for y in tangents for part in y)
-    return Slopes(value, state, torch.stack(slopes), moved), _stacked(tangents)
+    def stacked(self, parts: list[Part]) -> list[Tensor]:
+        return [torch.stack(leaves) for leaves in zip(*parts, strict=True)]
 
+    def start(self, run: Unroll, directions: list[Part]) -> tuple[Tree, list[Part]]:
+        state = run.start()
+        return state, [_difference(lambda _, meta: run.init(meta), state, run.meta, ([], v)) for v in directions]
 
-def _one_by_one(tensors: list[Tensor]) -> list[list[Tensor]]:
-    return [list(each) for each in zip(*tensors, strict=True)]
+    def step(
+        self, run: Unroll, t: int, state: Tree, tangents: list[Part], directions: list[Part]
+    ) -> tuple[Tree, list[Part]]:
+        pairs = list(zip(tangents, directions, strict=True))
+        if (problem := run.problem.as_gradient_descent) is None:
+            after, moved = _push_step(run, t, state, pairs)
+        else:
+            after, moved = _push_descent(run, problem, t, state, pairs)
+        require_repeatable(run, t, state, after)
+        return after, moved
 
-
-def _stacked(tangents: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.stack(leaves) for leaves in zip(*tangents, strict=True)]
+    def outer_loss(
+        self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
+    ) -> tuple[Tensor, Tensor]:
+        value, d, c = _outer_gradients(run, state)
+        run.same_value("differences", value)
+        return value, torch.stack(
+            [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, directions, strict=True)]
+        )
 
 
 def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The outer loss and its gradients by state and φ."""
+    """Return the outer loss and its gradients by the state and by φ."""
     parts = (trees.split(state), trees.split(run.meta))
     tensors = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
     there, meta = (part.rebuild(ts) for part, ts in zip(parts, tensors, strict=True))
@@ -79,23 +87,31 @@ def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tre
     return after, [_difference(lambda s, m: run.step(t, s, m), state, run.meta, pair) for pair in pairs]
 
 
-def _push_descent(run: Unroll, t: int, state: Descent, pairs: list[Pair]) -> tuple[Tree, list[list[Tensor]]]:
-    problem = run.problem
-    assert isinstance(problem, GradientDescent)
+def _push_descent(
+    run: Unroll, problem: GradientDescent, t: int, state: Descent, pairs: list[Pair]
+) -> tuple[Tree, list[list[Tensor]]]:
+    def evaluated(moved: tuple[Tree, Tree], meta: Tree) -> Evaluated:
+        return run.at_step(t, lambda batch: problem.evaluate(moved[0], meta, batch, moved[1]))
 
-    def gradient(params: Tree, meta: Tree) -> list[Tensor]:
-        with run.seeded_step(t):
-            return problem.gradient(params, meta, run.inner_batches[t])
+    def reached(moved: tuple[Tree, Tree], meta: Tree) -> tuple[list[Tensor], Tree]:
+        """The buffers, and the entries of the gradient that the loss reaches at the state itself."""
+        gradient, buffers = evaluated(moved, meta)
+        filled = autodiff.fill_zeros(gradient, moved[0])
+        return [g for g, there in zip(filled, found.gradient, strict=True) if there is not None], buffers
 
-    found, after, tangents = gradient(state.params, run.meta), None, []
-    size = len(trees.split(state.params).differentiable)
+    here = (state.params, state.buffers)
+    found, after, tangents = evaluated(here, run.meta), None, []
+    size, rest = len(found.gradient), len(trees.split(state.buffers).differentiable)
+    count = sum(g is not None for g in found.gradient)
     for y, v in pairs:
-        bend = _difference(gradient, state.params, run.meta, (y[:size], v))
+        bend = _difference(reached, here, run.meta, ([*y[:size], *y[len(y) - rest :]], v))
         # The optimisers work entry by entry, so each process updates its own part of what is spread over several.
-        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend, v)]
-        arguments = [trees.map_leaves(_local, tree) for tree in (state, found)]
-        pushed = autodiff.push_forward(problem.apply, [*arguments, run.meta], parts)
-        after = trees.map_leaves(_spread_like, pushed.value, state)
+        parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend[:count], v, bend[count:])]
+        arguments = [trees.map_leaves(_local, tree) for tree in (state, found.gradient, run.meta, found.buffers)]
+        pushed = autodiff.push_forward(problem.apply, arguments, parts)
+        after = pushed.value
+        if any(trees.is_spread(leaf) for leaf in trees.leaves(state)):  # then each parameter has a memory of its own
+            after = trees.map_leaves(_spread_like, pushed.value, state)
         likes = trees.split(after).differentiable
         tangents.append([trees.spread_like(part[0], like) for part, like in zip(pushed.tangents, likes, strict=True)])
     return after, tangents
@@ -110,7 +126,7 @@ def _spread_like(leaf: Any, like: Any) -> Any:
 
 
 def _difference(function: Callable[[Tree, Tree], Tree], state: Tree, meta: Tree, tangents: Pair) -> list[Tensor]:
-    """The central difference of a function of (state, φ) along a pair of tangents."""
+    """Return the central difference of a function of (state, φ) along a pair of tangents."""
     places = (trees.split(state), trees.split(meta))
     points = [*places[0].differentiable[: len(tangents[0])], *places[1].differentiable]
     along = [*tangents[0], *tangents[1]]

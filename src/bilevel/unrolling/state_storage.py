@@ -168,7 +168,7 @@ class _OnDisk(_Elsewhere):
             raise
 
     def _read(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        host = torch.empty(shape, dtype=dtype)
+        host = torch.empty(shape, dtype=dtype, device="cpu")
         wanted = memoryview(_bytes_of(host))
         while wanted:
             wanted = wanted[self._file.readinto(wanted) :]  # pyright: ignore[reportAttributeAccessIssue]

@@ -7,57 +7,46 @@ d = ∂outer/∂θ_T, c = ∂outer/∂φ; so ∇h = d Z_T + c.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, randomness, trees
-from bilevel.batches import no_batches, require_batches
 from bilevel.errors import NoDependenceError
-from bilevel.models.module_view import as_tree
-from bilevel.problem import BlackBox, GradientDescent
+from bilevel.models.conversion import as_tree
+from bilevel.problem import as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.diagnosis import require_dependence, require_finite
-from bilevel.unrolling.inner_loop import Carried, InnerLoop
-from bilevel.unrolling.step_products import Product, pull_back_step, push_step
-
-
-class Slopes(NamedTuple):
-    """What pushing k directions through the inner loop gives."""
-
-    value: Tensor
-    state: Tree
-    slopes: Tensor
-    """∇h · v for every direction, `[k]`."""
-    moved: bool
-    """Whether any direction moves the final state at all."""
+from bilevel.unrolling.inner_loop import InnerLoop, WindowEnd
+from bilevel.unrolling.replay import GoingBack, compare_values
+from bilevel.unrolling.step_products import Pulled
 
 
 @dataclass(frozen=True)
 class Unroll(InnerLoop):
     """An inner loop and the ways derivatives take through it. Made by `unroll`, which checks what the user passed."""
 
-    # -- forward: tangents -------------------------------------------------------------------------------------
+    _values: list[tuple[str, Tensor]] = field(init=False, repr=False, compare=False, default_factory=list)
+    """The outer loss where the inner loop was run first; running it again must lead there again."""
 
-    def push_forward(self, directions: list[Tensor]) -> Slopes:
-        """The outer loss h and its slopes along k directions v, `[k, *leaf.shape]` for each leaf of φ, in one pass.
+    def same_value(self, kind: str, value: Tensor) -> None:
+        """Raise if this inner loop, run again, led to another outer loss; `kind` says how it was run."""
+        compare_values(self, self._values, kind, value)
 
-        y_0 = B_0 v, y_t = A_t y_{t−1} + B_t v, slope = d y_T + c v. Memory: one state and k tangents of it, whatever T.
-        """
-        return self.push_on(self.push_init(directions), directions)[0]
+    # -- forward: the start of tangents (the way through the steps: bilevel.unrolling.tangents) ---------------------
 
-    def push_on(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> tuple[Slopes, list[Tensor]]:
-        """The same from a given θ_0 and its tangents y_0; and the tangents y_T."""
-        with torch.no_grad():
-            for t in range(self.steps):
-                pushed = push_step(self, t, pushed, directions)
-            moved = any(bool(tangent.any()) for tangent in pushed.tangents)
-            outer = autodiff.push_forward(self.outer_loss, [pushed.value, self.meta], [pushed.tangents, directions])
-        return Slopes(outer.value, pushed.value, outer.tangents[0], moved), pushed.tangents
+    def push_outer(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
+        """Return the outer loss and its slopes d y_T + c v."""
+
+        def by_reverse() -> autodiff.Pushed:
+            value, d, c = self.outer_cotangents(pushed.value)
+            return autodiff.Pushed(value, [trees.dots([*d, *c], [*pushed.tangents, *directions])])
+
+        arguments, tangents = [pushed.value, self.meta], [pushed.tangents, directions]
+        return autodiff.push(self.outer_loss, arguments, tangents, self.memory, "outer loss", by_reverse)
 
     def push_init(self, directions: list[Tensor]) -> autodiff.Pushed:
         """θ_0 and its tangents B_0 v.
@@ -67,7 +56,7 @@ class Unroll(InnerLoop):
         """
         plain = autodiff.Transpose(self.init, [self.meta])
         if plain.connected:
-            return autodiff.push_forward(self.init, [self.meta], [directions])
+            return autodiff.push(self.init, [self.meta], [directions], self.memory, "init")
         count = len(directions[0])
         tangents = [t.new_zeros(count, *t.shape) for t in trees.split(plain.value).differentiable]
         return autodiff.Pushed(plain.value, tangents)
@@ -85,22 +74,33 @@ class Unroll(InnerLoop):
             )
         derivatives = autodiff.fill_zeros(d, state), autodiff.fill_zeros(c, self.meta)
         require_finite(self, value, state, derivatives)
+        self.same_value("plain", value)
         return value, *derivatives
 
-    def pull_back(
-        self, trail: Iterable[tuple[int, Tree]], d: list[Tensor], product: Product = "reverse"
-    ) -> list[Tensor]:
-        """Σ_t d_t B_t over a trail of (t, θ_t) that runs backwards; `d` is changed in place.
+    def pull_back_step(self, t: int, state: Tree, d: list[Tensor]) -> Pulled:
+        """Return θ_{t+1}, d A_t and d B_t for the step from θ_t, by one backward pass through the step."""
+        after, (down, across) = autodiff.pull_back(lambda state, meta: self.step(t, state, meta), [state, self.meta], d)
+        return Pulled(after, down, across)
+
+    def pull_back(self, trail: Iterable[tuple[int, Tree]], last: Tree, d: list[Tensor]) -> list[Tensor]:
+        """Σ_t d_t B_t over a trail of (t, θ_t) that runs backwards from θ_T, `last`; `d` is changed in place.
 
         From the last step down: sum ← sum + d B_t, d ← d A_t, each a vector-Jacobian product of one step. `d` ends as
-        the cotangent of the trail's first state. Memory: the graph of one step.
+        the cotangent of the trail's first state. Memory: the graph of one step, and θ_{t+1}, with which the step from
+        θ_t is compared.
+
+        Raises:
+            ReplayError: a step gave another state when it was computed again.
         """
+        check = GoingBack(self, lambda t, state: self.pull_back_step(t, state, list(d)).after)
         total = [torch.zeros_like(leaf) for leaf in trees.leaves(self.meta)]
-        for number, (t, state) in enumerate(trail):
-            with autodiff.RefuseOnceDifferentiable() if number == 0 else nullcontext():
-                down, across = pull_back_step(self, t, state, d, product)
-            d[:] = autodiff.fill_zeros(down, state)
-            _accumulate(total, across)
+        for t, state in trail:
+            pulled = self.pull_back_step(t, state, d)
+            check.compare(t, state, last, pulled.after)
+            d[:] = autodiff.fill_zeros(pulled.down, state)
+            _accumulate(total, pulled.across)
+            last = state
+        check.finish()
         return total
 
     def pull_back_init(self, d: list[Tensor], total: list[Tensor]) -> None:
@@ -125,25 +125,26 @@ class Unroll(InnerLoop):
 
 
 def unroll(
-    problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, carried: Carried | None = None
+    problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, carried: WindowEnd | None = None
 ) -> Unroll:
     """Check what was passed to an estimator and gather it."""
     randomness.check_seed(seed)
     argument_checks.outside_of_inference_mode()
-    argument_checks.problem(problem)
-    if isinstance(problem, BlackBox):
-        if inner_batches is not None:
-            raise ValueError("a BlackBox takes no inner_batches: its solve(meta) is the whole inner loop; pass None")
-        if carried is not None:
-            raise ValueError("a BlackBox solves from the beginning each time, so nothing can be carried into it")
-        inner_batches = no_batches(1)
-    if isinstance(problem, GradientDescent):
-        problem.check_compiled_again()
+    problem = as_problem(problem)
+    inner_batches = problem.batches_of(inner_batches)
+    if problem.is_black_box and carried is not None:
+        raise ValueError("a BlackBox solves from the beginning each time, so nothing can be carried into it")
+    problem.check_compiled_again()
     meta = as_tree(meta)
     argument_checks.meta_parameters(meta)
     argument_checks.one_device(meta=meta, outer_batch=outer_batch)
     argument_checks.finite(meta)
-    return Unroll(problem, trees.detach(meta), require_batches(inner_batches), outer_batch, seed, carried)
+    run = Unroll(problem, trees.detach(meta), inner_batches, outer_batch, seed, carried)
+    descent = run.problem.as_gradient_descent
+    if descent is not None and carried is None and run.steps and not descent.is_examined:
+        with torch.enable_grad():
+            run.at_step(0, lambda batch: descent.examine(run.meta, batch))
+    return run
 
 
 def _accumulate(c: list[Tensor], parts: list[Tensor | None]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from bilevel import checks
 from bilevel.tasks.image_data import DataName
 
 
@@ -40,17 +40,10 @@ class Cleaning:
     """`auto` takes a GPU if there is one; else a torch device."""
 
     def __post_init__(self) -> None:
-        for name in ("examples", "trusted", "width", "inner_steps", "evaluation_runs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 1 is needed")
-        for name in ("inner_batch", "evaluation_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
-        for name in ("inner_lr", "outer_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum}: a number in [0, 1) is needed")
+        checks.each_field(self, checks.whole_number, "examples", "trusted", "width", "inner_steps", "evaluation_runs")
+        checks.each_field(self, checks.whole_number, "inner_batch", "evaluation_steps", at_least=0)
+        checks.each_field(self, checks.positive, "inner_lr", "outer_lr")
+        checks.fraction(self.momentum, "momentum")
         if not 0 < self.wrong < 1:
             raise ValueError(
                 f"wrong={self.wrong}: a fraction between 0 and 1 is needed; without wrong labels there is "

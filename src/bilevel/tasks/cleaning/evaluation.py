@@ -16,7 +16,6 @@ from bilevel.tasks.cleaning.problem import NoisyLabels, inner_batches, network, 
 from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.trials import accuracies_of
 
-_NETWORK, _BATCHES = range(400, 402)
 SHOWN = 20
 """Images of which the results keep a copy: those with the smallest weights."""
 
@@ -66,10 +65,10 @@ def _trained_accuracy(
 ) -> float:
     """Test accuracy of fresh network `number` after training on these examples."""
     weight, images, labels = examples
-    with randomness.torch_seeded(seed, _NETWORK, number):
+    with randomness.torch_seeded(seed, randomness.CLEANING_NETWORK, number):
         model = network(config, data)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.inner_lr, momentum=config.momentum)
-    batches = inner_batches(config, labels, randomness.derive(seed, _BATCHES), number)
+    batches = inner_batches(config, labels, randomness.derive(seed, randomness.CLEANING_BATCHES), number)
     for step in range(config.evaluation_steps or config.inner_steps):
         chosen = batches[step % len(batches)]
         here = slice(None) if chosen is None else chosen

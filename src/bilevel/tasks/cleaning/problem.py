@@ -17,7 +17,6 @@ from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.task import Setup
 
 # Counters that keep this task's random streams apart.
-_CHOICE, _WRONG, _INNER = range(300, 303)
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ def noisy_labels(config: Cleaning, data: LabelledImages, seed: int) -> NoisyLabe
             f"so their sum must be at most that"
         )
     device = data.train_labels.device
-    order = torch.from_numpy(randomness.generator(seed, _CHOICE).permutation(count)).to(device)
+    order = torch.from_numpy(randomness.generator(seed, randomness.CLEANING_CHOICE).permutation(count)).to(device)
     chosen, trusted = order[: config.examples], order[config.examples :][: config.trusted]
-    generator = randomness.generator(seed, _WRONG)
+    generator = randomness.generator(seed, randomness.CLEANING_WRONG)
     wrong = torch.from_numpy(generator.random(config.examples) < config.wrong).to(device)
     if not 0 < int(wrong.sum()) < config.examples:
         raise ValueError(
@@ -118,7 +117,7 @@ def inner_batches(config: Cleaning, labels: Tensor, seed: int, draw: int) -> Any
     per_epoch = count // config.inner_batch
 
     def get(t: int) -> Tensor:
-        order = randomness.generator(seed, _INNER, draw, t // per_epoch).permutation(count)
+        order = randomness.generator(seed, randomness.CLEANING_INNER, draw, t // per_epoch).permutation(count)
         first = (t % per_epoch) * config.inner_batch
         return torch.from_numpy(order[first : first + config.inner_batch]).to(labels.device)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bilevel.estimators import Reverse
 from bilevel.report.page import Section
 from bilevel.tasks import image_data
 from bilevel.tasks.cleaning import pictures
@@ -18,7 +19,7 @@ from bilevel.tasks.cleaning.config import Cleaning
 from bilevel.tasks.cleaning.evaluation import evaluate
 from bilevel.tasks.cleaning.problem import noisy_labels, setup
 from bilevel.tasks.task import Preset, Setup, Task
-from bilevel.tasks.trials import picture_of_accuracies
+from bilevel.tasks.trials import accuracy_rows, percent, picture_of_accuracies
 from bilevel.training.outer_loop import OuterStep
 
 
@@ -30,43 +31,39 @@ class CleaningTask(Task[Cleaning]):
     presets: Mapping[str, Preset[Cleaning]] = {
         "digits": Preset(
             Cleaning(),
-            estimator="reverse",
+            estimator=Reverse(),
             outer_steps=100,
             summary="1000 of scikit-learn's 8x8 handwritten digits, half of them with a wrong label; needs no files",
         ),
         "mnist": Preset(
             Cleaning(data="mnist", examples=5000, trusted=500, width=64, wrong=0.4, inner_batch=250, inner_lr=0.1),
-            estimator="reverse",
+            estimator=Reverse(),
             outer_steps=100,
             summary="5000 images of MNIST from --data-dir, 40 % of them with a wrong label",
         ),
     }
 
     def setup(self, config: Cleaning, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:  # noqa: ARG002
-        return setup(config, _data(config, data_dir), seed)
+        return setup(config, image_data.load(config.data, data_dir, config.device), seed)
 
     def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:  # noqa: ARG002
         return []
 
     def evaluate(self, config: Cleaning, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
-        data = _data(config, data_dir)
+        data = image_data.load(config.data, data_dir, config.device)
         return evaluate(config, data, noisy_labels(config, data, seed), meta, seed, progress)
 
     def headline(self, results: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [
             ("area under the ROC curve", f"{results['auc']:.3f}"),
             *(
-                (f"test accuracy, trained on {pictures.NAMES[name]}", f"{_percent(found)} %")
+                (f"test accuracy, trained on {pictures.NAMES[name]}", f"{percent(found)} %")
                 for name, found in results["test_accuracy"].items()
             ),
         ]
 
     def sections(self, folder: Path, results: Mapping[str, Any]) -> list[Section]:  # noqa: ARG002
         accuracy = results["test_accuracy"]
-        rows = [
-            (pictures.NAMES[name], _percent(found), ", ".join(f"{100 * run:.1f}" for run in found["runs"]))
-            for name, found in accuracy.items()
-        ]
         count = len(results["weights"]["wrong"])
         return [
             Section(
@@ -90,15 +87,6 @@ class CleaningTask(Task[Cleaning]):
                 "Fresh networks, trained alike, judged on test images with right labels. Mean ± standard deviation.",
                 picture_of_accuracies(accuracy, pictures.NAMES),
                 ("trained on", "test accuracy, %", "each run"),
-                rows,
+                accuracy_rows(accuracy, pictures.NAMES),
             ),
         ]
-
-
-def _percent(found: Mapping[str, Any]) -> str:
-    spread = f" ± {100 * found['std']:.1f}" if len(found["runs"]) > 1 else ""
-    return f"{100 * found['mean']:.1f}{spread}"
-
-
-def _data(config: Cleaning, data_dir: Path | None) -> image_data.LabelledImages:
-    return image_data.load(config.data, data_dir).to(image_data.device(config.device))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from bilevel import checks
 from bilevel.tasks.condensation.models import ModelName
 from bilevel.tasks.image_data import DataName
 
@@ -50,16 +50,9 @@ class Condensation:
     """`auto` takes a GPU if there is one; else a torch device."""
 
     def __post_init__(self) -> None:
-        for name in ("ipc", "width", "blocks", "inner_steps", "outer_batch", "evaluation_runs", "whole_set_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 1 is needed")
-        for name in ("inner_batch", "evaluation_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
-        for name in ("inner_lr", "outer_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum}: a number in [0, 1) is needed")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay={self.weight_decay}: a number of at least 0 is needed")
+        checks.each_field(self, checks.whole_number, "ipc", "width", "blocks", "inner_steps", "outer_batch")
+        checks.each_field(self, checks.whole_number, "evaluation_runs", "whole_set_epochs")
+        checks.each_field(self, checks.whole_number, "inner_batch", "evaluation_steps", at_least=0)
+        checks.each_field(self, checks.positive, "inner_lr", "outer_lr")
+        checks.fraction(self.momentum, "momentum")
+        checks.not_negative(self.weight_decay, "weight_decay")

@@ -17,8 +17,6 @@ from bilevel.tasks.condensation.problem import condensed_labels, network, random
 from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.trials import accuracies_of
 
-_NETWORK, _ORDER = range(200, 202)
-
 
 def accuracies(
     config: Condensation, data: LabelledImages, images: Tensor, seed: int, progress: bool
@@ -65,7 +63,7 @@ def _trained_accuracy(
     number: int,
 ) -> float:
     """Test accuracy of fresh network `number` after `steps` steps on these images."""
-    with randomness.torch_seeded(seed, _NETWORK, number):
+    with randomness.torch_seeded(seed, randomness.CONDENSATION_NETWORK, number):
         model = network(config, data)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.inner_lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -76,7 +74,7 @@ def _trained_accuracy(
     for step in range(steps):
         if batch < len(labels):
             if step % per_epoch == 0:
-                epoch_seed = randomness.derive(seed, _ORDER, number, step // per_epoch)
+                epoch_seed = randomness.derive(seed, randomness.CONDENSATION_ORDER, number, step // per_epoch)
                 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch_seed))
             first = (step % per_epoch) * batch
             chosen = order[first : first + batch].to(labels.device)

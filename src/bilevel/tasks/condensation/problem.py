@@ -13,13 +13,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 import bilevel
 from bilevel import randomness
+from bilevel.optim.update_rule import Optimizer
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.models import build
 from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.task import Setup
 
 # Counters that keep this task's random streams apart.
-_START, _INNER, _OUTER, _CONTROL = range(100, 104)
 
 
 def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: int) -> Setup:
@@ -38,7 +38,9 @@ def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: in
         return cross_entropy(model(data.train_images[chosen]), data.train_labels[chosen])
 
     def outer_batch(draw: int) -> Tensor:
-        return _without_replacement(data.train_labels, config.outer_batch, randomness.derive(seed, _OUTER, draw))
+        return _without_replacement(
+            data.train_labels, config.outer_batch, randomness.derive(seed, randomness.CONDENSATION_OUTER, draw)
+        )
 
     return Setup(
         problem=bilevel.GradientDescent(inner_loss, outer_loss, lambda images: network(config, data), sgd(config)),
@@ -50,7 +52,7 @@ def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: in
             lr=config.outer_lr,
             schedule=functools.partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=outer_steps),
         ),
-        project=lambda images: images.clamp(0, 1),
+        update=bilevel.OuterUpdate(project=lambda images: images.clamp(0, 1)),
     )
 
 
@@ -59,7 +61,7 @@ def network(config: Condensation, data: LabelledImages) -> nn.Module:
     return build(config.model, data.shape, data.classes, config.width, config.blocks).to(data.train_images.device)
 
 
-def sgd(config: Condensation) -> bilevel.Optimizer:
+def sgd(config: Condensation) -> Optimizer:
     """The inner optimiser: SGD with momentum and cosine decay over the inner steps."""
     return bilevel.optimizer(
         torch.optim.SGD,
@@ -83,7 +85,7 @@ def inner_batches(config: Condensation, labels: Tensor, seed: int, draw: int) ->
     per_epoch = -(-count // config.inner_batch)
 
     def get(t: int) -> Tensor:
-        order = randomness.generator(seed, _INNER, draw, t // per_epoch).permutation(count)
+        order = randomness.generator(seed, randomness.CONDENSATION_INNER, draw, t // per_epoch).permutation(count)
         first = (t % per_epoch) * config.inner_batch
         return torch.from_numpy(order[first : first + config.inner_batch]).to(labels.device)
 
@@ -92,7 +94,7 @@ def inner_batches(config: Condensation, labels: Tensor, seed: int, draw: int) ->
 
 def random_real_images(config: Condensation, data: LabelledImages, seed: int, number: int) -> Tensor:
     """As many random real images as there are condensed ones, class by class: the control."""
-    generator = randomness.generator(seed, _CONTROL, number)
+    generator = randomness.generator(seed, randomness.CONDENSATION_CONTROL, number)
     labels = data.train_labels.cpu().numpy()
     chosen = []
     for label in range(data.classes):
@@ -105,8 +107,10 @@ def random_real_images(config: Condensation, data: LabelledImages, seed: int, nu
 
 def _starting_images(config: Condensation, data: LabelledImages, seed: int) -> Tensor:
     if config.start == "real":
-        return random_real_images(config, data, randomness.derive(seed, _START), 0)
-    noise = randomness.generator(seed, _START).random((data.classes * config.ipc, *data.shape), dtype=np.float32)
+        return random_real_images(config, data, randomness.derive(seed, randomness.CONDENSATION_START), 0)
+    noise = randomness.generator(seed, randomness.CONDENSATION_START).random(
+        (data.classes * config.ipc, *data.shape), dtype=np.float32
+    )
     return torch.from_numpy(noise).to(data.train_images.device)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bilevel.estimators import Reverse
 from bilevel.report.page import Section
 from bilevel.tasks import image_data
 from bilevel.tasks.condensation import pictures
@@ -24,7 +25,7 @@ from bilevel.tasks.condensation.evaluation import accuracies
 from bilevel.tasks.condensation.problem import setup
 from bilevel.tasks.run_folder import CONFIG, read_json
 from bilevel.tasks.task import Preset, Setup, Task
-from bilevel.tasks.trials import picture_of_accuracies
+from bilevel.tasks.trials import accuracy_rows, percent, picture_of_accuracies
 from bilevel.training import checkpoint_files, metrics
 from bilevel.training.outer_loop import OuterStep
 from bilevel.training.run_record import CHECKPOINT
@@ -40,20 +41,20 @@ class CondensationTask(Task[Condensation]):
     presets: Mapping[str, Preset[Condensation]] = {
         "digits": Preset(
             Condensation(),
-            estimator="reverse",
+            estimator=Reverse(),
             outer_steps=200,
             summary="scikit-learn's 8x8 handwritten digits, one image per class; needs no files",
         ),
         "mnist": Preset(
             Condensation(data="mnist", blocks=3, width=32, inner_lr=0.01, whole_set_epochs=1),
-            estimator="reverse(checkpoints='sqrt')",
+            estimator=Reverse("sqrt"),
             outer_steps=200,
             summary="MNIST from --data-dir, the paper's 3-block network at width 32, one image per class",
         ),
     }
 
     def setup(self, config: Condensation, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:
-        return setup(config, _data(config, data_dir), outer_steps, seed)
+        return setup(config, image_data.load(config.data, data_dir, config.device), outer_steps, seed)
 
     def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:
         wanted = {round(outer_steps * i / _SNAPSHOTS) for i in range(1, _SNAPSHOTS + 1)}
@@ -74,11 +75,12 @@ class CondensationTask(Task[Condensation]):
     def evaluate(
         self, config: Condensation, data_dir: Path | None, meta: Any, seed: int, progress: bool
     ) -> dict[str, Any]:
-        return {"accuracy": accuracies(config, _data(config, data_dir), meta, seed, progress)}
+        data = image_data.load(config.data, data_dir, config.device)
+        return {"accuracy": accuracies(config, data, meta, seed, progress)}
 
     def headline(self, results: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [
-            (f"test accuracy, {pictures.NAMES[name]}", f"{_percent(found)} %")
+            (f"test accuracy, {pictures.NAMES[name]}", f"{percent(found)} %")
             for name, found in results["accuracy"].items()
         ]
 
@@ -88,14 +90,6 @@ class CondensationTask(Task[Condensation]):
         snapshots = {content["step"]: content["images"] for content in stored}
         snapshots[len(metrics.read(folder / metrics.FILE))] = load_images(folder)  # a phase may have ended early
         accuracy = results["accuracy"]
-        rows = [
-            (
-                pictures.NAMES[name],
-                _percent(found),
-                ", ".join(f"{100 * run:.1f}" for run in found["runs"]),
-            )
-            for name, found in accuracy.items()
-        ]
         sections = [
             Section(
                 "Test accuracy",
@@ -103,7 +97,7 @@ class CondensationTask(Task[Condensation]):
                 + _verdict(accuracy),
                 picture_of_accuracies(accuracy, pictures.NAMES),
                 ("trained on", "test accuracy, %", "each run"),
-                rows,
+                accuracy_rows(accuracy, pictures.NAMES),
             ),
             Section(
                 "Condensed images over the outer steps",
@@ -114,11 +108,6 @@ class CondensationTask(Task[Condensation]):
         if ipc > 1:
             sections.append(_all_images(load_images(folder), ipc))
         return sections
-
-
-def _percent(found: Mapping[str, Any]) -> str:
-    spread = f" ± {100 * found['std']:.1f}" if len(found["runs"]) > 1 else ""
-    return f"{100 * found['mean']:.1f}{spread}"
 
 
 def _verdict(accuracy: Mapping[str, Any]) -> str:
@@ -142,7 +131,3 @@ def _all_images(images: torch.Tensor, ipc: int) -> Section:
 def load_images(folder: Path) -> torch.Tensor:
     """The condensed images at a run's last checkpoint, `[classes · ipc, channels, height, width]`."""
     return checkpoint_files.load(folder / CHECKPOINT)["meta"][0]
-
-
-def _data(config: Condensation, data_dir: Path | None) -> image_data.LabelledImages:
-    return image_data.load(config.data, data_dir).to(image_data.device(config.device))

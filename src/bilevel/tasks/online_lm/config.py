@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from bilevel import checks
+
 DataName = Literal["grammar", "squad", "streamingqa", "archivalqa"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -82,22 +84,14 @@ class OnlineLM:
     """`auto` takes a GPU if there is one; else a torch device."""
 
     def __post_init__(self) -> None:
-        at_least_one = (
-            *("width", "layers", "heads", "inner_steps", "short_steps", "outer_questions", "locality_batch"),
-            *("stream", "evaluation_runs", "validation_runs", "tune_batch", "answer_tokens", "beams"),
+        checks.each_field(self, checks.whole_number, "width", "layers", "heads", "inner_steps", "short_steps")
+        checks.each_field(self, checks.whole_number, "outer_questions", "locality_batch", "stream", "evaluation_runs")
+        checks.each_field(self, checks.whole_number, "validation_runs", "tune_batch", "answer_tokens", "beams")
+        checks.each_field(
+            self, checks.whole_number, "lora_rank", "tune_steps", "tune_documents", "short_draws", at_least=0
         )
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 1 is needed")
-        for name in ("lora_rank", "tune_steps", "tune_documents", "short_draws"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
-        for name in ("tune_lr", "inner_lr", "outer_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed")
-        for name in ("kl_weight", "clip_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
+        checks.each_field(self, checks.positive, "tune_lr", "inner_lr", "outer_lr")
+        checks.each_field(self, checks.not_negative, "kl_weight", "clip_norm")
         if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError(f"learning_rates={self.learning_rates}: positive numbers are needed, at least one")
         if self.lora_rank and self.precision == "bfloat16":

@@ -27,7 +27,6 @@ from bilevel.tasks.online_lm.baselines import Weighting
 from bilevel.tasks.online_lm.config import OnlineLM
 from bilevel.tasks.online_lm.documents import Corpus, Document, questions_of
 
-_STREAM = 330
 MEASURES = ("exact_match", "f1", "qa_loss")
 
 
@@ -64,8 +63,10 @@ class Evaluation:
         """
         cuts: list[list[Document]] = []
         while len(cuts) <= number:
-            cuts += _cut(part, self._config.stream, randomness.generator(self._seed, _STREAM, 0, len(cuts)))
-        order = randomness.generator(self._seed, _STREAM, 1, number).permutation(len(cuts[number]))
+            cuts += _cut(
+                part, self._config.stream, randomness.generator(self._seed, randomness.LM_EVALUATION, 0, len(cuts))
+            )
+        order = randomness.generator(self._seed, randomness.LM_EVALUATION, 1, number).permutation(len(cuts[number]))
         return [cuts[number][i] for i in order]
 
     def _best_rate(self, name: str, weigh: Weighting, shown: Any) -> float:

@@ -23,8 +23,6 @@ import numpy as np
 from bilevel import randomness
 from bilevel.tasks.online_lm.documents import Corpus, Document, Question
 
-_NAMES, _FACTS, _TUNE, _META, _VALIDATION, _TEST, _LOCALITY, _CHANGES = range(300, 308)
-
 
 def _words(text: str) -> list[str]:
     return text.split()
@@ -52,7 +50,7 @@ def corpus(seed: int, meta: int = 150, validation: int = 50, test: int = 100) ->
     them, as they were before.
     """
     names = people(meta + validation + test, seed)
-    generator = randomness.generator(seed, _LOCALITY)
+    generator = randomness.generator(seed, randomness.GRAMMAR_LOCALITY)
     first, second = meta, meta + validation
 
     def documents(numbers: range, stream: int, tellings: int, changed: bool) -> list[Document]:
@@ -66,10 +64,10 @@ def corpus(seed: int, meta: int = 150, validation: int = 50, test: int = 100) ->
         return made
 
     return Corpus(
-        tune=documents(range(len(names)), _TUNE, 1, changed=False),
-        meta=documents(range(first), _META, TELLINGS, changed=True),
-        validation=documents(range(first, second), _VALIDATION, TELLINGS, changed=True),
-        test=documents(range(second, len(names)), _TEST, TELLINGS, changed=True),
+        tune=documents(range(len(names)), randomness.GRAMMAR_TUNE, 1, changed=False),
+        meta=documents(range(first), randomness.GRAMMAR_META, TELLINGS, changed=True),
+        validation=documents(range(first, second), randomness.GRAMMAR_VALIDATION, TELLINGS, changed=True),
+        test=documents(range(second, len(names)), randomness.GRAMMAR_TEST, TELLINGS, changed=True),
         locality=[" ".join(_filler(names, generator) for _ in range(_FILLER)) for _ in range(400)],
         words=[
             " ".join(f"Here is {name}." for name in names),
@@ -85,19 +83,21 @@ def people(count: int, seed: int) -> list[str]:
     ends = ["", "n", "l", "r", "s"]
     if count > len(starts) * len(middles) * len(ends):
         raise ValueError(f"{count} people, but there are {len(starts) * len(middles) * len(ends)} names")
-    order = randomness.generator(seed, _NAMES).permutation(len(starts) * len(middles) * len(ends))[:count]
+    order = randomness.generator(seed, randomness.GRAMMAR_NAMES).permutation(len(starts) * len(middles) * len(ends))[
+        :count
+    ]
     per_start = len(middles) * len(ends)
     return [starts[i // per_start] + middles[i % per_start // len(ends)] + ends[i % len(ends)] for i in order]
 
 
 def _facts(seed: int, person: int) -> dict[str, str]:
-    generator = randomness.generator(seed, _FACTS, person)
+    generator = randomness.generator(seed, randomness.GRAMMAR_FACTS, person)
     return {kind: _one(values, generator) for kind, values in VALUES.items()}
 
 
 def _changed(seed: int, person: int) -> dict[str, str]:
     """Another value of every kind than the person had."""
-    generator, before = randomness.generator(seed, _CHANGES, person), _facts(seed, person)
+    generator, before = randomness.generator(seed, randomness.GRAMMAR_CHANGES, person), _facts(seed, person)
     return {kind: _one([v for v in values if v != before[kind]], generator) for kind, values in VALUES.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from bilevel.estimators import ForwardGradient, Reverse
 from bilevel.tasks.online_lm.config import OnlineLM
 from bilevel.tasks.task import Preset
 
@@ -36,7 +37,7 @@ _PAPER = OnlineLM(
 PRESETS: Mapping[str, Preset[OnlineLM]] = {
     "tiny": Preset(
         OnlineLM(),
-        estimator="reverse(checkpoints='sqrt')",
+        estimator=Reverse("sqrt"),
         outer_steps=120,
         summary="a small GPT-2 trained by the run, news about made-up people among filler; needs no files",
     ),
@@ -52,25 +53,25 @@ PRESETS: Mapping[str, Preset[OnlineLM]] = {
             learning_rates=(0.001, 0.003, 0.01, 0.03, 0.1),
             inner_lr=0.03,
         ),
-        estimator="reverse(checkpoints='sqrt')",
+        estimator=Reverse("sqrt"),
         outer_steps=150,
         summary="the same model on SQuAD from --data-dir, of which it can learn little",
     ),
     "distilgpt2": Preset(
         _PAPER,
-        estimator="forward-gradient(directions=12, chunk_size=4)",
+        estimator=ForwardGradient(directions=12, chunk_size=4),
         outer_steps=1000,
         summary="DistilGPT2 with the paper's settings, on SQuAD from --data-dir; for a GPU",
     ),
     "gpt2": Preset(
         dataclasses.replace(_PAPER, base="gpt2", body="distilgpt2"),
-        estimator="forward-gradient(directions=8, chunk_size=2)",
+        estimator=ForwardGradient(directions=8, chunk_size=2),
         outer_steps=1000,
         summary="GPT-2 with the paper's settings, on SQuAD from --data-dir; for a GPU",
     ),
     "gpt2-xl": Preset(
         dataclasses.replace(_PAPER, base="gpt2", body="distilgpt2", judge="gpt2-xl"),
-        estimator="forward-gradient(directions=8, chunk_size=2)",
+        estimator=ForwardGradient(directions=8, chunk_size=2),
         outer_steps=1000,
         summary="weights trained with GPT-2, judged by adapting GPT-2 XL, as in the paper's tables; for a large GPU",
     ),

@@ -20,8 +20,6 @@ from bilevel.tasks.online_lm.tokens import Padded
 from bilevel.tasks.online_lm.windows import window
 from bilevel.tasks.task import Setup
 
-_QUESTIONS, _LOCALITY = range(320, 322)
-
 
 @dataclass(frozen=True)
 class OuterBatch:
@@ -51,12 +49,14 @@ def setup(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, weight_m
         return bilevel.batches(lambda t: encoded[t], steps=len(encoded))
 
     def outer_batch(draw: int) -> OuterBatch:
-        generator = randomness.generator(seed, _QUESTIONS, draw)
+        generator = randomness.generator(seed, randomness.LM_QUESTIONS, draw)
         asked = questions_of([corpus.meta[i] for i in documents(draw)])
         if len(asked) > config.outer_questions:
             order = generator.permutation(len(asked))[: config.outer_questions]
             asked = [asked[i] for i in order]
-        other = randomness.generator(seed, _LOCALITY, draw).integers(len(corpus.locality), size=config.locality_batch)
+        other = randomness.generator(seed, randomness.LM_LOCALITY, draw).integers(
+            len(corpus.locality), size=config.locality_batch
+        )
         return OuterBatch(
             tokens.questions(tokenizer, asked, config.context).to(device),
             *_before(model, tokens.texts(tokenizer, [corpus.locality[int(i)] for i in other], config.context)),
@@ -68,7 +68,7 @@ def setup(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, weight_m
         inner_batches=inner_batches,
         outer_batch=outer_batch,
         optimizer=bilevel.optimizer(torch.optim.Adam, lr=config.outer_lr),
-        clip_norm=config.clip_norm or None,
+        update=bilevel.OuterUpdate(clip_norm=config.clip_norm or None),
     )
 
 

@@ -20,7 +20,6 @@ from bilevel.tasks.online_lm.documents import Corpus, Document
 from bilevel.training import checkpoint_files
 
 FOLDER, BASE, JUDGE = "stages", "base", "judge"
-_INIT, _BATCH = range(340, 342)
 _EVERY = 100
 
 
@@ -76,7 +75,7 @@ def _from_scratch(config: OnlineLM, corpus: Corpus, seed: int) -> tuple[Any, Any
     asked = (tokens.prompt(q.text) + " " + q.answers[0] for each in corpus.tune for q in each.questions)
     known = [*(each.text for each in corpus.tune), *asked, *corpus.words]
     tokenizer = tokens.train_tokenizer(known, config.vocabulary)
-    with randomness.torch_seeded(seed, _INIT), torch.no_grad():
+    with randomness.torch_seeded(seed, randomness.LM_INIT), torch.no_grad():
         return models.from_scratch(config, tokenizer), tokenizer
 
 
@@ -93,7 +92,7 @@ def _tuned(
         done = _restore(checkpoint_files.load(path), model, optimizer, schedule)
     with bar("tuning the base model", config.tune_steps, done, progress) as shown:
         for step in range(done, config.tune_steps):
-            with randomness.torch_seeded(seed, _BATCH, step):
+            with randomness.torch_seeded(seed, randomness.LM_BATCH, step):
                 loss = _tuning_loss(config, corpus, model.train(), tokenizer, seed, step)
             optimizer.zero_grad()
             loss.backward()
@@ -113,7 +112,7 @@ def _tuned(
 def _tuning_loss(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, seed: int, step: int) -> torch.Tensor:
     """Answers, and from scratch the documents too, on a batch that is a function of (seed, step)."""
     device = next(model.parameters()).device
-    generator = randomness.generator(seed, _BATCH, step)
+    generator = randomness.generator(seed, randomness.LM_BATCH, step)
 
     def drawn(count: int) -> list[Document]:
         return [corpus.tune[i] for i in generator.integers(len(corpus.tune), size=count)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bilevel import randomness
-from bilevel.models import module_view
+from bilevel.models import conversion
 from bilevel.report.page import Section
 from bilevel.tasks.online_lm import data, models, pictures, precision, tokens
 from bilevel.tasks.online_lm.config import OnlineLM
@@ -32,7 +32,6 @@ from bilevel.tasks.task import Preset, Setup, Task
 from bilevel.training.outer_loop import OuterStep
 
 WEIGHT_MODEL = "weight_model"
-_WEIGHT_MODEL, _LORA = range(350, 352)
 _EXAMPLES = 3
 
 
@@ -71,7 +70,7 @@ class OnlineLMTask(Task[OnlineLM]):
         corpus = data.load(config.data, data_dir, seed)
         role = BASE if config.judge == "base" else JUDGE
         judge, tokenizer = tuned_model(config, corpus, seed, self._folder, progress, role)
-        weight_model = module_view.written_back(meta)
+        weight_model = conversion.written_back(meta)
         store = None
         if self._folder is not None:
             weight_model.save_pretrained(self._folder / WEIGHT_MODEL)
@@ -126,7 +125,7 @@ def _weight_model(config: OnlineLM, base: Any, seed: int) -> Any:
                 f"body={config.body} has {body.config.vocab_size} tokens and {config.base} {base.config.vocab_size}; "
                 "the weight model reads the same tokens, so take one with the same tokenizer"
             )
-    with randomness.torch_seeded(seed, _WEIGHT_MODEL):
+    with randomness.torch_seeded(seed, randomness.LM_WEIGHT_MODEL):
         return WeightModel.on_top_of(body).to(next(base.parameters()).device)
 
 
@@ -134,7 +133,7 @@ def _learner(config: OnlineLM, base: Any, seed: int) -> Any:
     """What the documents change: the base model, or low-rank matrices in a copy of it."""
     if not config.lora_rank:
         return base
-    with randomness.torch_seeded(seed, _LORA):
+    with randomness.torch_seeded(seed, randomness.LM_LORA):
         return models.with_lora(copy.deepcopy(base), config.lora_rank)
 
 

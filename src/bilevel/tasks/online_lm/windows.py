@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from bilevel import randomness
 
-_ORDER = 310
-
 
 def window(draw: int, steps: int, available: int, seed: int) -> list[int]:
     """The indices of the `steps` documents that draw number `draw` learns, in order.
@@ -21,6 +19,6 @@ def window(draw: int, steps: int, available: int, seed: int) -> list[int]:
     if steps > available:
         raise ValueError(f"inner_steps={steps}, but there are {available} documents to train the weight model on")
     per_pass = available // steps
-    order = randomness.generator(seed, _ORDER, draw // per_pass, steps).permutation(available)
+    order = randomness.generator(seed, randomness.LM_ORDER, draw // per_pass, steps).permutation(available)
     first = draw % per_pass * steps
     return [int(i) for i in order[first : first + steps]]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from bilevel import checks
 from bilevel.tasks.pde.equations import EquationName
 
 SolverName = Literal["numerical", "pinn", "differentiable"]
@@ -43,8 +43,8 @@ class PDE:
     """Relative tolerance of SciPy's integrator."""
     time_limit: float = 60.0
     """Seconds after which a solve of SciPy's counts as failed."""
-    retreats: int = 8
-    """How often an outer step may be taken back by half because the solver failed where it led."""
+    max_backtracks: int = 8
+    """How often an outer step may be halved because the solver failed at the point that it led to."""
     outer_optimizer: Literal["auto", "secant", "adam", "lbfgs"] = "auto"
     """`secant` suits one unknown, `lbfgs` (one evaluation a step) many with exact hypergradients, `adam` (decaying to a
     thousandth of its learning rate) noisy ones. `auto`: secant for one coefficient and for those of burgers, adam for
@@ -68,17 +68,11 @@ class PDE:
     """Precision of the network."""
 
     def __post_init__(self) -> None:
-        for name in ("observed_x", "observed_t", "collocation", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 1 is needed")
-        if self.depth < 2:
-            raise ValueError(f"depth={self.depth}: at least 2 layers are needed")
-        for name in ("starts", "noise", "points", "inner_steps", "retreats", "outer_lr", "penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of at least 0 is needed")
-        for name in ("solver_tolerance", "time_limit", "inner_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a positive number is needed")
+        checks.each_field(self, checks.whole_number, "observed_x", "observed_t", "collocation", "width")
+        checks.whole_number(self.depth, "depth", at_least=2)
+        checks.each_field(self, checks.whole_number, "starts", "points", "inner_steps", "max_backtracks", at_least=0)
+        checks.each_field(self, checks.not_negative, "noise", "outer_lr", "penalty")
+        checks.each_field(self, checks.positive, "solver_tolerance", "time_limit", "inner_lr")
         if self.points and (self.points < 16 or self.points % 2):
             raise ValueError(f"points={self.points}: an even number of at least 16 is needed, or 0")
         if self.unknown in ("initial-condition", "source", "library") and self.solver != "differentiable":

@@ -15,7 +15,6 @@ from bilevel.tasks.pde.equations import EQUATIONS, LAST_TIME, LEFT, RIGHT, Equat
 
 Values = np.ndarray
 
-_NOISE = 300
 
 FILES = {
     "burgers": ("burgers_shock.mat", "x", "t", "usol"),
@@ -146,7 +145,7 @@ def on_grid(reference: Reference, places: int, times: int, noise: float, seed: i
     x, t = np.meshgrid(reference.x[i], reference.t[j], indexing="ij")
     u = reference.u[np.ix_(i, j)].ravel()
     deviation = noise * float(u.std())
-    draws = randomness.generator(seed, _NOISE).standard_normal(len(u))
+    draws = randomness.generator(seed, randomness.PDE_NOISE).standard_normal(len(u))
     return Observations(x.ravel(), t.ravel(), u + deviation * draws, deviation)
 
 

@@ -28,8 +28,8 @@ def _table(results: Mapping[str, Any]) -> Section:
     words = (
         f"{results['equation']}, from {results['observations']} observations of {results['reference']}. "
         f"{results['starts']} start{'s' * (results['starts'] > 1)}, {results['failures']['raised']} ended by the "
-        f"solver, {results['failures']['far_off']} more than 10 % off; {results['retreats']} times an outer step was "
-        "taken back by half because the solver failed where they led."
+        f"solver, {results['failures']['far_off']} more than 10 % off; an outer step was halved "
+        f"{results['backtracks']} times because the solver failed at the point that it led to."
     )
     if results["noise"]:
         words += f" Noise of standard deviation {results['noise']:.3g} was added to the observations."

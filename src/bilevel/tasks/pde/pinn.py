@@ -27,8 +27,6 @@ from bilevel.tasks.pde.differentiable import term_coefficients
 from bilevel.tasks.pde.equations import EQUATIONS, LAST_TIME, LEFT, RIGHT, Equation
 from bilevel.tasks.pde.observations import Observations
 
-_NETWORK, _POINTS = 302, 303
-
 Network = list[dict[str, Tensor]]
 
 
@@ -78,7 +76,7 @@ def problem(
 
 def initial_network(config: PDE, seed: int) -> Network:
     """Weights uniform in ±√(6/(fan in + fan out)), biases 0."""
-    generator = randomness.generator(seed, _NETWORK)
+    generator = randomness.generator(seed, randomness.PDE_NETWORK)
     sizes = [2, *[config.width] * (config.depth - 1), 1]
     layers: Network = []
     for fan_in, fan_out in itertools.pairwise(sizes):
@@ -90,7 +88,7 @@ def initial_network(config: PDE, seed: int) -> Network:
 
 def random_points(config: PDE, seed: int, step: int) -> Points:
     """Uniform over the domain; a function of the seed and the number of the training step."""
-    generator, n = randomness.generator(seed, _POINTS, step), config.collocation
+    generator, n = randomness.generator(seed, randomness.PDE_POINTS, step), config.collocation
     x, t, ends = generator.uniform(LEFT, RIGHT, n), *(generator.uniform(0, LAST_TIME, m) for m in (n, max(1, n // 8)))
     return Points(*(torch.from_numpy(each).to(_dtype(config)) for each in (x, t, ends)))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ExponentialLR
 
 import bilevel
+from bilevel.optim.update_rule import Optimizer
 from bilevel.tasks.pde import differentiable, numerical, observations, pinn, unknowns
 from bilevel.tasks.pde.config import PDE
 from bilevel.tasks.pde.counter import Counter
@@ -72,13 +73,14 @@ def setup(config: PDE, data_dir: Path | None, outer_steps: int, seed: int, start
         inner_batches=inner_batches,
         outer_batch=None,
         optimizer=_optimizer(config, outer_steps),
-        project=functools.partial(unknowns.allowed, config),
-        retreats=config.retreats,
+        update=bilevel.OuterUpdate(
+            project=functools.partial(unknowns.allowed, config), max_backtracks=config.max_backtracks
+        ),
         callbacks=[record],
     )
 
 
-def _optimizer(config: PDE, outer_steps: int) -> bilevel.Optimizer:
+def _optimizer(config: PDE, outer_steps: int) -> Optimizer:
     name = config.outer_optimizer
     if name == "auto":
         # Off a plateau, such as that of Burgers' large viscosities, the secant method finds its way, L-BFGS does not.
@@ -177,7 +179,7 @@ def stepped_field(config: PDE, here: unknowns.Situation, x: np.ndarray, t: np.nd
             state = problem.step(state, nothing, batch)
     field = state["seen"].numpy()
     if not np.isfinite(field).all():
-        raise bilevel.SolverError(f"{config.equation}: the differentiable solver blew up")
+        raise bilevel.errors.SolverError(f"{config.equation}: the differentiable solver blew up")
     return field
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import NonFiniteError, SolverError
+from bilevel.estimators import Forward, ForwardGradient, Reverse, ZerothOrder
 from bilevel.report.page import Section
 from bilevel.report.progress import bar
 from bilevel.tasks.pde import evaluation, pictures, problem, unknowns
@@ -38,30 +39,30 @@ class PDETask(Task[PDE]):
     summary = "recover unknown coefficients, fields or terms of a partial differential equation from a few observations"
     presets: Mapping[str, Preset[PDE]] = {
         "coefficient": Preset(
-            PDE(), "zeroth-order", 30, "the paper's: one coefficient, any solver; needs no files", patience=3
+            PDE(), ZerothOrder(), 30, "the paper's: one coefficient, any solver; needs no files", patience=3
         ),
         "coefficients": Preset(
             PDE(solver="differentiable", unknown="coefficients"),
-            "forward",
+            Forward(),
             60,
             "all coefficients of the equation, exact derivatives",
             patience=8,
         ),
         "initial-condition": Preset(
             PDE(solver="differentiable", unknown="initial-condition", starts=1, observed_x=32, observed_t=16),
-            "reverse",
+            Reverse(),
             200,
             "the field that the solution starts from, hundreds of unknowns",
         ),
         "source": Preset(
             PDE(solver="differentiable", unknown="source", starts=1, observed_x=32, observed_t=16),
-            "reverse",
+            Reverse(),
             200,
             "a source in the equation, hundreds of unknowns",
         ),
         "library": Preset(
             PDE(solver="differentiable", unknown="library", starts=1, observed_x=32, observed_t=16, penalty=1e-5),
-            "reverse",
+            Reverse(),
             150,
             "which of eight candidate terms there are, and their coefficients",
         ),
@@ -70,13 +71,13 @@ class PDETask(Task[PDE]):
     def adapted(self, preset: Preset[PDE], config: PDE) -> Preset[PDE]:
         if config.solver == "numerical":
             count = len(unknowns.names(config))
-            spec = "zeroth-order" if count == 1 else f"zeroth-order(directions={count}, distribution='orthogonal')"
-            return dataclasses.replace(preset, estimator=spec)
+            estimator = ZerothOrder() if count == 1 else ZerothOrder(directions=count, distribution="orthogonal")
+            return dataclasses.replace(preset, estimator=estimator)
         if config.solver == "pinn":
             return dataclasses.replace(
-                preset, estimator="forward-gradient(tangents='difference')", outer_steps=min(preset.outer_steps, 12)
+                preset, estimator=ForwardGradient(tangents="difference"), outer_steps=min(preset.outer_steps, 12)
             )
-        return dataclasses.replace(preset, estimator="forward") if preset.estimator == "zeroth-order" else preset
+        return dataclasses.replace(preset, estimator=Forward()) if preset.estimator == ZerothOrder() else preset
 
     def setup(self, config: PDE, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:
         return problem.setup(config, data_dir, outer_steps, seed)
@@ -167,7 +168,7 @@ def _judged(run: Trained[PDE], found: list[Tensor | None], rows: list[list[metri
             "raised": sum(meta is None for meta in found),
             "far_off": sum(error is not None and error > evaluation.FAR_OFF for error in errors),
         },
-        "retreats": sum(row.get("retreats", 0) for start in rows for row in start),
+        "backtracks": sum(row.get("backtracks", 0) for start in rows for row in start),
         "seconds_of_starts": [start[-1]["seconds"] if start else None for start in rows],
         "found": [meta if meta is None else unknowns.found(config, meta).tolist() for meta in found] if few else [],
         "standard_errors": [None if meta is None else evaluation.standard_error(config, meta, data) for meta in found],

@@ -21,8 +21,6 @@ from bilevel.tasks.pde.config import PDE
 from bilevel.tasks.pde.differentiable import TERMS, basis_of, term_coefficients
 from bilevel.tasks.pde.equations import EQUATIONS, Equation
 
-_START = 301
-
 SMOOTHNESS = 0.1
 """Of unknown fields: the length on which they vary."""
 
@@ -71,7 +69,7 @@ def truth(config: PDE) -> np.ndarray:
 
 def start(config: PDE, seed: int, number: int) -> Tensor:
     """φ of start `number`: coefficients uniform over their ranges, a field or a library from (almost) nothing."""
-    equation, generator = EQUATIONS[config.equation], randomness.generator(seed, _START, number)
+    equation, generator = EQUATIONS[config.equation], randomness.generator(seed, randomness.PDE_START, number)
     if config.unknown in ("coefficient", "coefficients"):
         drawn = [equation.largest_start[name] * (1 - generator.random()) for name in names(config)]
         return torch.tensor([math.log(c) for c in drawn], dtype=torch.float64)

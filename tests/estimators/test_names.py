@@ -2,65 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from estimator_table import ROWS
 
 import bilevel
-from bilevel.planning import names
+from bilevel.estimators import names
+from bilevel.planning import registry
 from bilevel.solvers import ConjugateGradient, LinearSolver, Neumann
 
-SETTINGS: list[Any] = [
-    bilevel.Reverse(),
-    bilevel.Reverse("sqrt"),
-    bilevel.Reverse("graph"),
-    bilevel.Reverse(3),
-    bilevel.TruncatedReverse(),
-    bilevel.TruncatedReverse(7),
-    bilevel.Forward(),
-    bilevel.Forward(chunk_size=2),
-    bilevel.ForwardGradient(),
-    bilevel.ForwardGradient(32, "gaussian", chunk_size=8),
-    bilevel.ForwardGradient(distribution="coordinate"),
-    bilevel.ForwardGradient(4, control_variate=bilevel.TruncatedReverse(5), tangents="difference", support="touched"),
-    bilevel.ForwardGradient(4, "block", control_variate=(bilevel.RunningMean(0.5), bilevel.HessianFree(scale=2.0))),
-    bilevel.ForwardGradient(4, control_variate=(bilevel.CoarserProblem(steps=3, estimator=bilevel.Reverse("sqrt")),)),
-    bilevel.ZerothOrder(4, control_variate=bilevel.Implicit(Neumann(iterations=3))),
-    bilevel.ZerothOrder(4, step_size=1 / 3, scheme="forward"),
-    bilevel.ZerothOrder(step_size=1e-300),
-    bilevel.ZerothOrder(step_size=1e22, distribution="gaussian"),
-    bilevel.Implicit(),
-    bilevel.Implicit(batches=5),
-    bilevel.Implicit(ConjugateGradient(iterations=7, tolerance=1e-12, damping=0.5)),
-    bilevel.Implicit(Neumann(), batches=2),
-    bilevel.Implicit(bilevel.Nystrom(rank=3, damping=0.5)),
-    bilevel.Implicit(Neumann(iterations=3, step_size=math.pi)),
-    bilevel.HessianFree(),
-    bilevel.Auto(),
-    bilevel.Auto(memory="512MiB", directions=4),
-    bilevel.Reverse("log", offload="disk", product="mixed"),
-    bilevel.HessianFree(scale=1e-7, preconditioner="optimizer"),
+SETTINGS = [
+    estimator
+    for kind, row in ROWS.items()
+    for estimator in dict.fromkeys([kind(), *row.estimates, *row.small.values(), *row.named])
 ]
 
 
 @pytest.mark.parametrize("estimator", SETTINGS, ids=names.describe)
 def test_a_description_reads_back_as_itself(estimator: bilevel.Estimator) -> None:
-    assert names.parse(names.describe(estimator)) == estimator
+    assert registry.parse(names.describe(estimator)) == estimator
 
 
 @pytest.mark.parametrize("estimator", SETTINGS, ids=names.describe)
 def test_python_reads_back_as_well(estimator: bilevel.Estimator) -> None:
-    assert names.parse(repr(estimator)) == estimator
+    assert registry.parse(repr(estimator)) == estimator
 
 
-def test_every_public_estimator_and_solver_has_a_name_and_a_row_above() -> None:
+def test_every_public_estimator_and_solver_has_a_name() -> None:
     public = {value for value in vars(bilevel).values() if isinstance(value, type)}
     estimators = {kind for kind in public if issubclass(kind, bilevel.Estimator)} - {bilevel.Estimator}
-    assert set(names.ESTIMATORS.values()) == estimators == {type(estimator) for estimator in SETTINGS}
-    assert set(names.SOLVERS.values()) == {kind for kind in public if issubclass(kind, LinearSolver)}
+    assert set(registry.ESTIMATORS) == estimators
+    assert len(registry.by_name()) == len(registry.ESTIMATORS)
+    assert set(names.SOLVERS) == {kind for kind in public if issubclass(kind, LinearSolver)}
+
+
+def test_every_estimator_has_a_row_in_the_table_of_the_shared_tests() -> None:
+    assert list(ROWS) == list(registry.ESTIMATORS)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +62,10 @@ def test_a_description_needs_no_defaults() -> None:
     class OfMyOwn(bilevel.Estimator):
         depth: int
         width: int = 2
+        is_random = False
+
+        def units(self, steps: int, meta_size: int) -> float:
+            raise NotImplementedError
 
         def _estimate(self, run: Any) -> bilevel.Estimate:
             raise NotImplementedError
@@ -107,23 +91,23 @@ def test_a_description_needs_no_defaults() -> None:
     ],
 )
 def test_what_people_write(text: str, estimator: bilevel.Estimator) -> None:
-    assert names.parse(text) == estimator
+    assert registry.parse(text) == estimator
 
 
 def test_the_text_wins_over_defaults() -> None:
-    found = names.parse("forward-gradient(directions=2)", directions=9, chunk_size=1)
+    found = registry.parse("forward-gradient(directions=2)", directions=9, chunk_size=1)
     assert found == bilevel.ForwardGradient(2, chunk_size=1)
 
 
 @pytest.mark.parametrize("solver", ["neumann(iterations=3)", Neumann(iterations=3)], ids=["text", "object"])
 def test_a_solver_as_a_default(solver: Any) -> None:
-    assert names.parse("implicit", solver=solver) == bilevel.Implicit(Neumann(iterations=3))
+    assert registry.parse("implicit", solver=solver) == bilevel.Implicit(Neumann(iterations=3))
 
 
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        ("rewerse", ["no estimator 'rewerse'", *names.ESTIMATORS]),
+        ("rewerse", ["no estimator 'rewerse'", *registry.by_name()]),
         ("reverse(foo=1)", ["reverse has no setting 'foo'", "checkpoints"]),
         ("reverse(checkpoints=foo)", ["checkpoints='foo'", "sqrt"]),
         ("reverse(checkpoints=0)", ["checkpoints=0"]),
@@ -138,7 +122,7 @@ def test_a_solver_as_a_default(solver: Any) -> None:
         ("forward-gradient(directions=2, control_variate=newton)", ["no control variate 'newton'", "running-mean"]),
         ("forward-gradient(control_variate=reverse)", ["directions=1", "take two"]),
         ("forward-gradient(directions=2, control_variate=forward-gradient)", ["cannot be a control variate"]),
-        ("implicit(solver=newton)", ["no solver 'newton'", *names.SOLVERS]),
+        ("implicit(solver=newton)", ["no solver 'newton'", *names.by_name(names.SOLVERS)]),
         ("implicit(solver=neumann(damping=1))", ["neumann has no setting 'damping'", "iterations", "step_size"]),
         ("implicit(solver=neumann(step_size=foo))", ["step_size='foo'"]),
         *(
@@ -163,7 +147,7 @@ def test_a_solver_as_a_default(solver: Any) -> None:
 )
 def test_bad_texts(text: str, fragments: list[str]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is looked at below)
-        names.parse(text)
+        registry.parse(text)
     for fragment in fragments:
         assert fragment in str(caught.value)
 
@@ -172,7 +156,7 @@ def test_nothing_is_evaluated(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     for value in (f"open('{trap}', 'w')", f"(lambda: open('{trap}', 'w'))()", f"[open('{trap}', 'w')]"):
         with pytest.raises(ValueError):  # noqa: PT011
-            names.parse(f"reverse(checkpoints={value})")
+            registry.parse(f"reverse(checkpoints={value})")
         with pytest.raises(ValueError):  # noqa: PT011
-            names.parse(f"implicit(solver={value})")
+            registry.parse(f"implicit(solver={value})")
     assert not trap.exists()

@@ -1,0 +1,314 @@
+"""Operations of PyTorch in composite form: the same values to rounding, from operations that have every derivative.
+
+The tables at the end say which operation is replaced, and where. `bilevel.autodiff.substitution` applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Operation = Callable[..., Any]
+_IMPOSSIBLE = -1e30
+"""The logarithm of the probability of an impossible alignment in `ctc_loss`. Minus infinity has no derivative."""
+
+
+def _reduced(losses: Tensor, reduction: str, size_average: bool | None, reduce: bool | None) -> Tensor:
+    """The losses after the reduction that PyTorch's arguments ask for, deprecated arguments included."""
+    if size_average is not None or reduce is not None:
+        average, summed = size_average in (None, True), reduce in (None, True)
+        reduction = ("mean" if average else "sum") if summed else "none"
+    if reduction == "mean":
+        return losses.mean()
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "none":
+        return losses
+    raise ValueError(f"{reduction!r} is not a valid value for reduction; there are 'none', 'mean' and 'sum'")
+
+
+# -- losses whose backward pass has no forward-mode derivative ---------------------------------------------------------
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """(x − y)², reduced. With a weight, PyTorch's own function is a composite already."""
+    if weight is not None:
+        weighted: Any = functional.mse_loss
+        return weighted(input, target, size_average, reduce, reduction, weight)
+    return _reduced((input - target).square(), reduction, size_average, reduce)
+
+
+def huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    """½ d² for |d| ≤ δ, and δ (|d| − ½ δ) beyond, with d = x − y."""
+    difference = input - target
+    size = difference.abs()
+    losses = torch.where(size <= delta, 0.5 * difference.square(), delta * (size - 0.5 * delta))
+    if weight is None:
+        return _reduced(losses, reduction, None, None)
+    losses = losses * weight
+    return losses.sum() / weight.sum() if reduction == "mean" else _reduced(losses, reduction, None, None)
+
+
+def soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """log(1 + exp(−y x))."""
+    return _reduced(-functional.logsigmoid(target * input), reduction, size_average, reduce)
+
+
+# -- losses without a second derivative --------------------------------------------------------------------------------
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Σ_{j≠y} w_y max(0, m − x_y + x_j)^p / C for scores x `[C]` or `[N, C]` and labels y."""
+    if p not in (1, 2):
+        raise ValueError("only p == 1 and p == 2 supported")
+    scores, labels = (input.unsqueeze(0), target.reshape(1)) if input.ndim == 1 else (input, target)
+    classes = torch.arange(scores.shape[-1], device=scores.device)
+    right = scores.gather(1, labels.unsqueeze(1))
+    losses = (margin - right + scores).clamp_min(0) ** p
+    if weight is not None:
+        losses = losses * weight[labels].unsqueeze(1)
+    losses = torch.where(classes == labels.unsqueeze(1), torch.zeros_like(losses), losses).mean(1)
+    return _reduced(losses[0] if input.ndim == 1 else losses, reduction, size_average, reduce)
+
+
+def multilabel_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Σ_{j in labels, i not in labels} max(0, 1 − x_j + x_i) / C for scores `[C]` or `[N, C]`.
+
+    A row of `target` lists labels up to the first negative number.
+    """
+    scores, labels = (input.unsqueeze(0), target.unsqueeze(0)) if input.ndim == 1 else (input, target)
+    listed = (labels >= 0).long().cumprod(1) > 0
+    classes = torch.arange(scores.shape[-1], device=scores.device)
+    is_label = ((labels.unsqueeze(2) == classes) & listed.unsqueeze(2)).any(1)
+    right = scores.gather(1, labels.clamp_min(0))
+    losses = (1 - right.unsqueeze(2) + scores.unsqueeze(1)).clamp_min(0)
+    counted = listed.unsqueeze(2) & ~is_label.unsqueeze(1)
+    losses = torch.where(counted, losses, torch.zeros_like(losses)).sum((1, 2)) / scores.shape[-1]
+    return _reduced(losses[0] if input.ndim == 1 else losses, reduction, size_average, reduce)
+
+
+def ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: str | int = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """Connectionist temporal classification: −log of the summed probability of all alignments (Graves et al., 2006).
+
+    The forward recursion runs in logarithms over the targets with blanks between, `[N, 2S + 1]`. PyTorch's backward
+    pass assumes normalised `log_probs`; the last term, whose value is zero, gives the same first derivative for
+    unnormalised ones.
+    """
+    reduction = reduction if isinstance(reduction, str) else ("none", "mean", "sum")[reduction]
+    single = log_probs.ndim == 2
+    scores = log_probs.unsqueeze(1) if single else log_probs
+    times, count = torch.as_tensor(input_lengths).reshape(-1), scores.shape[1]
+    sizes = torch.as_tensor(target_lengths, device=scores.device).reshape(-1).long()
+    times = times.to(scores.device)
+    labels = _padded(targets, sizes, count, blank)
+    extended = torch.full((count, 2 * labels.shape[1] + 1), blank, dtype=torch.long, device=scores.device)
+    extended[:, 1::2] = labels
+    # An alignment may skip the blank between two different labels.
+    skips = torch.zeros_like(extended, dtype=torch.bool)
+    skips[:, 2:] = (extended[:, 2:] != blank) & (extended[:, 2:] != extended[:, :-2])
+    each = scores.gather(2, extended.expand(scores.shape[0], -1, -1))
+    nothing = torch.full_like(each[0], _IMPOSSIBLE)
+    places = torch.arange(extended.shape[1], device=scores.device)
+    reached = torch.where((places < 2) & (places <= 2 * sizes[:, None]), each[0], nothing)
+    for t in range(1, scores.shape[0]):
+        by_one = torch.cat([nothing[:, :1], reached[:, :-1]], 1)
+        by_two = torch.where(skips, torch.cat([nothing[:, :2], reached[:, :-2]], 1)[:, : reached.shape[1]], nothing)
+        following = torch.logsumexp(torch.stack([reached, by_one, by_two]), 0) + each[t]
+        reached = torch.where((t < times)[:, None], following, reached)
+    last = reached.gather(1, 2 * sizes[:, None])
+    before = torch.where((sizes > 0)[:, None], reached.gather(1, (2 * sizes[:, None] - 1).clamp_min(0)), nothing[:, :1])
+    losses = -torch.logsumexp(torch.cat([last, before], 1), 1)
+    possible = losses < -0.1 * _IMPOSSIBLE
+    inside = torch.arange(scores.shape[0], device=scores.device)[:, None] < times
+    mass = torch.where(inside & possible, scores.exp().sum(2), torch.zeros_like(scores[..., 0])).sum(0)
+    losses = losses + (mass - mass.detach())
+    losses = torch.where(possible, losses, torch.full_like(losses, 0.0 if zero_infinity else torch.inf))
+    if reduction == "mean":
+        return (losses / sizes.clamp_min(1)).mean()
+    return _reduced(losses[0] if single else losses, reduction, None, None)
+
+
+def _padded(targets: Tensor, sizes: Tensor, count: int, blank: int) -> Tensor:
+    """Targets as `[N, S]`, from that form, or from all targets in a row."""
+    longest = int(sizes.max()) if len(sizes) else 0
+    if targets.ndim == 2:
+        padded = targets[:, :longest].long()
+    elif count == 1:
+        padded = targets[None, :longest].long()
+    else:
+        rows = torch.split(targets[: int(sizes.sum())].long(), sizes.tolist())
+        padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=blank)
+    kept = torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]
+    return torch.where(kept, padded, torch.full_like(padded, blank)).to(sizes.device)
+
+
+# -- operations whose second derivative is wrong in PyTorch ------------------------------------------------------------
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return g v / ‖v‖, the norm over all axes but one; over all axes for `dim=-1`."""
+    if dim == -1:
+        return v * (g / v.norm())
+    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
+    norm = torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else v.abs()
+    return v * (g / norm)
+
+
+# -- normalisations, whose third derivatives are wrong in PyTorch ------------------------------------------------------
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int] | int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """(x − mean) / √(variance + ε) over the last axes, times weight plus bias."""
+    count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
+    return _affine(_standardised(input, tuple(range(-count, 0)), eps), weight, bias)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """The same over each channel of each example of `[N, C, …]`."""
+    if use_input_stats:
+        _update_running(functional.instance_norm, input, running_mean, running_var, use_input_stats, momentum, eps)
+        normalised = _standardised(input, tuple(range(2, input.ndim)), eps)
+    else:
+        normalised = _by_running(input, running_mean, running_var, eps)
+    return _affine(normalised, *(_by_channel(t, input) for t in (weight, bias)))
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    """The same over all examples and places of each channel of `[N, C, …]`."""
+    if training:
+        _update_running(functional.batch_norm, input, running_mean, running_var, training, momentum, eps)
+        normalised = _standardised(input, (0, *range(2, input.ndim)), eps)
+    else:
+        normalised = _by_running(input, running_mean, running_var, eps)
+    return _affine(normalised, *(_by_channel(t, input) for t in (weight, bias)))
+
+
+def _standardised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(axes, keepdim=True)
+    return centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+
+
+def _by_running(x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float) -> Tensor:
+    if mean is None or variance is None:
+        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+    return (x - _by_channel(mean, x)) * (_by_channel(variance, x) + eps).rsqrt()
+
+
+def _by_channel(t: Tensor | None, like: Tensor) -> Any:
+    return None if t is None else t.reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _update_running(
+    operation: Operation,
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    from_input: bool,
+    momentum: float,
+    eps: float,
+) -> None:
+    """What PyTorch's own operation does to running statistics."""
+    if mean is not None and variance is not None:
+        operation(x.detach(), mean, variance, None, None, from_input, momentum, eps)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+SECOND_DERIVATIVE: Mapping[Operation, Operation] = {
+    functional.soft_margin_loss: soft_margin_loss,
+    functional.multi_margin_loss: multi_margin_loss,
+    functional.multilabel_margin_loss: multilabel_margin_loss,
+    functional.ctc_loss: ctc_loss,
+    torch.ctc_loss: ctc_loss,
+    torch._weight_norm: weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+}
+"""Operations whose second derivative PyTorch lacks (`soft_margin_loss`: with respect to the target) or has wrong. They
+are replaced wherever a gradient is differentiated."""
+
+FORWARD_MODE: Mapping[Operation, Operation] = {
+    functional.mse_loss: mse_loss,
+    functional.huber_loss: huber_loss,
+}
+"""Operations whose backward pass has no forward-mode derivative: replaced in forward mode."""
+
+THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
+    functional.layer_norm: layer_norm,
+    functional.instance_norm: instance_norm,
+    functional.batch_norm: batch_norm,
+    torch.layer_norm: layer_norm,
+}
+"""Operations whose third derivative PyTorch has wrong: replaced where a loss contains a gradient of its own."""

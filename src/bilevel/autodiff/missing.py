@@ -1,0 +1,93 @@
+"""Names for derivatives that PyTorch does not have, and what to do instead."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bilevel.errors import MissingDerivativeError
+
+
+@contextmanager
+def named_missing_derivatives(directions: int = 1) -> Iterator[None]:
+    """Turn PyTorch's reports of derivatives it does not have into one kind of error that says what to do instead.
+
+    `directions` is the number carried at once: from two on it is done by `torch.vmap`, which has its own gaps.
+    """
+    try:
+        yield
+    except MissingDerivativeError:
+        raise
+    except (NotImplementedError, RuntimeError) as error:
+        if found := re.search(r"in-place operation \(aten::(\w+).*captured Tensor", str(error)):
+            raise ValueError(
+                f"a loss or step changes a tensor from outside in place ({found[1]}), so a step computed again would "
+                "give something else; write the new value into a tensor of its own, or, if it is the buffer of a "
+                "layer, put that layer in eval mode"
+            ) from error
+        advice = _advice(error, directions)
+        if advice is None:
+            raise
+        raise MissingDerivativeError(advice) from error
+
+
+FORWARD_MODE = (
+    "which Forward, ForwardGradient and forward-over-reverse products need; take Reverse() or ZerothOrder(...)"
+)
+
+
+def _advice(error: Exception, directions: int) -> str | None:
+    message, version = str(error), f"torch {torch.__version__}"
+    function = _custom_function(error)
+    lacks_jvp = function is not None and function.jvp is torch.autograd.Function.jvp
+    if "saved tensor hooks" in message:
+        return (
+            "activation checkpointing (torch.utils.checkpoint, gradient_checkpointing_enable) computes layers again in "
+            "the backward pass, and that can't be differentiated; switch it off (Reverse('sqrt') and ForwardGradient "
+            "keep the activations of one inner step alone), wrap layers in bilevel.experimental.Recomputed(layer) to "
+            "keep less, or take ForwardGradient(..., tangents='difference') or ZerothOrder(...)"
+        )
+    if "nference tensor" in message:
+        return (
+            "a loss or step uses a tensor that was computed under torch.inference_mode(), which cannot take part in a "
+            "derivative even as a constant; write torch.no_grad() in its place"
+        )
+    if found := re.search(r"forward AD with (\w+)", message):
+        return (
+            f"the operation {found[1]!r} has no forward-mode derivative in {version}, {FORWARD_MODE}, or write that "
+            "operation in terms of others"
+        )
+    if found := re.search(r"derivative for '?(?:aten::)?(\w+)'? is not implemented", message):
+        return (
+            f"the operation {found[1]!r} has no derivative in {version}, and hypergradients need that of the inner "
+            "gradient too; take ZerothOrder(...), or write the operation in terms of others"
+        )
+    if function is not None and "setup_context" in message:
+        return (
+            f"the custom autograd.Function {function.__name__!r} saves for its derivative in forward(ctx, ...), which "
+            "function transforms do not take; give it a static method setup_context(ctx, inputs, output), and forward "
+            "without ctx"
+        )
+    if function is not None and lacks_jvp and ("jvp function" in message or "vmap" in message):
+        return (
+            f"the custom autograd.Function {function.__name__!r} has no forward-mode derivative, {FORWARD_MODE}, or "
+            "give it a static method jvp"
+        )
+    if directions > 1 and ("vmap" in message or "atching rule not implemented" in message):
+        return (
+            f"{directions} directions are carried at once by torch.vmap, which does not take this model ({message}); "
+            "take them one by one with chunk_size=1"
+        )
+    return None
+
+
+def _custom_function(error: Exception) -> type[torch.autograd.Function] | None:
+    """The user's `autograd.Function` in which the error came up, if it was in one."""
+    apply = inspect.unwrap(torch.autograd.Function.apply).__code__
+    inside = [frame.f_locals["cls"] for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is apply]
+    return inside[-1] if inside else None

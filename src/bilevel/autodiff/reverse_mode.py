@@ -1,0 +1,267 @@
+"""Reverse mode: gradients of losses, and the transposed Jacobian of a function of trees, kept as a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import trees
+from bilevel.autodiff import custom_functions
+from bilevel.autodiff.missing import named_missing_derivatives
+from bilevel.autodiff.substitution import Memory, own_gradient, run_user_code, user_code_again
+from bilevel.trees import Tree
+
+
+def gradient(
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    tensors: Sequence[Tensor],
+    differentiable: bool,
+    during: Callable[[Sequence[Tensor]], AbstractContextManager[None]] = lambda tensors: nullcontext(),
+    memory: Memory | None = None,
+) -> list[Tensor | None] | None:
+    """Return ∂loss/∂tensors, or `None` if the loss depends on none of them.
+
+    An entry is `None` where the graph of the loss does not lead to the tensor, as `.grad` is after `loss.backward()`. A
+    tensor that the loss reaches with a derivative of zero has zeros.
+
+    Under function transforms the gradient is taken inside `torch.func.vjp`. Outside of them `torch.autograd.grad` costs
+    less, takes more
+    models (activation checkpointing, for example), and keeps no graph where nobody wants one.
+
+    Args:
+        loss: the user's loss as a function of the tensors.
+        tensors: where the gradient is taken.
+        differentiable: whether the gradient is to be differentiated again, in reverse mode. Under function transforms
+            it always is.
+        during: gives the context of the backward pass, in which activation checkpointing computes layers again.
+        memory: what is known about the problem whose loss this is.
+
+    >>> gradient(lambda x: (x[0] ** 3).sum(), [torch.tensor([1.0, 2.0]), torch.zeros(1)], differentiable=False)
+    [tensor([ 3., 12.]), None]
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _gradient_inside_vjp(loss, tensors, memory)
+    # Fresh tensors: one that also is a meta parameter would bring the gradient with respect to that along.
+    inputs = [t.view_as(t) if differentiable and t.requires_grad else t.detach().requires_grad_() for t in tensors]
+    with torch.enable_grad():
+        if differentiable:
+            value = run_user_code(lambda: loss(inputs), memory, history=[t for t in inputs if not t.is_leaf])
+            custom_functions.check(value, inputs, lambda: loss(inputs))
+        else:
+            value = loss(inputs)
+    if not value.requires_grad:
+        return None
+    with during(inputs):
+        found = torch.autograd.grad(value, inputs, create_graph=differentiable, allow_unused=True)
+    if all(g is None for g in found):
+        return None
+    if differentiable and not all(t.requires_grad for t in tensors):
+        found = _recorded_alone(found, [t for t in inputs if t.is_leaf])
+    return list(found)
+
+
+def _gradient_inside_vjp(
+    loss: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor], memory: Memory | None
+) -> list[Tensor | None] | None:
+    """Return what `gradient` returns, under function transforms.
+
+    `torch.func.grad` would give zeros for a tensor that the loss does not reach. `torch.func.vjp` makes the same level
+    of differentiation, and its own backward pass is never run: the one inside takes its place.
+    """
+    reached: list[bool] = []
+
+    def differentiated(*tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        reached.clear()
+        with user_code_again():
+            value = run_user_code(lambda: loss(tensors), memory, forward_mode=True)
+        if not value.requires_grad:
+            return value, ()
+        # The graph keeps the backward pass recorded by the transforms around this one.
+        found = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
+        reached.extend(g is not None for g in found)
+        return value, tuple(g for g in found if g is not None)
+
+    with own_gradient():
+        _, _, found = torch.func.vjp(differentiated, *tensors, has_aux=True)  # pyright: ignore[reportAssignmentType]
+    if not found:
+        return None
+    remaining = iter(found)
+    return [next(remaining) if connected else None for connected in reached]
+
+
+def _recorded_alone(results: Sequence[Tensor | None], fresh: Sequence[Tensor]) -> list[Tensor | None]:
+    """Detach the results that depend on no recording tensor but fresh ones, which nobody else knows."""
+    ours = {id(t) for t in fresh}
+    reaches: dict[Any, bool] = {None: False}
+
+    def reaches_others(result: Tensor) -> bool:
+        nodes, seen = [result.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node in seen or reaches.get(node) is False:
+                continue
+            seen.add(node)
+            assert node is not None
+            variable = getattr(node, "variable", None)
+            if reaches.get(node) or (variable is not None and id(variable) not in ours):
+                reaches[result.grad_fn] = True
+                return True
+            nodes += [following for following, _ in node.next_functions]
+        reaches.update(dict.fromkeys(seen, False))
+        return False
+
+    return [t if t is None or reaches_others(t) else t.detach() for t in results]
+
+
+class Transpose:
+    """The transposed Jacobian of a function at a point, ready to be applied to many cotangents.
+
+    The function is evaluated once, and its graph is kept; each product is one backward pass through that graph. The
+    Jacobian of the gradient of a scalar is a Hessian. It is symmetric, so the products are Hessian-vector products too.
+
+    >>> cube = Transpose(lambda x, y: x**3 + y, [torch.tensor(2.0), torch.tensor(1.0)])
+    >>> cube.value, cube([torch.tensor(1.0)]), cube([torch.tensor(2.0)], of=[0])
+    (tensor(9.), [[tensor(12.)], [tensor(1.)]], [[tensor(24.)]])
+    """
+
+    def __init__(self, function: Callable[..., Tree], arguments: Sequence[Tree], memory: Memory | None = None) -> None:
+        self._memory = Memory() if memory is None else memory
+        parts = [trees.split(argument) for argument in arguments]
+        self._inputs = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
+        # Activation checkpointing would compute layers again when the graph is used, with others' parameters in them.
+        without = torch.autograd.graph.disable_saved_tensors_hooks("saved tensor hooks are used")
+        with torch.enable_grad(), named_missing_derivatives(), without:
+            output = function(*(part.rebuild(ts) for part, ts in zip(parts, self._inputs, strict=True)))
+        self._outputs = trees.split(output).differentiable
+        self.value: Tree = trees.detach(output)
+        self.connected = any(t.requires_grad for t in self._outputs)
+        """Whether the value depends on the arguments at all."""
+
+    def __call__(
+        self, cotangents: Sequence[Tensor | None], of: Sequence[int] | None = None, keep: bool = True
+    ) -> list[list[Tensor | None]]:
+        """cotangentᵀ · ∂value/∂argument, a list of leaves for each argument (for those numbered in `of`).
+
+        `None` as a cotangent counts as zero; `None` in the result marks a leaf that the value does not depend on.
+        With `keep=False` the graph is freed.
+        """
+        groups = [self._inputs[i] for i in (range(len(self._inputs)) if of is None else of)]
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(self._outputs, cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        wanted = [t for group in groups for t in group]
+        if not (pairs and wanted):
+            return [[None for _ in group] for group in groups]
+        outputs, weights = zip(*pairs, strict=True)
+        with named_missing_derivatives():
+            found = iter(torch.autograd.grad(outputs, wanted, weights, allow_unused=True, retain_graph=keep))
+        return [[next(found) for _ in group] for group in groups]
+
+    def many(self, cotangents: Sequence[Tensor], of: Sequence[int]) -> list[list[Tensor]]:
+        """The same for k cotangents at once, `[k, *leaf.shape]` each; the graph stays, and zeros are filled in."""
+        groups = [self._inputs[i] for i in of]
+        wanted = [t for group in groups for t in group]
+        count = len(cotangents[0])
+        pairs = [(o, c) for o, c in zip(self._outputs, cotangents, strict=True) if o.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if pairs and wanted:
+            outputs, weights = zip(*pairs, strict=True)
+            found = many_products(outputs, wanted, weights, self._memory)
+        filled = iter(t.new_zeros(count, *t.shape) if g is None else g for g, t in zip(found, wanted, strict=True))
+        return [[next(filled).detach() for _ in group] for group in groups]
+
+
+def many_products(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], memory: Memory
+) -> list[Tensor | None]:
+    """weightᵀ · ∂outputs/∂inputs for k weights `[k, *output.shape]`: `[k, *input.shape]` for each input.
+
+    The graph stays. All k are taken in one backward pass by `torch.vmap`, or one by one where an operation refuses it.
+    """
+    count = len(weights[0])
+
+    def one(i: int) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(outputs, inputs, [w[i] for w in weights], retain_graph=True, allow_unused=True)
+
+    with named_missing_derivatives():
+        if count > 1 and not memory.one_by_one:
+            try:
+                return list(
+                    torch.autograd.grad(
+                        outputs, inputs, list(weights), retain_graph=True, allow_unused=True, is_grads_batched=True
+                    )
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # NotImplementedError, for an operation without a batching rule, is one
+                one(0)  # raises if it is not vmap that fails
+                memory.one_by_one = True
+        rows = [one(i) for i in range(count)]
+    return [None if row[0] is None else torch.stack(list(row)) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
+
+
+def pull_back(
+    function: Callable[..., Tree], arguments: Sequence[Tree], cotangents: Sequence[Tensor | None] | None = None
+) -> tuple[Tree, list[list[Tensor | None]]]:
+    """Return `function(*arguments)`, and for every argument cotangentᵀ · Jacobian, in reverse mode.
+
+    `cotangents` has one entry for each differentiable leaf of the value. Without it the value must be a scalar, and its
+    gradient is taken. The results are those of `Transpose`; the graph is freed.
+
+    >>> pull_back(lambda x, y: 3 * x, [torch.tensor(2.0), torch.tensor(5.0)])
+    (tensor(6.), [[tensor(3.)], [None]])
+    """
+    transpose = Transpose(function, arguments)
+    if cotangents is None:
+        cotangents = [torch.ones_like(transpose.value)]
+    return transpose.value, transpose(cotangents, keep=False)
+
+
+def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree) -> list[Tensor]:
+    """Put zeros of the right shape in the place of `None`, for the differentiable leaves of a tree."""
+    shapes = trees.split(tree).differentiable
+    return [torch.zeros_like(s) if t is None else t for t, s in zip(tensors, shapes, strict=True)]
+
+
+def zeros_where_none(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Put zeros like those of `like` in the places of `None`.
+
+    >>> zeros_where_none([None, torch.ones(1)], [torch.ones(2), torch.ones(1)])
+    [tensor([0., 0.]), tensor([1.])]
+    """
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(tensors, like, strict=True)]
+
+
+def placed_where_reached(
+    tensors: Sequence[Tensor | None], gradient: Sequence[Tensor | None], like: Sequence[Tensor]
+) -> list[Tensor]:
+    """Spread one tensor for each entry of a gradient that is not `None` over all places, with zeros in the others.
+
+    >>> placed_where_reached([torch.ones(1)], [None, torch.ones(1)], [torch.ones(2), torch.ones(1)])
+    [tensor([0., 0.]), tensor([1.])]
+    """
+    remaining = iter(tensors)
+    return zeros_where_none([None if g is None else next(remaining) for g in gradient], like)
+
+
+def start_graph(tree: Tree) -> Tree:
+    """Return the same values in tensors that record what is computed from them."""
+    return trees.map_leaves(
+        lambda leaf: leaf.detach().requires_grad_() if trees.is_differentiable(leaf) else leaf, tree
+    )
+
+
+def has_graph(tree: Tree) -> bool:
+    """Return whether any tensor of the tree was computed from recording tensors, even if its derivatives are zero.
+
+    >>> phi = start_graph(torch.tensor(-1.0))
+    >>> has_graph(phi.relu()), has_graph(phi.detach())
+    (True, False)
+    """
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in trees.leaves(tree))

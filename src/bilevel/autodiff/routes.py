@@ -1,0 +1,101 @@
+"""The route that tangents take: forward mode, or another one where an operation has no forward-mode derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff.double_reverse import push_by_double_reverse
+from bilevel.autodiff.forward_mode import Pushed, push_forward
+from bilevel.autodiff.missing import FORWARD_MODE
+from bilevel.autodiff.substitution import Memory
+from bilevel.errors import MissingDerivativeError
+from bilevel.trees import Tree
+
+_NOTED: ContextVar[dict[str, float] | None] = ContextVar("noted routes", default=None)
+
+
+@contextmanager
+def noted_routes() -> Iterator[dict[str, float]]:
+    """Context manager that gives a dict in which every route besides forward mode is counted."""
+    routes: dict[str, float] = {}
+    token = _NOTED.set(routes)
+    try:
+        yield routes
+    finally:
+        _NOTED.reset(token)
+
+
+def note_route(name: str, units: float) -> None:
+    """Count one use of a route, and its cost in inner gradients."""
+    routes = _NOTED.get()
+    if routes is not None:
+        routes[name] = routes.get(name, 0.0) + 1
+        routes[f"{name}_units"] = routes.get(f"{name}_units", 0.0) + units
+
+
+def push_forward_or_refuse(
+    function: Callable[..., Tree],
+    arguments: Sequence[Tree],
+    tangents: Sequence[Sequence[Tensor]],
+    memory: Memory,
+) -> Pushed:
+    """Return what `push_forward` returns, for a function that is known to work without function transforms.
+
+    Raises:
+        MissingDerivativeError: forward mode does not take the function, for whatever reason.
+    """
+    try:
+        return push_forward(function, arguments, tangents, memory)
+    except (MissingDerivativeError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        first_line = (str(error).splitlines() or [repr(error)])[0]
+        raise MissingDerivativeError(
+            f"forward mode does not take this loss ({first_line}), {FORWARD_MODE}, or Reverse()"
+        ) from error
+
+
+def push(
+    function: Callable[..., Tree],
+    arguments: Sequence[Tree],
+    tangents: Sequence[Sequence[Tensor]],
+    memory: Memory,
+    part: str,
+    instead: Callable[[], Pushed] | None = None,
+) -> Pushed:
+    """Return what `push_forward` returns, by another route where an operation has no forward-mode derivative.
+
+    Args:
+        function: a function from trees to a tree.
+        arguments: the trees at which it is evaluated.
+        tangents: for every argument a list with one `[k, *leaf.shape]` tensor for each differentiable leaf.
+        memory: what is known about the problem. The first failure of forward mode is remembered here.
+        part: the name of the function in the memory.
+        instead: the other route; by default `push_by_double_reverse`.
+
+    Raises:
+        MissingDerivativeError: an operation has no derivative by the other route either.
+    """
+
+    def double_reverse() -> Pushed:
+        count = len(tangents[0][0])
+        found = push_by_double_reverse(function, arguments, tangents, memory)
+        note_route("double_reverse_passes", 3.0 + 3.0 * count)
+        return found
+
+    other = instead or double_reverse
+    if part in memory.without_forward_mode:
+        return other()
+    try:
+        return push_forward(function, arguments, tangents, memory)
+    except torch.OutOfMemoryError:
+        raise
+    except (MissingDerivativeError, RuntimeError) as error:
+        found = other()  # a fault of the user's code, and an operation without any derivative, raise here again
+        memory.without_forward_mode[part] = str(error)
+        return found

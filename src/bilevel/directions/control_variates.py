@@ -1,0 +1,146 @@
+"""Control variates: cheap biased gradients that take variance out of random estimates and leave no bias behind.
+
+With variates c_1 … c_m `[m, N]` that do not depend on the directions, slopes w_i = ∇h · v_i and p_i = c v_i `[m]`,
+
+    ∇h ≈ (1/b) Σ_i [ (w_i − s_i · p_i) v_i + s_i · c ]
+
+is unbiased as long as the scales s_i `[m]` are a function of the other directions alone ("leave one out"). They are
+fitted to those by least squares, with a further direction of slope 0 that weighs 1/b:
+
+    s_i = (Σ_{j≠i} p_j p_jᵀ + c cᵀ/b)⁺ Σ_{j≠i} w_j p_j.
+
+The variance is then that of the estimate of ∇h − s·c. The further direction keeps the fit bounded where few directions
+are there to fit to (docs/theory.md says why 1/b). A fit that includes direction i itself would be biased.
+
+Directions drawn without replacement from an orthogonal basis are not independent, and leaving one out is not enough:
+the others say where v_i is not. Given them, E[v_i v_iᵀ] = (N I − Σ_{j≠i} v_j v_jᵀ)/(N − b + 1). Solving for ∇h gives
+the same formula, with the scales (b/N) s̄ + (1 − b/N) s_i in the first place and their mean s̄ in the second; it is
+exact at b = N. Directions in one leaf alone have E[v_i v_iᵀ] = L on that leaf, so s_i · c is added there L-fold.
+
+Reference: the leave-one-out idea is that of Kool et al., 2019 (REINFORCE with a baseline from the other samples); its
+forms for regression on several variates and for bases are derived in docs/theory.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import trees
+from bilevel.directions.distributions import Directions
+from bilevel.distributed import communication
+from bilevel.distributed.communication import Exchange
+from bilevel.distributed.workers import Workers
+
+_ALONE = Workers()
+DRAWN_AT_ONCE = 64
+"""How many directions are drawn and added up at a time, at most, unless the caller says otherwise."""
+
+
+@trees.without_autocast()
+def scaled(
+    found: Sequence[Sequence[Tensor]], like: Sequence[Tensor], support: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Scale the gradients of m control variates to length 1.
+
+    Args:
+        found: for each variate its gradient, one tensor for each leaf of φ.
+        like: the leaves of φ.
+        support: for each leaf a mask; outside of it the result is 0.
+
+    Returns:
+        For each leaf of φ a tensor `[m, *leaf.shape]`.
+    """
+    result: list[Tensor] = []
+    for number, leaf in enumerate(like):
+        stack = torch.stack([c[number] for c in found]) if found else leaf.new_zeros(0, *leaf.shape)
+        result.append(stack if support is None else stack * support[number])
+    lengths = torch.stack([_rows(c).square().sum(1) for c in result]).sum(0).sqrt()
+    lengths = torch.where(lengths > 0, lengths, 1)
+    return [c / lengths.to(c).reshape(-1, *[1] * (c.ndim - 1)) for c in result]
+
+
+class Combined(NamedTuple):
+    """A gradient made from slopes, directions and control variates."""
+
+    grad: list[Tensor]
+    standard_error: float
+    variance_left: float | None
+    """The expected squared error divided by that without control variates; `None` if there are none."""
+
+
+@trees.without_autocast()
+def combine(
+    directions: Directions,
+    slopes: Tensor,
+    variates: list[Tensor],
+    at_once: int = DRAWN_AT_ONCE,
+    workers: Workers = _ALONE,
+    exchange: Exchange = "auto",
+) -> Combined:
+    """Compute the gradient by the formula at the top of this file.
+
+    Args:
+        directions: the b directions v_i.
+        slopes: w_i = ∇h · v_i `[b]`, all of them on every worker.
+        variates: for each leaf of φ the gradients of m control variates `[m, *leaf.shape]`.
+        at_once: how many directions may be in memory together.
+        workers: the workers who all call this function.
+        exchange: whether each of them adds up all directions ("slopes"), or its own before the sums are added up
+            ("gradient"); see `bilevel.distributed.communication`.
+    """
+    count, m = directions.count, len(variates[0])
+    bytes_per_number = max(leaf.element_size() for leaf in directions.like)
+    among = communication.partners(exchange, count, directions.size, bytes_per_number, workers)
+    chunk = min(at_once, math.ceil(count / among.size))
+    w = slopes.double()
+    starts = range(0, count, chunk)
+    chunks = [range(starts[i], min(starts[i] + chunk, count)) for i in among.share(len(starts))]
+    p = w.new_zeros(count, m)
+    if m:
+        for numbers in chunks:
+            for v, c in zip(directions.draw(numbers), variates, strict=True):
+                p[numbers.start : numbers.stop] += (_rows(v) @ _rows(c).T).to(p)
+        (p,) = among.sum("predicted slopes", [p])  # zeros where they are another's
+    scales = fitted_scales(w, p, variates)
+    mean = scales.mean(0)
+    used = scales
+    if directions.distribution.from_basis:
+        share = count / directions.size
+        used = share * mean + (1 - share) * scales
+    left = w - (used * p).sum(1)
+    grad = [torch.zeros_like(leaf) for leaf in directions.like]
+    for numbers in chunks:
+        part = left[numbers.start : numbers.stop] / count
+        for g, v in zip(grad, directions.draw(numbers), strict=True):
+            g += torch.einsum("k,k...->...", part.to(v), v)
+    grad = among.sum("gradient", grad)
+    for number, (g, c) in enumerate(zip(grad, variates, strict=True)):
+        back = mean
+        if directions.distribution.by_leaf:
+            here = [i for i, leaf in enumerate(directions.leaves) if leaf == number]
+            back = scales[here].mean(0)
+        g += torch.einsum("m,m...->...", back.to(c), c)
+    variance = directions.variance(w - (scales * p).sum(1))
+    plain = directions.variance(w)
+    return Combined(grad, variance**0.5, variance / plain if m and plain > 0 else None)
+
+
+def fitted_scales(w: Tensor, p: Tensor, variates: list[Tensor]) -> Tensor:
+    """Return the scales s_i `[b, m]` for slopes w `[b]` and predictions p `[b, m]`, each fitted without direction i."""
+    if not p.shape[1]:
+        return p
+    gram = torch.stack([_rows(c) @ _rows(c).T for c in variates]).sum(0).to(p)
+    squares = p.unsqueeze(2) * p.unsqueeze(1)
+    products = w.unsqueeze(1) * p
+    others = squares.sum(0) - squares + gram / len(w)
+    return (torch.linalg.pinv(others, hermitian=True) @ (products.sum(0) - products).unsqueeze(2)).squeeze(2)
+
+
+def _rows(stack: Tensor) -> Tensor:
+    """`[k, *shape]` as `[k, size]`, in float64."""
+    return stack.reshape(len(stack), math.prod(stack.shape[1:])).double()

@@ -1,0 +1,201 @@
+"""What users hand over as trees of tensors, and back: modules become views, and shared tensors stand once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from bilevel import trees
+from bilevel.models import fsdp
+from bilevel.models.buffers import cells_of
+from bilevel.models.locks import locked
+from bilevel.models.module_view import ModuleView, is_view, view_of, views_in
+from bilevel.models.parameter_hooks import has_hooks
+from bilevel.models.places import Cell, Constant, Layout, Place, in_use
+from bilevel.models.recomputed import Recomputed
+from bilevel.models.refusals import refuse_unfit, refuse_unfit_tensor, unwrapped
+from bilevel.models.sharing import is_frozen, presented, shared
+from bilevel.trees import NAMESPACE, Tree
+
+Initial = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Which tensors of modules are part of the inner state, besides the trained ones."""
+
+    names: frozenset[str] = frozenset()
+    """Tensors that were seen to be updated by an inner loss, or to depend on meta."""
+    of_normalizations: bool = True
+    """Whether running statistics always are; if not, only those of layers in training mode."""
+    everything: bool = False
+    """Whether all tensors are."""
+
+    def includes(self, name: str, layer: nn.Module, key: str) -> bool:
+        """Whether the tensor in this place is part of the inner state."""
+        if self.everything or name in self.names:
+            return True
+        statistics = isinstance(layer, _NormBase) and key in ("running_mean", "running_var", "num_batches_tracked")
+        return statistics and layer.running_mean is not None and (self.of_normalizations or layer.training)
+
+
+def as_tree(value: Tree) -> Tree:
+    """The value with every `nn.Module` in it replaced by a `ModuleView` of its parameters.
+
+    A tensor with several places in the tree is one parameter.
+
+    >>> as_tree({"net": nn.Linear(2, 1, bias=False), "lr": 0.1})
+    {'net': ModuleView(Linear, weight: (1, 2)), 'lr': 0.1}
+    """
+    return _converted(value, None, lambda tensor: tensor, "meta")
+
+
+def as_params(value: Tree, memory: Memory, initial: Initial = Tensor.detach) -> tuple[Tree, dict[str, Tensor]]:
+    """What an inner loop trains, as a tree, and the other tensors of its state by name.
+
+    `initial` gives the value from which a parameter starts. Constants are the parameters with `requires_grad=False`,
+    and plain tensors that do not require gradients in a tree that also holds an `nn.Parameter` which does.
+    """
+    tree = _converted(value, memory, initial, "params")
+    buffers = {}
+    for view in views_in(tree):
+        for holder, key, name in view._layout.memory:
+            buffers.setdefault(name, initial(holder[key]))
+    return tree, buffers
+
+
+def _converted(value: Tree, memory: Memory | None, initial: Initial, argument: str) -> Tree:
+    if type(presented(value)) is not type(value):
+        return value
+    paths, leaves, spec = optree.tree_flatten_with_path(value, namespace=NAMESPACE)
+    trains = memory is not None and any(isinstance(leaf, nn.Parameter) and leaf.requires_grad for leaf in leaves)
+    converted: list[Any] = []
+    identities: list[Hashable] = []
+    constants: list[bool] = []
+    hooked: dict[Hashable, nn.Parameter] = {}
+    known: dict[int, str] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        if isinstance(leaf, nn.Module):
+            module = unwrapped(leaf)
+            with locked(module):
+                refuse_unfit(module, argument, trained=memory is not None)
+                view = _view(module, ".".join(map(str, path)), memory, initial, known)
+            converted.append(view)
+            parameters = {name: parameter for parameter, name in view._layout.names.items()}
+            identities += [id(parameters[name]) for name in view.named_tensors]
+            constants += [False] * len(parameters)
+            if memory is not None:
+                hooked.update({id(p): p for p in parameters.values() if has_hooks(p)})
+            continue
+        constant = memory is not None and isinstance(leaf, Tensor) and leaf.is_floating_point()
+        constant = constant and (is_frozen(leaf) or (trains and not leaf.requires_grad))
+        identities.append(id(leaf) if isinstance(leaf, Tensor) else object())
+        constants.append(constant)
+        if memory is not None and isinstance(leaf, Tensor):
+            refuse_unfit_tensor(leaf, argument)
+            if has_hooks(leaf) and not constant:
+                hooked[id(leaf)] = leaf  # pyright: ignore[reportArgumentType]
+            if isinstance(leaf, nn.Parameter) and not constant:
+                leaf = initial(leaf)
+        converted.append(leaf)
+    return shared(trees.unflatten(spec, converted), identities, constants, hooked)
+
+
+def _view(module: nn.Module, prefix: str, memory: Memory | None, initial: Initial, known: dict[int, str]) -> ModuleView:
+    """A view with the module's places; `known` has the names of the state's buffers by the identity of the tensors."""
+    fsdp.reshard(module)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    layout = Layout.of(module, trained)
+    recomputed = {layer for inside in module.modules() if isinstance(inside, Recomputed) for layer in inside.modules()}
+    for path, layer in module.named_modules():
+        for holder in (layer._buffers, layer._parameters, layer.__dict__):
+            for key, tensor in holder.items():
+                if not isinstance(tensor, Tensor) or tensor in layout.names:
+                    continue
+                name = ".".join(part for part in (prefix, path, key) if part)
+                if memory is not None and layer not in recomputed and memory.includes(name, layer, key):
+                    layout.memory.append(Place(holder, key, known.setdefault(id(tensor), name)))
+                elif holder is layer._buffers and not fsdp.is_sharded(module):
+                    copy = tensor.detach().clone()
+                    layout.constants.append(Constant(layer, holder, key, copy, copy._version))
+                elif holder is layer._parameters and not tensor.is_inference():
+                    layout.frozen.append(Constant(layer, holder, key, tensor, tensor._version))
+    values = {name: initial(p) if memory is not None else p.detach() for name, p in trained.items()}
+    return view_of(layout, values, {})
+
+
+# -- the trees that losses are called with -----------------------------------------------------------------------------
+
+
+def with_buffers(tree: Tree, buffers: Mapping[str, Tensor] | tuple[()]) -> tuple[Tree, dict[str, Cell]]:
+    """The tree as the user wrote it, its modules with copies of an inner state's buffers, and the cells of these."""
+    tree = presented(tree)
+    if not buffers:
+        return tree, {}
+    assert isinstance(buffers, Mapping)
+    cells = cells_of(buffers)
+    return (
+        optree.tree_map(
+            lambda node: view_of(node._layout, node.named_tensors, cells) if is_view(node) else node,
+            tree,
+            is_leaf=is_view,
+            namespace=NAMESPACE,
+        ),
+        cells,
+    )
+
+
+@contextmanager
+def standing_in(*places: Tree) -> Iterator[None]:
+    """Context in which the tensors of every view stand in the places of its module's own, also between calls.
+
+    Activation checkpointing computes layers again in the backward pass, when a view's own call is over.
+    """
+    with ExitStack() as stack:
+        for view in views_in(places):
+            stack.enter_context(view.standing_in())
+        yield
+
+
+def modules_in_use(*places: Tree) -> Any:
+    """Context of a loss, see `places.in_use`."""
+    return in_use([view._layout for view in views_in(places)])
+
+
+# -- the way back ------------------------------------------------------------------------------------------------------
+
+
+def as_plain_tree(tree: Tree) -> Tree:
+    """The tree as the user wrote it, with a dict from parameter name to tensor in place of every `ModuleView`.
+
+    An `OrderedDict`, because the leaves of a plain one are sorted by name, and would not come in the view's order.
+    """
+    return optree.tree_map(
+        lambda leaf: OrderedDict(leaf.named_tensors) if is_view(leaf) else leaf,
+        presented(tree),
+        is_leaf=is_view,
+        namespace=NAMESPACE,
+    )
+
+
+def written_back(tree: Tree) -> Tree:
+    """Copy the tensors of every view into its module; the tree with the modules themselves in place of the views."""
+
+    def write(node: Any) -> Any:
+        if not isinstance(node, ModuleView):
+            return node
+        parameters = dict(node.module.named_parameters())
+        with torch.no_grad():
+            for name, tensor in node.named_tensors.items():
+                parameters[name].copy_(tensor)
+        return node.module
+
+    return optree.tree_map(write, presented(tree), is_leaf=is_view, namespace=NAMESPACE)

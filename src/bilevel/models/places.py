@@ -1,0 +1,264 @@
+"""The places in which a module holds its tensors, and contexts in which other tensors stand there.
+
+A place is a dictionary and a key: `layer._parameters["weight"]`, `layer._buffers["running_mean"]`, or an attribute in
+`layer.__dict__`. A call with other tensors puts them into the places, calls the module, and puts the module's own
+tensors back, whatever happens in between. While that lasts, the layers are locked: a second thread that uses any of
+them waits.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.models.locks import ModuleLock, held
+
+Holder = dict[str, Any]
+"""One of the dictionaries of a layer."""
+
+
+class Place(NamedTuple):
+    """A place for a tensor in a layer, and the name of the tensor that is to stand there."""
+
+    holder: Holder
+    key: str
+    name: str
+
+
+class Constant(NamedTuple):
+    """A tensor of the module that no loss may write to: a copy of a buffer, or a frozen parameter itself."""
+
+    layer: nn.Module
+    holder: Holder
+    key: str
+    tensor: Tensor
+    version: int | None
+    """How often the tensor had been written to; `None` if that is not watched."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody wrote into the tensor."""
+        return self.version is not None and self.tensor._version != self.version
+
+
+class Cell:
+    """The current value of a tensor that a module updates while it computes, and the places in which it stands."""
+
+    __slots__ = ("places", "value")
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self.places: list[Place] = []
+
+    def replace(self, value: Tensor) -> None:
+        """Give the cell another value, in the places too where the old one stands now."""
+        for holder, key, _ in self.places:
+            if holder.get(key) is self.value:
+                holder[key] = value
+        self.value = value
+
+
+@dataclass(eq=False)
+class Layout:
+    """The places of one module: found once, used at every call."""
+
+    module: nn.Module
+    names: dict[nn.Parameter, str]
+    """The parameters that other tensors stand in for, and the names of these."""
+    trained: list[Place]
+    memory: list[Place] = field(default_factory=list)
+    """The places of tensors that the module updates; their values are in the inner state."""
+    constants: list[Constant] = field(default_factory=list)
+    """Copies of the buffers that are not known to be updated: the module's own are never handed to a loss."""
+    frozen: list[Constant] = field(default_factory=list)
+    """The parameters that are not trained, with their versions."""
+    strays: list[tuple[nn.Module, str, str]] = field(default_factory=list)
+    """Constants that were replaced all the same: the layer, the key, and how."""
+    root: Layout | None = None
+    _children: dict[nn.Module, Layout] = field(default_factory=dict)
+    lists: list[tuple[Holder, str]] = field(default_factory=list)
+    """Attributes that a call of the module fills with the tensors that stand in."""
+    watched: list[nn.Module] = field(default_factory=list)
+    """Layers with backward hooks."""
+    compiled: bool = False
+    """Whether a layer was wrapped by `torch.compile`."""
+    lock: ModuleLock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lock = self.root.lock if self.root else ModuleLock(self.module)
+        layers = list(self.module.modules())
+        recurrent = [layer.__dict__ for layer in layers if isinstance(layer, nn.RNNBase)]
+        self.lists = [(holder, key) for holder in recurrent for key in _LISTS if key in holder]
+        self.watched = [layer for layer in layers if layer._backward_hooks]
+        self.compiled = any(type(layer).__name__ == "OptimizedModule" or layer._compiled_call_impl for layer in layers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and other.module is self.module
+
+    def __hash__(self) -> int:
+        return id(self.module)
+
+    @classmethod
+    def of(cls, module: nn.Module, names: Iterable[str]) -> Layout:
+        """The places of the parameters that go by these names (or by others: tied weights have several)."""
+        wanted = set(names)
+        known = module.named_parameters(remove_duplicate=False)
+        parameters = {parameter: name for name, parameter in known if name in wanted}
+        return cls(module, parameters, _places_of(module, parameters))
+
+    def of_layer(self, layer: nn.Module) -> Layout:
+        """The same for a module inside of this one."""
+        if layer not in self._children:
+            holders = {id(holder) for each in layer.modules() for holder in (each._buffers, each.__dict__)}
+            holders |= {id(each._parameters) for each in layer.modules()}
+            inside = {p: name for name, p in layer.named_parameters() if p in self.names}
+            self._children[layer] = Layout(
+                layer,
+                inside,
+                _places_of(layer, inside),
+                [place for place in self.memory if id(place.holder) in holders],
+                [each for each in self.constants if id(each.holder) in holders],
+                [],
+                self.strays,
+                self.root or self,
+            )
+        return self._children[layer]
+
+    def forget_layers(self) -> None:
+        """Find the places of modules inside of this one anew."""
+        self._children = {}
+
+    def renamed(self, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+        """Tensors by the names of this layout as tensors by the names of another one, of a module inside."""
+        return {name: tensors[self.names[parameter]] for parameter, name in layout.names.items()}
+
+
+def _places_of(module: nn.Module, parameters: Mapping[nn.Parameter, str]) -> list[Place]:
+    """Every place in which a layer holds one of the parameters, once, even if the layer goes by several names."""
+    return [
+        Place(layer._parameters, key, parameters[parameter])
+        for layer in module.modules()
+        for key, parameter in layer._parameters.items()
+        if parameter is not None and parameter in parameters
+    ]
+
+
+# -- standing in -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def standing(layout: Layout, tensors: Mapping[str, Tensor], cells: Mapping[str, Cell]) -> Iterator[None]:
+    """Context in which tensors stand in the places of a module; on leaving, its own tensors stand there again.
+
+    What the module assigned to its memory meanwhile (`self.average = ...`) is then the value of the cell.
+    """
+    with held([layout.lock]), _as_written(layout):
+        swaps: list[tuple[Holder, str, Any]] = []
+        try:
+            for holder, key, name in layout.trained:
+                swaps.append((holder, key, holder[key]))
+                holder[key] = tensors[name]
+            if cells:
+                for place in layout.memory:
+                    swaps.append((place.holder, place.key, place.holder[place.key]))
+                    cells[place.name].places.append(place)
+                    place.holder[place.key] = cells[place.name].value
+            for constant in layout.constants:
+                swaps.append((constant.holder, constant.key, constant.holder.get(constant.key)))
+                constant.holder[constant.key] = constant.tensor
+            swaps += [(holder, key, holder[key]) for holder, key in layout.lists]
+            for layer in layout.watched:
+                swaps.append((layer.__dict__, "_backward_hooks", layer._backward_hooks))
+                layer.__dict__["_backward_hooks"] = _observing(layer)
+            yield
+        finally:
+            if cells:
+                for place in layout.memory:
+                    cell, found = cells[place.name], place.holder.get(place.key)
+                    cell.places.remove(place)
+                    if isinstance(found, Tensor) and found is not cell.value:
+                        cell.value = found
+            for constant in layout.constants:
+                if constant.holder.get(constant.key) is not constant.tensor:
+                    layout.strays.append((constant.layer, constant.key, ""))
+                elif constant.changed:
+                    layout.strays.append((constant.layer, constant.key, " in place"))
+            for holder, key, own in swaps:
+                holder[key] = own
+
+
+_LISTS = ("_flat_weights", "_flat_weight_refs")
+"""Attributes in which recurrent layers hold their weights once more."""
+
+
+def _as_written(layout: Layout) -> AbstractContextManager[Any]:
+    """Context in which layers wrapped by `torch.compile` run as they were written.
+
+    The inner gradient is differentiated again, which PyTorch does not do with compiled code.
+    """
+    return torch.compiler.set_stance("force_eager") if layout.compiled else nullcontext()
+
+
+def _observing(layer: nn.Module) -> OrderedDict[int, Any]:
+    """The backward hooks of a layer, each of which may look at gradients and must not change them.
+
+    Function transforms do not take them, so they look at ordinary backward passes only.
+    """
+    hooks: OrderedDict[int, Any] = OrderedDict()
+    if torch._C._are_functorch_transforms_active():
+        return hooks
+
+    def observing(hook: Callable[..., Any]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            if hook(*args) is not None:
+                raise ValueError(
+                    f"a hook from register_full_backward_hook on a {type(layer).__name__} changes gradients, and the "
+                    "derivative of what it does is not known; it may look at them and return None. To change the "
+                    "gradient of a parameter write parameter.register_hook with a differentiable function"
+                )
+
+        return call
+
+    hooks.update((key, observing(hook)) for key, hook in layer._backward_hooks.items())
+    return hooks
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def in_use(layouts: Sequence[Layout]) -> Iterator[None]:
+    """Context of a loss: its modules are locked, and afterwards switched to the modes that they had before.
+
+    Steps are computed more than once, in any order, so nothing that a loss does to its modules may outlast it.
+
+    Raises:
+        ValueError: a loss changed a tensor of a module that is no part of the inner state.
+    """
+    if not layouts:
+        yield
+        return
+    with held([layout.lock for layout in layouts]):
+        modes = [(layer, layer.training) for layout in layouts for layer in layout.module.modules()]
+        try:
+            yield
+        finally:
+            for layer, training in modes:
+                if layer.training != training:
+                    layer.training = training
+            strays = [stray for layout in layouts for stray in layout.strays]
+            strays += [(c.layer, c.key, " in place") for layout in layouts for c in layout.frozen if c.changed]
+            for layout in layouts:
+                layout.strays.clear()
+    for layer, key, how in strays:
+        raise ValueError(
+            f"{type(layer).__name__} changed its tensor {key!r}{how} while a loss was computed, which it did not at "
+            "the first inner step (or it belongs to a module in meta), so a step computed again would give something "
+            "else; let every inner step update it, put that layer in eval mode, or take one without such memory"
+        )

@@ -1,0 +1,261 @@
+"""One step of a `torch.optim` class as a pure function: the step itself, run on copies of parameters and memory.
+
+The arithmetic is PyTorch's own, for small parameters joined (`bilevel.optim.buckets`). A derivative through the plain
+step would be NaN or silently wrong in some places, so the following is done around it:
+
+- *Second moments have a floor.* Adam and its kin divide by √v. A coordinate whose gradient has always been zero (a dead
+  ReLU, a pixel that is always black) has v = 0, where √ has no derivative, and one NaN spoils everything. Here v is
+  never below `100 · finfo(dtype).tiny` (1.2e-36 in float32). That is far below what any eps lets through, so the
+  trajectory stays that of the plain optimiser; at a zero gradient the derivative is the plain optimiser's own, 1/eps.
+  (Epsilons *under* the root are no remedy: from 1e-16 up they turn the hypergradient's direction.)
+- *Momentum starts as zeros.* `torch.optim.SGD` makes its first buffer a detached copy of the gradient. A buffer of
+  zeros, without dampening at the first update, gives the same numbers and keeps the derivative.
+- *Counters are numbers.* Step counts and what follows from them are kept as Python floats, so bias corrections are
+  exact in float64 (except ASGD's rates, which PyTorch rounds to the default dtype).
+- *A learning rate of 0 moves nothing.* Where Adam's code divides by the learning rate (`differentiable=True` folds the
+  rate into the denominator), the memory is updated at a rate of 1, and the parameters stay as they are.
+
+The ten classes of `TEN` have a `differentiable` flag, which makes their step fit for this. Every other class runs
+inside `DifferentiableStep`, parameter by parameter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
+from torch.optim.lr_scheduler import LRScheduler
+
+from bilevel import trees
+from bilevel.optim.buckets import LIMIT, Buckets
+from bilevel.optim.differentiable_steps import DifferentiableStep
+from bilevel.optim.numbers_with_derivatives import SettingNumber
+from bilevel.optim.optimizer_state import BucketState, OptimizerState, buckets_of, divided
+from bilevel.optim.schedules import Timetable
+
+TEN = (SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax, ASGD)
+"""The classes of torch.optim whose step PyTorch made differentiable."""
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg", "sum"})
+SPEED_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Settings that decide how fast a step is, and not what it computes. An inner loop has values of its own for them."""
+
+_AVERAGE = "ax"
+"""ASGD's running average of the parameters, on which they never depend. It is kept without derivatives: PyTorch
+overwrites its weight before a backward pass could use it."""
+_COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
+
+
+class TorchStep:
+    """The steps of one class with constant settings, as a function of parameters, gradients and memory."""
+
+    def __init__(
+        self,
+        algorithm: type[torch.optim.Optimizer],
+        constants: Mapping[str, Any],
+        schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None,
+        numbers_only: bool,
+    ) -> None:
+        """`numbers_only` says that no setting inside the step is a tensor with a derivative."""
+        self.algorithm = algorithm
+        self.is_pytorchs_own = algorithm in TEN
+        """Whether the step is differentiable as PyTorch wrote it."""
+        self._constants = {name: value for name, value in constants.items() if name not in SPEED_ONLY}
+        self._flags = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+        if self.is_pytorchs_own:
+            self._flags["differentiable"] = not (numbers_only and _adam_may_count_with_numbers(algorithm, constants))
+        self._divides_by_rate = algorithm in (Adam, AdamW) and self._flags["differentiable"]
+        self.timetable = Timetable(algorithm, self._constants, schedule)
+
+    def first_state(self, parameters: Sequence[Tensor]) -> OptimizerState:
+        """Return the memory before the first step."""
+        parameters = _as_real(parameters)
+        buckets = Buckets.of(parameters, LIMIT if self.is_pytorchs_own else 0)
+        joined = buckets.joined(parameters, fresh=True)
+        memories = self._first_memories(joined, self.timetable(0))
+        return [BucketState(members, 0, memory) for members, memory in zip(buckets.members, memories, strict=True)]
+
+    def __call__(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        state: OptimizerState,
+        step: int,
+        settings: Mapping[str, Any],
+    ) -> tuple[list[Tensor], OptimizerState]:
+        """Update the parameters that have a gradient, and what is remembered of them.
+
+        A class that PyTorch did not write gets all parameters, as in a loop without this library, and may also change
+        those whose `grad` is `None`.
+        """
+        given_parameters, parameters, gradients = parameters, _as_real(parameters), _as_real(gradients)
+        reached = {i for i, g in enumerate(gradients) if g is not None or not self.is_pytorchs_own}
+        state = divided(state, reached, parameters)
+        moving = [number for number, bucket in enumerate(state) if bucket.members[0] in reached]
+        active = [self._begun(state[number], parameters, step, settings) for number in moving]
+        buckets = buckets_of(active, parameters)
+        clones = buckets.joined(parameters, fresh=True)
+        if self.is_pytorchs_own:
+            given: Sequence[Tensor | None] = buckets.joined(gradients)
+        else:  # these may write into their gradients
+            given = [None if (g := gradients[bucket.members[0]]) is None else g.clone() for bucket in active]
+        after, new_state = list(parameters), list(state)
+        rate = settings.get("lr")
+        standing = self._divides_by_rate and not isinstance(rate, Tensor) and rate == 0
+        memories = self._moved(clones, given, active, {**settings, "lr": 1.0} if standing else settings)
+        for number, bucket, memory in zip(moving, active, memories, strict=True):
+            new_state[number] = BucketState(bucket.members, bucket.updates + 1, memory)
+        if not standing:
+            for i, moved in buckets.parted(clones).items():
+                after[i] = moved
+        places = zip(after, given_parameters, strict=True)
+        return [torch.view_as_complex(p) if before.is_complex() else p for p, before in places], new_state
+
+    def _moved(
+        self,
+        clones: list[Tensor],
+        gradients: Sequence[Tensor | None],
+        state: OptimizerState,
+        settings: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Run the step on the clones, in place; return the new memories."""
+        instance = self.timetable.blank()
+        settings = self._with_flags(settings)
+        instance.param_groups = [
+            {**settings, **special, "params": [clones[number] for number in numbers]}
+            for numbers, special in self._groups(state, settings)
+        ]
+        for clone, gradient, bucket in zip(clones, gradients, state, strict=True):
+            clone.grad = gradient
+            instance.state[clone] = self._thawed(bucket.memory)
+        step = inspect.unwrap(self.algorithm.step)  # without hooks, and without the no_grad around it
+        if self.is_pytorchs_own:
+            step(instance)
+        else:
+            for group in instance.param_groups:
+                group.update({n: SettingNumber(v) for n, v in group.items() if isinstance(v, Tensor) and v.ndim == 0})
+            with DifferentiableStep([clone for clone, g in zip(clones, gradients, strict=True) if g is None]):
+                step(instance)
+        found = [self._frozen(instance.state[clone]) for clone in clones]
+        for memory, bucket in zip(found, state, strict=True):
+            if "has_begun" in bucket.memory:
+                memory["has_begun"] = bucket.memory["has_begun"] or _may_be_nonzero(settings["momentum"])
+        return found
+
+    def _groups(self, state: OptimizerState, settings: Mapping[str, Any]) -> list[tuple[list[int], Mapping[str, Any]]]:
+        """The buckets in groups of equal settings: SGD's first buffer is the gradient, without dampening."""
+        everything = list(range(len(state)))
+        if self.algorithm is not SGD or not _may_be_nonzero(settings["momentum"]):
+            return [(everything, {})]
+        first = [number for number in everything if not state[number].memory.get("has_begun")]
+        later = [number for number in everything if state[number].memory.get("has_begun")]
+        return [(first, {"dampening": 0.0}), (later, {})]
+
+    def _begun(
+        self, bucket: BucketState, parameters: Sequence[Tensor], step: int, settings: Mapping[str, Any]
+    ) -> BucketState:
+        """A bucket with its memory as PyTorch initialises it at the first update, with the settings in force then."""
+        if not self.is_pytorchs_own:
+            return bucket
+        late = bucket.updates == 0 and step > 0
+        if self.algorithm is SGD:
+            late = _may_be_nonzero(settings["momentum"]) and "momentum_buffer" not in bucket.memory
+        elif self.algorithm is RMSprop and bucket.updates > 0:
+            self._require_momentum_from_the_start(bucket, step, settings)
+        if not late:
+            return bucket
+        joined = buckets_of([bucket], parameters).joined(parameters, fresh=True)
+        return bucket._replace(memory=self._first_memories(joined, settings)[0])
+
+    def _require_momentum_from_the_start(self, bucket: BucketState, step: int, settings: Mapping[str, Any]) -> None:
+        if _may_be_nonzero(settings["momentum"]) and "momentum_buffer" not in bucket.memory:
+            raise ValueError(
+                f"the schedule turns momentum on at step {step} (to {settings['momentum']}), after steps without any; "
+                f"let torch.optim.{self.algorithm.__name__} have momentum from its first step on"
+            )
+
+    def _first_memories(self, joined: Sequence[Tensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the optimiser remembers before the first update, made by its own initialisation."""
+        if not self.is_pytorchs_own:
+            return self._made_by_constructor(joined)
+        clones = [clone.detach() for clone in joined]
+        if self.algorithm is SGD:
+            on = _may_be_nonzero(settings["momentum"])
+            return [{"momentum_buffer": torch.zeros_like(clone), "has_begun": False} if on else {} for clone in clones]
+        for clone in clones:
+            clone.grad = torch.zeros_like(clone)
+        instance = self.timetable.blank()
+        # A setting that depends on the meta parameters enters the memory as a number.
+        numbers = {n: v.detach() if isinstance(v, Tensor) else v for n, v in settings.items()}
+        initialise = instance._init_group  # pyright: ignore[reportAttributeAccessIssue]
+        lists = ([] for _ in list(inspect.signature(initialise).parameters)[1:])
+        initialise({**self._with_flags(numbers), "params": clones}, *lists)
+        return [self._frozen(instance.state[clone]) for clone in clones]
+
+    def _made_by_constructor(self, joined: Sequence[Tensor]) -> list[dict[str, Any]]:
+        with DifferentiableStep():
+            instance = self.algorithm(list(joined), **self._constants)  # pyright: ignore[reportCallIssue]
+        return [self._frozen(instance.state.get(clone, {})) for clone in joined]
+
+    def _with_flags(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {**settings, **{name: value for name, value in self._flags.items() if name in settings}}
+
+    def _frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Undone by `_thawed`: counters as numbers."""
+        if not issubclass(self.algorithm, TEN):
+            return dict(state)
+        known = {name: value for name, value in state.items() if value is not None}
+        return {name: _frozen_entry(name, value) for name, value in known.items()}
+
+    def _thawed(self, memory: Mapping[str, Any]) -> dict[str, Any]:
+        """Copies that the step may change in place."""
+        if not issubclass(self.algorithm, TEN):
+            return trees.map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(memory))
+        return {name: _thawed_entry(name, value) for name, value in memory.items() if name != "has_begun"}
+
+
+@overload
+def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]: ...
+@overload
+def _as_real(tensors: Sequence[Tensor | None]) -> list[Tensor | None]: ...
+def _as_real(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return complex tensors as pairs of real numbers, which is how PyTorch's optimisers update them."""
+    return [torch.view_as_real(t.resolve_conj()) if t is not None and t.is_complex() else t for t in tensors]
+
+
+def _frozen_entry(name: str, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    counts = name in _COUNTERS and value.ndim == 0
+    return float(value.detach()) if counts else value.detach() if name == _AVERAGE else value
+
+
+def _thawed_entry(name: str, value: Any) -> Any:
+    if name in _COUNTERS and isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return value
+    if name in SECOND_MOMENTS:
+        return value.clamp(min=100 * torch.finfo(value.dtype).tiny)
+    return value.clone()
+
+
+def _may_be_nonzero(value: Any) -> bool:
+    return isinstance(value, Tensor) or value != 0
+
+
+def _adam_may_count_with_numbers(algorithm: type[torch.optim.Optimizer], constants: Mapping[str, Any]) -> bool:
+    """Whether Adam may correct its bias with numbers, as it does when nobody asks for a derivative.
+
+    `differentiable=True` makes it do so with tensors, for settings that are tensors. Where none is, the other code has
+    the same derivative in fewer operations, and in forward mode without tensors that only seem to be zeros, which
+    PyTorch handles slowly. (This does not hold with `amsgrad=True`, for which that code writes into an `out=` without
+    derivative.)
+    """
+    inside = {name: value for name, value in constants.items() if name not in SPEED_ONLY}
+    usual = inside.keys() <= {"lr", "betas", "eps", "weight_decay", "maximize"}
+    numbers = all(isinstance(value, float | int) for value in trees.leaves(inside))
+    return algorithm in (Adam, AdamW) and usual and numbers

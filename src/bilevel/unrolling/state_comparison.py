@@ -1,0 +1,108 @@
+"""Whether two results of one inner step agree within rounding.
+
+A recomputed step need not agree to the last bit: PyTorch has other formulas for some gradients when those are to be
+differentiated again, and some kernels on a GPU add up in any order. With θ the state before the step, θ' the state
+that it gave first and θ" the state that it gave again, the two agree if
+
+    ‖θ" − θ'‖ ≤ √ε ‖θ' − θ‖ + 4 ε ‖θ'‖,
+
+where ε is the machine epsilon of the state's dtype. The first term allows the update to lose half of its digits by
+cancellation inside of the loss; the second one is the rounding of the new state itself.
+
+The parameters, and each kind of number that an optimiser keeps (all momentum buffers, say), are compared apart from
+each other. Adam divides by the size of the gradient, so where a gradient is zero but for rounding, the parameters'
+updates differ visibly while the moments agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel import trees
+from bilevel.problem import Descent
+from bilevel.trees import Tree
+
+_foreach_sub: Any = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
+_foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+_ROUNDINGS = 4.0
+"""How many machine epsilons of its size a state may be off."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The numbers of a state by kind."""
+
+    of_leaf: list[int]
+    """For each differentiable leaf, the number of its part; 0 for parameters."""
+    epsilons: list[float]
+    """For each part, the machine epsilon of its coarsest dtype."""
+
+
+def parts_of(state: Tree) -> Parts:
+    """Return which part each differentiable leaf of a state belongs to."""
+    paths, values, _ = optree.tree_flatten_with_path(state, namespace=trees.NAMESPACE)
+    numbers: dict[str, int] = {}
+    of_leaf, epsilons = [], []
+    for path, leaf in zip(paths, values, strict=True):
+        if not trees.is_differentiable(leaf):
+            continue
+        name = ""
+        if isinstance(state, Descent):
+            words = [str(step) for step in path if not isinstance(step, int)]
+            name = "params" if _starts_with(path, "params") else (words[-1] if words else "")
+        number = numbers.setdefault(name, len(numbers))
+        if number == len(epsilons):
+            epsilons.append(0.0)
+        of_leaf.append(number)
+        epsilons[number] = max(epsilons[number], torch.finfo(leaf.dtype).eps)
+    return Parts(of_leaf, epsilons)
+
+
+def _starts_with(path: tuple[object, ...], field: str) -> bool:
+    return bool(path) and path[0] in (field, Descent._fields.index(field))
+
+
+def same_bits(left: Tree, right: Tree) -> bool:
+    """Whether all tensors of two states are equal."""
+    pairs = zip(_tensors(left), _tensors(right), strict=True)
+    return all(a is b or torch.equal(a, b) for a, b in pairs)
+
+
+def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor:
+    """Return two flags on the states' device: whether any part disagrees, and whether rounding can't be the reason.
+
+    It can be where the parameters disagree, and what the optimiser keeps agrees within rounding, but not to the bit.
+    Nothing is read from the device. Cost: four passes over the state.
+    """
+    start, kept, new = _tensors(before), _tensors(first), _tensors(again)
+    off, moved = _foreach_sub(new, kept), _foreach_sub(kept, start)
+    norms = [_foreach_norm(tensors) for tensors in (off, moved, kept)]
+    device = norms[0][0].device
+    squares = torch.stack([torch.stack([n.to(device, torch.float64) for n in each]) for each in norms]).square()
+    index = torch.tensor(parts.of_leaf, device=device)
+    sums = squares.new_zeros(3, len(parts.epsilons)).index_add(1, index, squares).sqrt()
+    epsilon = torch.tensor(parts.epsilons, dtype=torch.float64, device=device)
+    over = sums[0] > epsilon.sqrt() * sums[1] + _ROUNDINGS * epsilon * sums[2]
+    others_agree = (sums[0, 1:] == 0).all()
+    return torch.stack([over.any(), over[1:].any() | (over[0] & others_agree)])
+
+
+def distances(before: Tree, first: Tree, again: Tree) -> tuple[float, float]:
+    """How far apart the two results are, and how far the step moved the state."""
+    start, kept, new = _tensors(before), _tensors(first), _tensors(again)
+    off = [b.double() - a.double() if not a.is_complex() else b - a for a, b in zip(kept, new, strict=True)]
+    moved = [b.double() - a.double() if not a.is_complex() else b - a for a, b in zip(start, kept, strict=True)]
+    return _norm(off), _norm(moved)
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([torch.linalg.vector_norm(t).double() for t in tensors]).square().sum().sqrt())
+
+
+def _tensors(state: Tree) -> list[Tensor]:
+    return [trees.local(leaf) for leaf in trees.leaves(state) if trees.is_differentiable(leaf)]
