@@ -279,8 +279,7 @@ def test_fits_functions_are_called_under_a_seed_that_resuming_repeats(tmp_path: 
             outer_batch,
             phases=[bilevel.Phase(bilevel.Reverse(), steps=4)],
             callbacks=[] if steps == 4 else [lambda step: interrupt(step, steps)],
-            out=out,
-            resume=resume,
+            out=bilevel.RunFolder(out, resume=resume),
             progress=False,
         )
         return [row["outer_loss"] for row in result.history]

@@ -14,6 +14,8 @@ import torch
 
 from bilevel import randomness
 
+NP_RANDOM: Any = np.random
+"""The module, of which type checkers know only a part."""
 COUNTERS = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 256, 3), (randomness.STEP, 7), (randomness.INIT, 7)]
 SEEDS = [0, 1, 2, 2**31, 2**32, 2**63, 2**100]
 
@@ -166,15 +168,15 @@ def test_the_users_generators_are_left_where_they_were() -> None:
 
 
 def test_a_bit_generator_of_the_users_own_is_kept() -> None:
-    own, usual = np.random.PCG64(3), np.random.get_bit_generator()
-    np.random.set_bit_generator(own)
+    own, usual = np.random.PCG64(3), NP_RANDOM.get_bit_generator()
+    NP_RANDOM.set_bit_generator(own)
     try:
         first = randomness.evaluate(three_numbers, 0, randomness.STEP, 3)
-        assert np.random.get_bit_generator() is own
+        assert NP_RANDOM.get_bit_generator() is own
         expected = np.random.RandomState(np.random.PCG64(3)).rand()
         assert np.random.rand() == expected
     finally:
-        np.random.set_bit_generator(usual)
+        NP_RANDOM.set_bit_generator(usual)
     assert randomness.evaluate(three_numbers, 0, randomness.STEP, 3) == first
 
 

@@ -443,11 +443,18 @@ def test_a_gradient_has_a_graph_only_if_it_depends_on_a_recording_tensor() -> No
         lambda x: (x[0] ** 2 * phi).sum() + x[1].square().sum(),
         lambda x: x[0].sum(),
     ]
-    first, second = autodiff.gradient(losses[0], [THETA, THETA], differentiable=True) or []
+    found = autodiff.gradient(losses[0], [THETA, THETA], differentiable=True)
+    assert found is not None
+    first, second = found
+    assert first is not None
+    assert second is not None
     assert first.requires_grad
     assert not second.requires_grad
     torch.testing.assert_close(torch.autograd.grad(first.sum(), phi)[0], 2 * THETA)
-    (constant,) = autodiff.gradient(losses[1], [THETA], differentiable=True) or []
+    found = autodiff.gradient(losses[1], [THETA], differentiable=True)
+    assert found is not None
+    (constant,) = found
+    assert constant is not None
     assert not constant.requires_grad
 
 

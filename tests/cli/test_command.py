@@ -698,7 +698,7 @@ def test_names_stay_whole_in_tables(columns: int, capsys: Capture, monkeypatch: 
     planned = ["reverse(checkpoints='graph')", "reverse(offload='disk')", "truncated-reverse(steps=10)"]
     planned += ["forward-gradient(directions=64)", "zeroth-order(directions=64)"]
     tables = {
-        ("list",): [*names.ESTIMATORS, *TASKS] if columns >= 60 else [],
+        ("list",): [*registry.by_name(), *TASKS] if columns >= 60 else [],
         tuple(paper): planned,
         (*paper, "--workers", "64"): planned,
         (*COMPARE, "--repeats", "3", "--estimators", LONG_NAME, "reverse"): [LONG_NAME, "reverse"],
@@ -711,7 +711,7 @@ def test_names_stay_whole_in_tables(columns: int, capsys: Capture, monkeypatch: 
         for line in lines:
             assert len(line) <= columns or line.split(maxsplit=1)[1] in expected or line in expected
     for name in [*planned, LONG_NAME]:
-        assert names.describe(names.parse(name)) == name
+        assert names.describe(registry.parse(name)) == name
 
 
 @pytest.mark.parametrize("columns", [80, 100])

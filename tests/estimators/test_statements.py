@@ -13,6 +13,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import Auto, ForwardGradient, Phase, Reverse, trees
+from bilevel.comparison.compare import ComparisonRow
 from bilevel.training import accumulation
 from bilevel.unrolling.unroll import Unroll, unroll
 
@@ -65,7 +66,7 @@ def test_random_estimators_are_no_control_variates_whatever_their_settings_are_c
         bilevel.CoarserProblem(estimator=Unusual())
 
 
-def compared(estimator: bilevel.Estimator, repeats: int) -> bilevel.comparison.compare.ComparisonRow:
+def compared(estimator: bilevel.Estimator, repeats: int) -> ComparisonRow:
     (row,) = bilevel.compare(
         CASE.problem, CASE.meta, CASE.inner_batches, tensor(CASE.outer.a), estimators=[estimator], repeats=repeats
     )

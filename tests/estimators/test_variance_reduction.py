@@ -30,14 +30,16 @@ from bilevel import (
     TruncatedReverse,
     ZerothOrder,
 )
+from bilevel.directions.control_variates import combine, fitted_scales
 from bilevel.directions.distributions import Directions
 from bilevel.directions.support import reached
-from bilevel.estimators.variates import combine, fitted_scales
 from bilevel.randomness import DRAW, derive
 from bilevel.training.noise_warning import NoiseWatch
+from bilevel.training.outer_loop import OuterStep
 from bilevel.training.running_mean import PastEstimates
 from bilevel.trees import flatten, leaves, map_leaves, unflatten
-from bilevel.unrolling.finite_differences import push_forward_by_differences
+from bilevel.unrolling.finite_differences import FiniteDifferences
+from bilevel.unrolling.tangents import push_forward
 from bilevel.unrolling.unroll import Unroll, unroll
 
 BIG = affine("many parameters", T=2, M=3, N=64)
@@ -442,7 +444,7 @@ def test_differences_along_a_direction_of_length_zero_are_zero() -> None:
     """A chunk may hold such a direction beside others: in blocks, that of a leaf without entries."""
     problem, phi = curved(torch.float64)
     run = unroll(problem, phi, bilevel.no_batches(3), None, 0)
-    slopes = push_forward_by_differences(run, [torch.stack([torch.zeros_like(phi), torch.ones_like(phi)])])
+    slopes = push_forward(run, [torch.stack([torch.zeros_like(phi), torch.ones_like(phi)])], FiniteDifferences())
     assert slopes.slopes[0] == 0
     exact = Reverse()(problem, phi, bilevel.no_batches(3)).grad
     assert float(slopes.slopes[1]) == pytest.approx(float(exact.sum()), rel=1e-9)
@@ -524,7 +526,7 @@ def test_the_running_mean_is_that_of_whole_estimates_over_all_phases(decay: floa
         tensor(BIG.outer.a),
         phases=phases,
         optimizer=bilevel.optimizer(torch.optim.SGD, lr=rate),
-        clip_norm=clip_norm,
+        update=bilevel.OuterUpdate(clip_norm=clip_norm),
         progress=False,
     )
     phi, past, rows, factors = BIG.meta.clone(), None, [], []
@@ -573,6 +575,9 @@ class Scripted(Estimator):
 
     script: tuple[tuple[float, float | None], ...]
 
+    def units(self, steps: int, meta_size: int) -> float:
+        raise NotImplementedError
+
     def _estimate(self, run: Unroll) -> Estimate:
         length, error = self.script[run.outer_batch]
         grad = map_leaves(lambda leaf: torch.full_like(leaf, length / leaf.numel() ** 0.5), run.meta)
@@ -584,7 +589,7 @@ def steps_that_warn(script: Any, phases: Callable[[Estimator], list[Phase]] | No
     estimator = Scripted(tuple(script))
     ends, stop_at = [0], changes.pop("stop_at", 99)
 
-    def note(step: bilevel.training.outer_loop.OuterStep) -> None:
+    def note(step: OuterStep) -> None:
         ends.extend([step.number] * (len(caught) - len(ends) + 1))
         _stop(step.number, stop_at)
 

@@ -29,7 +29,7 @@ torch.manual_seed(0)
 BASE = nn.Linear(3, 1).double()
 
 
-def assigned(meta: Tensor) -> nn.Module:
+def assigned(meta: Tensor) -> Any:
     made = copy.deepcopy(BASE)
     made.weight = nn.Parameter(BASE.weight.detach() * meta)
     return made
@@ -64,14 +64,14 @@ def converted(meta: Tensor) -> nn.Module:
     return made.double()
 
 
-def overwritten(meta: Tensor) -> nn.Module:
+def overwritten(meta: Tensor) -> Any:
     made = assigned(meta)
     made.bias = nn.Parameter(meta[1:2] * 2)
     nn.init.zeros_(made.weight)
     return made
 
 
-def overwritten_through_data(meta: Tensor) -> nn.Module:
+def overwritten_through_data(meta: Tensor) -> Any:
     made = assigned(meta)
     made.bias = nn.Parameter(meta[1:2] * 2)
     made.weight.data.fill_(0.5)

@@ -12,6 +12,7 @@ from plain_training import numerical_gradient
 from torch import Tensor, nn
 
 import bilevel
+from bilevel import trees
 from bilevel.models.conversion import Memory, as_params, as_tree
 from bilevel.models.sharing import presented
 
@@ -101,7 +102,7 @@ def test_one_tensor_in_two_places() -> None:
 
 
 def test_frozen_parameters_and_buffers_of_a_dict_are_constants() -> None:
-    network = nn.Sequential(linear(0), nn.BatchNorm1d(3).double(), linear(1)).eval()
+    network: Any = nn.Sequential(linear(0), nn.BatchNorm1d(3).double(), linear(1)).eval()
     network[1].running_mean += 0.3
     network[0].weight.requires_grad_(False)
     tree = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -124,12 +125,12 @@ def test_constants_are_no_leaves() -> None:
     memory = Memory()
     frozen, free = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(2))
     tree, _ = as_params({"frozen": frozen, "free": free, "buffer": nn.Buffer(torch.ones(2))}, memory)
-    assert [name for name, _ in bilevel.trees.named_leaves(tree, "params")] == ["params['free']"]
+    assert [name for name, _ in trees.named_leaves(tree, "params")] == ["params['free']"]
     assert presented(tree)["frozen"] is frozen
     tree, _ = as_params({"frozen": frozen, "plain": torch.ones(2)}, memory)
-    assert [name for name, _ in bilevel.trees.named_leaves(tree, "params")] == ["params['plain']"]
+    assert [name for name, _ in trees.named_leaves(tree, "params")] == ["params['plain']"]
     tree, _ = as_params({"a": torch.ones(2), "b": torch.zeros(1)}, memory)
-    assert len(bilevel.trees.leaves(tree)) == 2
+    assert len(trees.leaves(tree)) == 2
 
 
 def test_meta_parameter_in_two_places_has_one_derivative() -> None:
@@ -160,7 +161,7 @@ def test_fit_keeps_a_meta_parameter_in_two_places_one() -> None:
         torch.ones(3, dtype=DOUBLE),
         bilevel.optimizer(torch.optim.SGD, lr=0.1),
     )
-    assert len(bilevel.trees.leaves(as_tree(meta))) == 1
+    assert len(trees.leaves(as_tree(meta))) == 1
     result = bilevel.fit(
         problem,
         meta,

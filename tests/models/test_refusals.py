@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import bilevel
 import bilevel.experimental
+from bilevel.models.module_view import ModuleView
 
 DOUBLE = torch.float64
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
@@ -134,7 +135,7 @@ def test_frozen_embeddings_may_be_sparse_or_scaled() -> None:
 
 def forward_hooks() -> nn.Module:
     made = network()
-    made[0].register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    made[0].register_forward_hook(lambda module, inputs, output: 1.5 * output)  # pyright: ignore
     made[2].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.1,))
     made.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
     return made
@@ -260,16 +261,16 @@ def test_threads_may_call_views_of_one_module() -> None:
     """Outside of estimates too, as with the models of final states."""
 
     class Slow(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            first = super().forward(x)
+        def forward(self, input: Tensor) -> Tensor:
+            first = super().forward(input)
             time.sleep(0.002)
-            return first + super().forward(x)
+            return first + super().forward(input)
 
     made = Slow(1, 1, bias=False).double()
     wrong: list[float] = []
 
     def work(value: float) -> None:
-        view = bilevel.models.module_view.ModuleView(made, {"weight": torch.full((1, 1), value, dtype=DOUBLE)})
+        view = ModuleView(made, {"weight": torch.full((1, 1), value, dtype=DOUBLE)})
         for _ in range(10):
             found = view(torch.ones(1, dtype=DOUBLE)).item()
             if found != 2 * value or view.weight.item() != value:

@@ -247,7 +247,7 @@ def test_statistics_carry_derivative() -> None:
     step = problem.step
 
     def cut(state: Any, meta: Any, batch: Any) -> Any:
-        after = step(state, meta, batch)
+        after: Any = step(state, meta, batch)
         return after._replace(buffers={name: b.detach() for name, b in after.buffers.items()})
 
     problem.step = cut

@@ -20,7 +20,6 @@ T = 4
 ESTIMATORS = {
     "reverse": bilevel.Reverse(),
     "offloaded": bilevel.Reverse("sqrt", offload="disk"),
-    "mixed": bilevel.Reverse(product="mixed"),
     "graph": bilevel.Reverse("graph"),
     "truncated": bilevel.TruncatedReverse(2),
     "forward": bilevel.Forward(),
@@ -28,7 +27,7 @@ ESTIMATORS = {
     "forward-gradient": bilevel.ForwardGradient(3, chunk_size=2, control_variate=bilevel.TruncatedReverse(2)),
     "shared": bilevel.ForwardGradient(2, tangents="shared"),
     "difference": bilevel.ForwardGradient(2, tangents="difference"),
-    "touched": bilevel.ForwardGradient(2, support="touched"),
+    "reached": bilevel.ForwardGradient(2, support="reached"),
     "zeroth-order": bilevel.ZerothOrder(2, 1e-3),
     "implicit": bilevel.Implicit(bilevel.Nystrom(rank=3, damping=1.0)),
     "hessian-free": bilevel.HessianFree(preconditioner="optimizer"),

@@ -22,7 +22,6 @@ TEACHER = nn.Linear(3, 1).double()
 
 ESTIMATORS = {
     "reverse": bilevel.Reverse(),
-    "mixed": bilevel.Reverse(product="mixed"),
     "graph": bilevel.Reverse("graph"),
     "truncated": bilevel.TruncatedReverse(2),
     "forward": bilevel.Forward(),
@@ -96,7 +95,7 @@ HARMLESS: dict[str, Callable[[], bilevel.GradientDescent]] = {
     "a module": lambda: descent(
         lambda model, meta, batch: (meta * (model(X).squeeze(1) - Y) ** 2).mean(),
         lambda model, meta, batch: model(X).square().mean(),
-        nn.Sequential(bilevel.Recomputed(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)).double(),
+        nn.Sequential(bilevel.experimental.Recomputed(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)).double(),
     ),
 }
 

@@ -28,7 +28,6 @@ RECOMPUTING = {
     "log": bilevel.Reverse("log"),
     "two states": bilevel.Reverse(2),
     "offloaded": bilevel.Reverse(offload="disk"),
-    "mixed": bilevel.Reverse(product="mixed"),
     "truncated": bilevel.TruncatedReverse(3),
     "forward in chunks": bilevel.Forward(chunk_size=4),
     "forward one by one": bilevel.Forward(chunk_size=1),
@@ -120,7 +119,7 @@ def test_a_loss_with_a_memory_is_refused(name: str, memory: str, optimizer: Any)
     if memory == "frozen" and name in ("truncated", "control variate"):
         estimator(problem, WEIGHTS, [None] * T)  # the steps that they compute again are all after the first call
         return
-    with pytest.raises(bilevel.ReplayError, match=r"queue") as caught:
+    with pytest.raises(bilevel.errors.ReplayError, match=r"queue") as caught:
         estimator(problem, WEIGHTS, [None] * T)
     first = {"truncated": T - 3, "control variate": T - 2}.get(name, 0)
     if memory == "counter":
@@ -150,11 +149,11 @@ def test_the_first_step_that_differs_is_named() -> None:
         return state * 0.9 + meta + (0.1 * seen[t] if t == 4 else 0.0)
 
     problem = bilevel.Problem(lambda meta: torch.zeros(3, dtype=D), step, lambda state, meta, batch: state.sum())
-    with pytest.raises(bilevel.ReplayError, match="inner step 4 ") as caught:
+    with pytest.raises(bilevel.errors.ReplayError, match="inner step 4 ") as caught:
         bilevel.Reverse()(problem, torch.tensor(0.5, dtype=D), range(T))
     assert caught.value.inner_step == 4
     seen.clear()
-    with pytest.raises(bilevel.ReplayError, match="inner step 4 ") as caught:
+    with pytest.raises(bilevel.errors.ReplayError, match="inner step 4 ") as caught:
         bilevel.Forward(chunk_size=1)(problem, torch.tensor([0.5, 0.1, 0.2], dtype=D), range(T))
 
 
@@ -174,11 +173,11 @@ def test_a_dataset_with_a_generator_or_iterator_of_its_own_is_refused(name: str)
     problem = bilevel.GradientDescent(
         lambda theta, meta, x: (meta * (x @ theta - Y) ** 2).mean(), outer, torch.zeros(3, dtype=D), sgd()
     )
-    with pytest.raises(bilevel.ReplayError, match="generator of its own"):
+    with pytest.raises(bilevel.errors.ReplayError, match="generator of its own"):
         RECOMPUTING[name](problem, WEIGHTS, Augmented())
     # Also where the problem is known already, with data that can be read again.
     RECOMPUTING[name](problem, WEIGHTS, [X] * T)
-    with pytest.raises(bilevel.ReplayError):
+    with pytest.raises(bilevel.errors.ReplayError):
         RECOMPUTING[name](problem, WEIGHTS, Augmented())
 
 
@@ -282,7 +281,7 @@ def test_rounding_is_no_memory(network: str, precision: str, optimizer: str) -> 
     ]
     if not autocast:  # under which PyTorch has no forward-mode derivative of layers of mixed precision
         forward = bilevel.Forward(chunk_size=4), bilevel.ForwardGradient(3, chunk_size=2)
-        estimators += [bilevel.Reverse(product="mixed"), *forward]
+        estimators += forward
     for estimator in estimators:
         estimator(problem, meta, [None] * T)
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -217,11 +217,10 @@ class TorchStep:
         return {name: _thawed_entry(name, value) for name, value in memory.items() if name != "has_begun"}
 
 
-@overload
-def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]: ...
-@overload
-def _as_real(tensors: Sequence[Tensor | None]) -> list[Tensor | None]: ...
-def _as_real(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+Part = TypeVar("Part", Tensor, "Tensor | None")
+
+
+def _as_real(tensors: Sequence[Part]) -> list[Part]:
     """Return complex tensors as pairs of real numbers, which is how PyTorch's optimisers update them."""
     return [torch.view_as_real(t.resolve_conj()) if t is not None and t.is_complex() else t for t in tensors]
 
