@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilevel import checks, randomness
-from bilevel.checking import loop, one_step, operations, precision, repeated_steps, stability, whole_loop
+from bilevel.checking import loop, one_step, operations, precision, repeated_steps, side_effects, stability, whole_loop
 from bilevel.checking.report import Report, versions
 from bilevel.checking.subject import Subject
 from bilevel.estimators import Estimator, ForwardGradient, Reverse
@@ -97,6 +97,7 @@ def check(
         checks.positive(budget, "budget")
     subject = Subject(problem, meta, inner_batches, outer_batch, seed)
     begun = time.perf_counter()
+    before = side_effects.Snapshot(subject)
     with randomness.preserved():
         parts = _parts(subject, plain, _estimators(subject, estimators), directions, stable)
         each = _seconds_of_a_unit(subject)
@@ -118,6 +119,7 @@ def check(
                 if left is not None:
                     left -= time.perf_counter() - took
                 shown.advance(part.name)
+    findings += before.changes()
     if not stable:
         findings.append(
             Finding(stability.PART, "growth of tangents", Verdict.NOT_CHECKED, "not asked for", "stable=True")
@@ -144,6 +146,7 @@ def _parts(
         own = plain
         parts.append(_Part(loop.PART, 4.0 * steps, lambda: loop.compare_own_loop(subject, own)))
     parts += [
+        _Part("outside reads", 3.0, lambda: side_effects.find_outside_reads(subject)),
         _Part(repeated_steps.PART, 2.0 * steps + 3, lambda: repeated_steps.compare_repeated_steps(subject)),
         _Part(one_step.PART, steps + 70.0, lambda: one_step.compare_derivatives(subject)),
         _Part(operations.PART, 10.0, lambda: operations.cover_operations(subject)),

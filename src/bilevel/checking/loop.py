@@ -41,7 +41,9 @@ def compare_loops(subject: Subject) -> Iterator[Finding]:
         return
     double = subject.double
     if subject.dtype == torch.float64 or isinstance(double, str):
-        why = "" if not isinstance(double, str) or subject.dtype == torch.float64 else f"; no double precision: {double}"
+        why = (
+            "" if not isinstance(double, str) or subject.dtype == torch.float64 else f"; no double precision: {double}"
+        )
         if isinstance(first, str):
             yield Finding(PART, "parameters and outer value", Verdict.UNJUDGED, first + why)
             return
@@ -49,7 +51,12 @@ def compare_loops(subject: Subject) -> Iterator[Finding]:
             doubtful = row.verdict is Verdict.WRONG and subject.dtype != torch.float64
             doubtful = doubtful and row.numbers.get("relative", math.inf) < 0.05
             yield Finding(
-                row.part, row.tested, Verdict.UNJUDGED if doubtful else row.verdict, row.found + why, row.advice, row.numbers
+                row.part,
+                row.tested,
+                Verdict.UNJUDGED if doubtful else row.verdict,
+                row.found + why,
+                row.advice,
+                row.numbers,
             )
         return
     precise = subject.plain(in_double=True)
@@ -78,9 +85,7 @@ def _compared(run: Unroll, plain: PlainLoop, prefix: str) -> list[Finding] | str
     rows = [_row(both.apart, run.steps, prefix, both.largest)]
     if names := both.unfollowed():
         rows.append(
-            Finding(
-                PART, "buffers", Verdict.WRONG, f"{prefix}the plain loop changes {', '.join(names[:3])}", _ADVICE
-            )
+            Finding(PART, "buffers", Verdict.WRONG, f"{prefix}the plain loop changes {', '.join(names[:3])}", _ADVICE)
         )
     rows.append(_of_values(ours, theirs, prefix))
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bilevel import trees
 from bilevel.checking.subject import Subject, described
 from bilevel.errors import BilevelError
 from bilevel.report.findings import Finding, Verdict
@@ -18,6 +19,9 @@ def compare_derivatives(subject: Subject) -> Iterator[Finding]:
     run = subject.double
     if isinstance(run, str):
         yield Finding(PART, "derivatives", Verdict.UNJUDGED, f"no double precision: {run}", "see the whole loop")
+        return
+    if any(leaf.is_complex() for leaf in trees.split(run.start()).differentiable):
+        yield Finding(PART, "derivatives", Verdict.NOT_CHECKED, "parameters are complex", "see the whole loop")
         return
     plain = None
     if run.problem.as_gradient_descent is not None:

@@ -80,5 +80,3 @@ def _same(left: Any, right: Any) -> bool:
 
 def _listed(steps: list[int]) -> str:
     return ", ".join(map(str, steps))
-
-

@@ -194,13 +194,19 @@ def _own(subject: Subject, own: Callable[[Any], Any]) -> Iterator[Finding]:
 
     try:
         slope = _slope(subject.run, Reverse("sqrt"), [direction])
-        found = judged([slope.to(meta.dtype)], at, epsilons=EPSILONS[:3] if meta.dtype == torch.float64 else (1e-2, 1e-3))
+        found = judged(
+            [slope.to(meta.dtype)], at, epsilons=EPSILONS[:3] if meta.dtype == torch.float64 else (1e-2, 1e-3)
+        )
     except Exception as error:
         yield Finding(PART, tested, Verdict.UNJUDGED, described(error))
         return
-    verdict = Verdict.UNJUDGED if found.verdict is Verdict.WRONG and meta.dtype != torch.float64 else found.verdict
+    doubtful = meta.dtype != torch.float64 or any(tape.replayed or tape.not_replayed for tape in subject.tapes)
+    verdict = Verdict.UNJUDGED if found.verdict is Verdict.WRONG and doubtful else found.verdict
     text = f"off by {found.error:.1g}" if verdict is Verdict.RIGHT else found.why or f"off by {found.error:.2g}"
-    advice = "the problem, or a stopped gradient in your loop, differs from what you wrote" if verdict is Verdict.WRONG else ""
+    advice = "the problem, or its outer loss, differs from your loop" if verdict is Verdict.WRONG else ""
+    if verdict is not found.verdict and meta.dtype == torch.float64:
+        text += "; the differences of your loop move the stopped gradients, too"
+        verdict = Verdict.NOT_CHECKED
     yield Finding(PART, tested, verdict, text, advice, {"relative": found.error})
 
 
@@ -224,5 +230,3 @@ def stopped_gradients(subject: Subject) -> Iterator[Finding]:
 def _places(places: Sequence[str]) -> str:
     more = f" and {len(places) - 4} more" if len(places) > 4 else ""
     return ", ".join(places[:4]) + more
-
-

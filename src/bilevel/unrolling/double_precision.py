@@ -134,9 +134,7 @@ def problem_in_double(problem: BilevelProblem, dtype: torch.dtype) -> BilevelPro
 
     descent = problem.as_gradient_descent
     if descent is None:
-        return Problem(
-            lambda meta: as_double(problem.init(meta)), promoted(problem.step), promoted(problem.outer_loss)
-        )
+        return Problem(lambda meta: as_double(problem.init(meta)), promoted(problem.step), promoted(problem.outer_loss))
     twin: Any = copy.copy(descent.eager)
     twin._eager, twin._discovered = twin, Discovered()
     twin.inner_loss, twin._outer_loss = promoted(descent.inner_loss), promoted(descent._outer_loss)

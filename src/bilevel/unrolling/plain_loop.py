@@ -233,7 +233,9 @@ class PlainLoop:
 
     def _clip(self, tensors: Sequence[Tensor]) -> None:
         clipping = self.problem.optimizer.clipping
-        value, norm = (bound(self.meta.value) if callable(bound) else bound for bound in (clipping.value, clipping.norm))
+        value, norm = (
+            bound(self.meta.value) if callable(bound) else bound for bound in (clipping.value, clipping.norm)
+        )
         if value is not None:
             nn.utils.clip_grad_value_(tensors, float(value))
         if norm is not None:

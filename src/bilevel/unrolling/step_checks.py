@@ -76,7 +76,9 @@ class StepPoint:
         return problem
 
 
-def compare_step(point: StepPoint, plain: PlainLoop | None, modes: Sequence[str] = ("forward", "reverse")) -> Iterator[Compared]:
+def compare_step(
+    point: StepPoint, plain: PlainLoop | None, modes: Sequence[str] = ("forward", "reverse")
+) -> Iterator[Compared]:
     """Yield one comparison after the other.
 
     Args:
@@ -96,7 +98,9 @@ def _of_descent(point: StepPoint, plain: PlainLoop, modes: Sequence[str]) -> Ite
     params, buffers = trees.split(state.params), trees.split(state.buffers)
     meta = trees.split(run.meta)
     names = [name for name, _ in trees.named_leaves(state.params, "params")]
-    names = [name for name, leaf in zip(names, trees.leaves(state.params), strict=True) if trees.is_differentiable(leaf)]
+    names = [
+        name for name, leaf in zip(names, trees.leaves(state.params), strict=True) if trees.is_differentiable(leaf)
+    ]
     buffer_names = [n for n, leaf in _buffers(state).items() if trees.is_differentiable(leaf)]
     tape = Tape()
 
@@ -142,9 +146,7 @@ def _of_descent(point: StepPoint, plain: PlainLoop, modes: Sequence[str]) -> Ite
 
         plain_reached = _reached(plain, point, whole)
         if "forward" in modes:
-            yield Compared(
-                "whole step", by, "forward", _stepped_forward(point, along, stepped), tape
-            )
+            yield Compared("whole step", by, "forward", _stepped_forward(point, along, stepped), tape)
         if "reverse" in modes:
             yield Compared("whole step", by, "reverse", _stepped_reverse(point, along, stepped), tape)
     yield from _of_update(point, base[: len(names)], _reached(plain, point, whole), modes)
@@ -210,7 +212,9 @@ def _of_own_step(point: StepPoint, modes: Sequence[str]) -> Iterator[Compared]:
 # -- the library's own products of whole steps ------------------------------------------------------------------------
 
 
-def _stepped_forward(point: StepPoint, along: Sequence[Sequence[Tensor]], at: Callable[[float], list[Tensor]]) -> Judgement:
+def _stepped_forward(
+    point: StepPoint, along: Sequence[Sequence[Tensor]], at: Callable[[float], list[Tensor]]
+) -> Judgement:
     y, v = _tangents(point.state, along), [t.unsqueeze(0) for t in along[-1]]
     try:
         pushed = push_step(point.run, point.t, autodiff.Pushed(point.state, y), v)
@@ -222,7 +226,9 @@ def _stepped_forward(point: StepPoint, along: Sequence[Sequence[Tensor]], at: Ca
     return judged(claimed, at)
 
 
-def _stepped_reverse(point: StepPoint, along: Sequence[Sequence[Tensor]], at: Callable[[float], list[Tensor]]) -> Judgement:
+def _stepped_reverse(
+    point: StepPoint, along: Sequence[Sequence[Tensor]], at: Callable[[float], list[Tensor]]
+) -> Judgement:
     weights = _weights(at(0.0), at)
     try:
         pulled = point.run.pull_back_step(point.t, point.state, list(weights))
@@ -305,9 +311,7 @@ def _weights(base: Sequence[Tensor], at: Callable[[float], Sequence[Tensor]]) ->
     """Random cotangents, scaled so that each output's difference counts alike."""
     generator = torch.Generator().manual_seed(40)
     first = 1e-4
-    sizes = [
-        float(torch.linalg.vector_norm(a - b)) / (2 * first) for a, b in zip(at(first), at(-first), strict=True)
-    ]
+    sizes = [float(torch.linalg.vector_norm(a - b)) / (2 * first) for a, b in zip(at(first), at(-first), strict=True)]
     largest = max(sizes, default=0.0) or 1.0
     return [
         torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) / max(size, 1e-3 * largest)
