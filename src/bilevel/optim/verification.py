@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from bilevel import trees
 
@@ -54,12 +55,26 @@ def plain_copies(tensors: Sequence[Tensor]) -> Tensors | None:
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Context in which plain tensors are computed with as if no function transform were active."""
-    if not torch._C._are_functorch_transforms_active():
+    """Context in which plain tensors are computed with as if no function transform and no mode were active.
+
+    The modes are those of the inner loop around an update: replaced operations, and watches.
+    """
+    with _without_modes():
+        if not torch._C._are_functorch_transforms_active():
+            yield
+            return
+        with temporarily_clear_interpreter_stack():
+            yield
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
+    try:
         yield
-        return
-    with temporarily_clear_interpreter_stack():
-        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 def moved_off(tensors: Tensors, seed: int) -> Tensors:
