@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from bilevel import trees
+from bilevel.autodiff.modes import without_modes
 
 FACTORS = (1.0, -0.5, 0.8)
 """Multiples of the gradient in consecutive updates."""
@@ -59,22 +59,12 @@ def outside_of_transforms() -> Iterator[None]:
 
     The modes are those of the inner loop around an update: replaced operations, and watches.
     """
-    with _without_modes():
+    with without_modes():
         if not torch._C._are_functorch_transforms_active():
             yield
             return
         with temporarily_clear_interpreter_stack():
             yield
-
-
-@contextmanager
-def _without_modes() -> Iterator[None]:
-    modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
 
 
 def moved_off(tensors: Tensors, seed: int) -> Tensors:
