@@ -205,7 +205,7 @@ def test_a_loss_may_take_a_batch_apart(name: str) -> None:
     assert torch.equal(estimate.grad, expected.grad)
 
 
-TRANSFORMED = ("forward", "forward-chunked", "basis", "graph")
+TRANSFORMED = ("forward", "forward-chunked", "basis")
 """Methods that take the inner gradient inside of a function transform, where PyTorch forbids writing into data."""
 
 

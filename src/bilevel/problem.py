@@ -362,32 +362,38 @@ class GradientDescent(BilevelProblem):
         """Whether `examine` has run for this problem."""
         return self._discovered.complete
 
-    def examine(self, meta: Tree, batch: Any) -> None:
+    def examine(self, meta: Tree) -> Callable[[Any], None] | None:
         """Find out, once for a problem, which tensors of modules an inner step updates or `params(meta)` computes.
 
-        They are part of the inner state from then on. Costs one inner loss, and only where modules have buffers besides
-        running statistics, frozen parameters, or backward hooks.
+        They are part of the inner state from then on. Where modules have buffers besides running statistics, frozen
+        parameters, or backward hooks, a step has to be looked at: returns a function that does so, given a batch, at
+        the cost of one inner loss. Otherwise returns `None`.
         """
-        if self._discovered.complete:
-            return
         everything = Memory(everything=True)
         if self._builds_params:
             _, found = self._initial(autodiff.start_graph(meta), everything)
             self._discovered.add(name for name, tensor in found.items() if tensor.requires_grad)
         params, buffers = self._initial(meta, everything)
-        if not trees.split(params).differentiable:
-            return  # refused by `init`
+        parts = trees.split(params)
+        if not parts.differentiable:
+            return None  # refused by `init`
         _, known = self._initial(meta, Memory(self._discovered.names))
-        if watched := any(view._layout.watched for view in views_in(params)):
-            self.eager.gradient(params, meta, batch, buffers)
-        if watched or buffers.keys() - known.keys():
-            parts = trees.split(params)
+        watched = any(view._layout.watched for view in views_in(params))
+        if not watched and not buffers.keys() - known.keys():
+            self._discovered.complete = True
+            return None
+
+        def look(batch: Any) -> None:
+            if watched:
+                self.eager.gradient(params, meta, batch, buffers)
             there = parts.rebuild([t.detach().requires_grad_() for t in parts.differentiable])
             with modules_in_use(there, meta):
                 self._discovered.add(
                     updated_tensors(there, buffers, lambda params: self.inner_loss(params, presented(meta), batch))
                 )
-        self._discovered.complete = True
+            self._discovered.complete = True
+
+        return look
 
     def gradient(self, params: Tree, meta: Tree, batch: Any, buffers: Tree = ()) -> list[Tensor | None]:
         """Compute ∇_θ inner_loss, one tensor for each differentiable leaf of `params`.

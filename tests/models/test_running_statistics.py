@@ -373,4 +373,4 @@ def test_a_resumed_stream_has_its_statistics_again(tmp_path: Path) -> None:
     whole = fit()
     with pytest.raises(KeyboardInterrupt):
         fit(out=tmp_path, callbacks=[stop])
-    assert torch.equal(fit(out=tmp_path, resume=True), whole)
+    assert torch.equal(fit(out=bilevel.RunFolder(tmp_path, resume=True)), whole)

@@ -324,7 +324,7 @@ def test_a_stream_is_resumed_with_the_counts_of_every_head(estimator: bilevel.Es
     def fit(**settings: Any) -> Tensor:
         problem = bilevel.GradientDescent(head_loss, outer_loss, PARAMETERS, bilevel.optimizer(Adam, lr=0.1))
         phases = [bilevel.Phase(estimator, steps=4)]
-        settings = {"phases": phases, "stream": True, "progress": False, "checkpoint_every": 1, **settings}
+        settings = {"phases": phases, "stream": True, "progress": False, **settings}
         return bilevel.fit(problem, META.clone(), list("abb"), **settings).meta
 
     class StopError(Exception):
@@ -336,5 +336,5 @@ def test_a_stream_is_resumed_with_the_counts_of_every_head(estimator: bilevel.Es
 
     straight = fit()
     with pytest.raises(StopError):
-        fit(out=tmp_path, callbacks=[stop])
-    assert torch.equal(fit(out=tmp_path, resume=True), straight)
+        fit(out=bilevel.RunFolder(tmp_path, checkpoint_every=1), callbacks=[stop])
+    assert torch.equal(fit(out=bilevel.RunFolder(tmp_path, resume=True)), straight)

@@ -22,6 +22,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from bilevel import trees
+from bilevel.autodiff.modes import without_modes
 from bilevel.errors import MissingDerivativeError
 
 
@@ -137,6 +138,10 @@ class _Call:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Inside, the module's shards are those of this call."""
+        with without_modes():
+            yield from self._exchanged()
+
+    def _exchanged(self) -> Iterator[None]:
         reshard(self.module)
         shards = [trees.local(parameter.detach()) for parameter in self.tensors]
         own = [shard.clone() for shard in shards]

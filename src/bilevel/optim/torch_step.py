@@ -234,7 +234,7 @@ def _frozen_entry(name: str, value: Any) -> Any:
 
 def _thawed_entry(name: str, value: Any) -> Any:
     if name in _COUNTERS and isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     if not isinstance(value, Tensor):
         return value
     if name in SECOND_MOMENTS:

@@ -21,6 +21,7 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wr
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from bilevel import trees
+from bilevel.autodiff.modes import without_modes
 
 FACTORS = (1.0, -0.5, 0.8)
 """Multiples of the gradient in consecutive updates."""
@@ -54,12 +55,16 @@ def plain_copies(tensors: Sequence[Tensor]) -> Tensors | None:
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Context in which plain tensors are computed with as if no function transform were active."""
-    if not torch._C._are_functorch_transforms_active():
-        yield
-        return
-    with temporarily_clear_interpreter_stack():
-        yield
+    """Context in which plain tensors are computed with as if no function transform and no mode were active.
+
+    The modes are those of the inner loop around an update: replaced operations, and watches.
+    """
+    with without_modes():
+        if not torch._C._are_functorch_transforms_active():
+            yield
+            return
+        with temporarily_clear_interpreter_stack():
+            yield
 
 
 def moved_off(tensors: Tensors, seed: int) -> Tensors:

@@ -64,6 +64,19 @@ def _watched(what: str, meta: Tree, arguments: Sequence[Tree]) -> Iterator[None]
         )
 
 
+class _Kept:
+    """Tensors by identity, kept alive until the end of the call."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Tensor] = {}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._tensors
+
+    def __setitem__(self, tensor: Tensor, known: bool) -> None:
+        self._tensors[id(tensor)] = tensor
+
+
 class _Watch(TorchFunctionMode):
     """Notes tensors from outside that carry a derivative which will be lost."""
 
@@ -71,8 +84,9 @@ class _Watch(TorchFunctionMode):
         """With `graphs=False`, tensors that require gradients are no matter: a function may make parameters itself."""
         super().__init__()
         self._graphs = graphs
-        self.found: list[str] = []
-        self._known: Any = WeakIdKeyDictionary()
+        self._read: dict[str, Tensor] = {}
+        # Weak references would keep `module.to(...)` in an `init` from exchanging parameters.
+        self._known: Any = WeakIdKeyDictionary() if graphs else _Kept()
         self._meta = [(name, *extent) for name, leaf in trees.named_leaves(meta, "meta") if (extent := _extent(leaf))]
         for tree in arguments:
             self._know(trees.leaves(tree))
@@ -82,6 +96,8 @@ class _Watch(TorchFunctionMode):
         results = list(_tensors_in([result]))
         if results:  # else it is a size, or a number
             given = list(_tensors_in([*args, *(kwargs or {}).values()]))
+            if func is torch.autograd.grad:  # a loss that differentiates by its inputs makes them require gradients
+                self._forget(_tensors_in([kwargs["inputs"] if "inputs" in (kwargs or {}) else args[1]]))
             if func in _CONSTANT or not torch.is_grad_enabled():
                 self._know(results)
             elif not self._only_views(given, results):  # those are looked at where they are used
@@ -109,10 +125,10 @@ class _Watch(TorchFunctionMode):
         extent = _extent(tensor)
         for name, storage, begin, end in self._meta:
             if extent is not None and extent[0] == storage and begin < extent[2] and extent[1] < end:
-                self._note(f"the meta parameter {name}")
+                self._note(f"the meta parameter {name}", tensor)
                 return
         if self._graphs and tensor.requires_grad and not self._comes_from_known(tensor):
-            self._note(f"a tensor of shape {tuple(tensor.shape)} that requires gradients")
+            self._note(f"a tensor of shape {tuple(tensor.shape)} that requires gradients", tensor)
 
     def _comes_from_known(self, tensor: Tensor) -> bool:
         """Whether a tensor with a graph, made where operations are not seen, was computed from known tensors alone."""
@@ -130,9 +146,17 @@ class _Watch(TorchFunctionMode):
             waiting += [following for following, _ in node.next_functions if following is not None]
         return True
 
-    def _note(self, found: str) -> None:
-        if found not in self.found:
-            self.found.append(found)
+    def _note(self, what: str, tensor: Tensor) -> None:
+        self._read.setdefault(what, tensor)
+
+    def _forget(self, inputs: Iterator[Tensor]) -> None:
+        meant = {id(tensor) for tensor in inputs}
+        self._read = {what: tensor for what, tensor in self._read.items() if id(tensor) not in meant}
+
+    @property
+    def found(self) -> list[str]:
+        """What was read from outside."""
+        return list(self._read)
 
 
 _CONSTANT = {Tensor.detach, *(vars(torch._C.TensorBase)[name].__get__ for name in ("data", "grad"))}

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bilevel import trees
 from bilevel.batches import draws_nothing
@@ -125,8 +125,8 @@ def require_repeatable(run: Repeatable, t: int, state: Tree, after: Tree) -> Non
         _remember(run)
 
 
-_REPEATABLE: WeakSet[object] = WeakSet()
-"""Problems and datasets whose first and last step were computed twice."""
+_REPEATABLE: Any = WeakIdKeyDictionary()
+"""The problems and datasets, by identity, whose first and last step were computed twice."""
 
 
 def _checked_objects(run: Repeatable) -> list[object]:
@@ -136,14 +136,14 @@ def _checked_objects(run: Repeatable) -> list[object]:
 def _is_known(run: Repeatable) -> bool:
     try:
         return all(each in _REPEATABLE for each in _checked_objects(run))
-    except TypeError:  # it has no hash or no weak references
+    except TypeError:  # it has no weak references
         return False
 
 
 def _remember(run: Repeatable) -> None:
     for each in _checked_objects(run):
         try:
-            _REPEATABLE.add(each)
+            _REPEATABLE[each] = True
         except TypeError:
             return
 

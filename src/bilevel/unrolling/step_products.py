@@ -93,10 +93,10 @@ def push_step_by_hessian_products(
     def joint(params: Tree, buffers: Tree, weights: list[Tensor], meta: Tree) -> Tree:
         def evaluated(batch: Any) -> Evaluated:
             run.require_one_device(t, state, run.meta, batch)
-            return problem.evaluate_jointly(params, meta, batch, buffers, weights)
+            with run.watched_step(t, params, buffers, weights, meta):
+                return problem.evaluate_jointly(params, meta, batch, buffers, weights)
 
-        with run.watched_step(t, params, meta):
-            found = run.at_step(t, evaluated)
+        found = run.at_step(t, evaluated)
         return found.gradient, trees.detach(found.buffers)
 
     followed = trees.split(state.buffers).differentiable

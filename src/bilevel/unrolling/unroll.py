@@ -143,7 +143,9 @@ def unroll(
     descent = run.problem.as_gradient_descent
     if descent is not None and carried is None and run.steps and not descent.is_examined:
         with torch.enable_grad():
-            run.at_step(0, lambda batch: descent.examine(run.meta, batch))
+            look = randomness.evaluate(lambda _: descent.examine(run.meta), seed, randomness.INIT)
+            if look is not None:
+                run.at_step(0, look)
     return run
 
 
