@@ -50,14 +50,8 @@ def compare_loops(subject: Subject) -> Iterator[Finding]:
         for row in first:
             doubtful = row.verdict is Verdict.WRONG and subject.dtype != torch.float64
             doubtful = doubtful and row.numbers.get("relative", math.inf) < 0.05
-            yield Finding(
-                row.part,
-                row.tested,
-                Verdict.UNJUDGED if doubtful else row.verdict,
-                row.found + why,
-                row.advice,
-                row.numbers,
-            )
+            verdict = Verdict.UNJUDGED if doubtful else row.verdict
+            yield Finding(row.part, row.tested, verdict, row.found + why, row.advice, row.numbers)
         return
     precise = subject.plain(in_double=True)
     if isinstance(precise, str):

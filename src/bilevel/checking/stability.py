@@ -1,8 +1,8 @@
 """The eighth part of a check, on request: whether tangents grow from step to step, and at which learning rates.
 
-A small change of θ_0 becomes y_t = A_t … A_1 y_0 after t steps. If ‖y_t‖ grows over the last half of the loop, the inner
-loop is chaotic there, and its exact hypergradient is dominated by growth. The learning-rate schedule is multiplied by
-powers of two, and the interval is then halved, to find the largest multiple at which tangents do not grow.
+A small change of θ_0 becomes y_t = A_t … A_1 y_0 after t steps. If ‖y_t‖ grows over the last half of the loop, the
+inner loop is chaotic there, and its exact hypergradient is dominated by growth. The learning-rate schedule is
+multiplied by powers of two, and the interval is then halved, to find the largest multiple without growth.
 """
 
 from __future__ import annotations

@@ -43,6 +43,9 @@ class InDouble(TorchFunctionMode):
             return args[0].to(torch.float64, **_without_dtype(kwargs))
         if name in _DRAWS:
             return self._drawn(name, func, args, kwargs)
+        if func == _DTYPE:  # what a module compares with the dtype of its parameters
+            found = func(*args)
+            return torch.float64 if found in _LOW else found
         if name in ("__get__", "__set__", "set_default_dtype", "get_default_dtype"):
             return func(*args, **kwargs)
         writes = _writes(name)
@@ -64,6 +67,7 @@ class InDouble(TorchFunctionMode):
         return _promoted_results(func(*args, **kwargs))
 
 
+_DTYPE: Any = vars(torch._C.TensorBase)["dtype"].__get__
 _CASTS = frozenset({"float", "half", "bfloat16"})
 _DRAWS = frozenset(
     {"rand_like", "randn_like", "rand", "randn", "normal", "normal_", "uniform_", "exponential_", "log_normal_"}

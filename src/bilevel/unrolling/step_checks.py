@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
 from bilevel.errors import MissingDerivativeError
 from bilevel.models.module_view import modules_in
-from bilevel.problem import Descent, Evaluated, GradientDescent
+from bilevel.problem import BilevelProblem, Descent, Evaluated, GradientDescent, Problem
 from bilevel.report.findings import Verdict
 from bilevel.trees import Tree
 from bilevel.unrolling.derivative_checks import Judgement, directions_like, judged, judged_product, moved
@@ -30,7 +31,14 @@ from bilevel.unrolling.step_products import push_step
 from bilevel.unrolling.stopped_gradients import Tape
 from bilevel.unrolling.unroll import Unroll
 
-_OFF = 1e-3
+OFF = 1e-3
+"""How far points are moved, relative to their size."""
+
+
+def at_generic_point(run: Unroll) -> Unroll:
+    """Return the inner loop at a φ that is moved at random, off kinks such as those of a clamp at its bound."""
+    parts = trees.split(run.meta)
+    return replace(run, meta=parts.rebuild(moved(parts.differentiable, directions_like(parts.differentiable, 12), OFF)))
 
 
 class Compared(NamedTuple):
@@ -59,14 +67,12 @@ class StepPoint:
     @classmethod
     def near(cls, run: Unroll, t: int, state: Tree) -> StepPoint:
         """Return the point near a state, moved at random by a thousandth."""
-        state_parts, meta_parts = trees.split(state), trees.split(run.meta)
+        state_parts = trees.split(state)
         count = len(trees.split(state.params).differentiable) if isinstance(state, Descent) else None
         tensors = state_parts.differentiable
         some = tensors[:count]
-        off = moved(some, directions_like(some, 11), _OFF)
-        meta = moved(meta_parts.differentiable, directions_like(meta_parts.differentiable, 12), _OFF)
-        there = replace(run, meta=meta_parts.rebuild(meta))
-        return cls(there, t, state_parts.rebuild([*off, *tensors[len(off) :]]))
+        off = moved(some, directions_like(some, 11), OFF)
+        return cls(at_generic_point(run), t, state_parts.rebuild([*off, *tensors[len(off) :]]))
 
     @property
     def problem(self) -> GradientDescent:
@@ -135,16 +141,17 @@ def _of_descent(point: StepPoint, plain: PlainLoop, modes: Sequence[str]) -> Ite
         if by == "buffers":
             continue
 
-        def stepped(epsilon: float, at: Any = at, along: Any = along) -> list[Tensor]:
+        reached = _reached(plain, point, whole)
+
+        def stepped(epsilon: float, at: Any = at, along: Any = along, reached: Any = reached) -> list[Tensor]:
             """The step, with the plain loop's gradient."""
             found = at(epsilon)
             theta = params.rebuild(moved(params.differentiable, along[0], epsilon))
             phi = meta.rebuild(moved(meta.differentiable, along[2], epsilon))
-            reached = _where_reached(found[: len(names)], plain_reached)
-            after = problem.apply(state._replace(params=theta), reached, phi, buffers.rebuild(found[len(names) :]))
+            gradient = _where_reached(found[: len(names)], reached)
+            after = problem.apply(state._replace(params=theta), gradient, phi, buffers.rebuild(found[len(names) :]))
             return _changes(after, theta)
 
-        plain_reached = _reached(plain, point, whole)
         if "forward" in modes:
             yield Compared("whole step", by, "forward", _stepped_forward(point, along, stepped), tape)
         if "reverse" in modes:
@@ -187,13 +194,14 @@ def _depends_on_meta(problem: GradientDescent) -> bool:
 
 
 def _of_own_step(point: StepPoint, modes: Sequence[str]) -> Iterator[Compared]:
-    run, t = point.run, point.t
-    parts = [trees.split(point.state), trees.split(run.meta)]
+    t = point.t
     tape = Tape()
+    run = replace(point.run, problem=taped(point.run.problem, tape))
+    parts = [trees.split(point.state), trees.split(run.meta)]
 
     def outputs(state: Sequence[Tensor], phi: Sequence[Tensor]) -> list[Tensor]:
         there = parts[0].rebuild(state)
-        with tape.running(), torch.enable_grad():
+        with torch.enable_grad():
             after = run.step(t, there, parts[1].rebuild(phi))
         return [a.detach() - b for a, b in zip(trees.split(after).differentiable, state, strict=True)]
 
@@ -207,6 +215,19 @@ def _of_own_step(point: StepPoint, modes: Sequence[str]) -> Iterator[Compared]:
             yield Compared("whole step", by, "forward", _stepped_forward(point, along, at), tape)
         if "reverse" in modes:
             yield Compared("whole step", by, "reverse", _stepped_reverse(point, along, at), tape)
+
+
+def taped(problem: BilevelProblem, tape: Tape) -> Problem:
+    """Return a problem that is given by its steps, with its three functions recorded or replayed by a tape."""
+
+    def running(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with tape.running():
+                return function(*arguments)
+
+        return call
+
+    return Problem(running(problem.init), running(problem.step), running(problem.outer_loss))
 
 
 # -- the library's own products of whole steps ------------------------------------------------------------------------
@@ -339,7 +360,12 @@ def _where_reached(gradient: Sequence[Tensor], reached: Sequence[bool]) -> list[
 
 
 def _buffers(state: Descent) -> Mapping[str, Tensor]:
-    return state.buffers if isinstance(state.buffers, Mapping) else {}
+    """The buffers by name, in the order of the tree's leaves."""
+    if not isinstance(state.buffers, Mapping):
+        return {}
+    return {
+        str(path[0]): state.buffers[path[0]] for path in optree.tree_paths(state.buffers, namespace=trees.NAMESPACE)
+    }
 
 
 def _product(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> float:

@@ -1,8 +1,8 @@
 """Stopped gradients, replayed while a function is evaluated at moved arguments.
 
 What a user takes from `.detach()`, from `.data` or from a block under `torch.no_grad()` is a constant for derivatives,
-and moves all the same when the arguments of the function move. A finite difference of (0.7 t − t.detach())² therefore is
-not its derivative. A `Tape` records these tensors at the unmoved point, and hands them out again at moved ones.
+and moves all the same when the arguments of the function move. A finite difference of (0.7 t − t.detach())² therefore
+is not its derivative. A `Tape` records these tensors at the unmoved point, and hands them out again at moved ones.
 
 A custom `autograd.Function` may have another backward pass than the derivative of its forward pass, on purpose (a
 straight-through estimator). At a moved point its output is replaced by the linear function that its backward pass
@@ -21,13 +21,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _MOST_BYTES = 2**30
-_OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_OWN_CODE = tuple(str(Path(file).parent) for file in (torch.__file__, optree.__file__, str(Path(__file__).parent)))
 
 
 class AnotherPathError(RuntimeError):
@@ -168,6 +170,8 @@ class _Stops(TorchFunctionMode):
         if self._tape.paused:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if func is functional.gumbel_softmax and _is_hard(args, kwargs):
+            return self._hard_gumbel_softmax(args, kwargs)
         stopping = func in _DETACHING
         first = args[0] if args and isinstance(args[0], Tensor) else None
         version = first._version if first is not None and not torch.is_grad_enabled() else 0
@@ -201,6 +205,23 @@ class _Stops(TorchFunctionMode):
         if not self._tape._replaying or self._tape.is_full:
             return result
         return found[0] if result is results[0] else type(result)(found)
+
+    def _hard_gumbel_softmax(self, args: Any, kwargs: Any) -> Tensor:
+        """PyTorch's own straight-through function: hard − soft.detach() + soft, inside of which no mode can look."""
+        named = {**dict(zip(_GUMBEL, args, strict=False)), **kwargs}
+        before = torch.get_rng_state()
+        soft = functional.gumbel_softmax(**{**named, "hard": False})
+        torch.set_rng_state(before)
+        hard = functional.gumbel_softmax(**named)
+        (off,) = self._tape.stopped((hard - soft,), f"{_where()} (gumbel_softmax)")
+        return soft + off.detach()
+
+
+_GUMBEL = ("logits", "tau", "hard", "eps", "dim")
+
+
+def _is_hard(args: Any, kwargs: Any) -> bool:
+    return bool(kwargs.get("hard", args[2] if len(args) > 2 else False))
 
 
 _DETACHING = frozenset({torch.detach, Tensor.detach, Tensor.data.__get__})  # pyright: ignore[reportAttributeAccessIssue]
