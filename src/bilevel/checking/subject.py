@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bilevel import trees
+from bilevel import randomness, trees
 from bilevel.unrolling.double_precision import as_double, lowest_dtype, problem_in_double
 from bilevel.unrolling.plain_copies import NoPlainLoopError
 from bilevel.unrolling.plain_loop import PlainLoop
@@ -74,7 +74,7 @@ class Subject:
 
     def chosen_steps(self) -> list[int]:
         """Return the first step, the last one, and one between them that the seed decides on."""
-        between = 1 + (7919 * (self.seed + 1)) % max(self.steps - 2, 1)
+        between = 1 + randomness.derive(self.seed, self.steps) % max(self.steps - 2, 1)
         return sorted({0, min(between, self.steps - 1), self.steps - 1})
 
 

@@ -75,8 +75,16 @@ def judged(
     at: Callable[[float], Sequence[Tensor]],
     names: Sequence[str] = (),
     epsilons: Sequence[float] = EPSILONS,
+    magnitudes: Sequence[float] = (),
 ) -> Judgement:
     """Compare a claimed derivative with differences of `at(ε)`, the outputs at x + εv.
+
+    Args:
+        claimed: c, one tensor for each output.
+        at: gives the outputs at x + εv.
+        names: the names of the outputs.
+        epsilons: the values of ε, from the largest down.
+        magnitudes: sizes of numbers whose rounding is in the outputs, besides the outputs' own sizes.
 
     >>> slope = [torch.tensor([3.0], dtype=torch.float64)]
     >>> judged(slope, lambda e: [torch.tensor([(1 + e) ** 3], dtype=torch.float64)]).verdict.value
@@ -95,7 +103,7 @@ def judged(
             gap, size, floor, gap <= 1e-5 * size + floor and max(excess) <= 0, names[number] if names else ""
         )
 
-    return _at_rest(all(bool(torch.isfinite(c).all()) for c in claimed), at, measured, epsilons)
+    return _at_rest(all(bool(torch.isfinite(c).all()) for c in claimed), at, measured, epsilons, None, magnitudes)
 
 
 def judged_product(
@@ -103,6 +111,7 @@ def judged_product(
     weights: Sequence[Tensor],
     at: Callable[[float], Sequence[Tensor]],
     epsilons: Sequence[float] = EPSILONS,
+    magnitudes: Sequence[float] = (),
 ) -> Judgement:
     """Compare w · (J v), claimed as a transposed product (Jᵀ w) · v, with differences of the outputs f, weighted by w.
 
@@ -117,7 +126,7 @@ def judged_product(
         floor = sum(length * f for length, f in zip(lengths, floors, strict=True))
         return _Measured(gap, size, floor, gap <= 1e-5 * size + floor, "")
 
-    return _at_rest(math.isfinite(claimed), at, measured, epsilons, lengths)
+    return _at_rest(math.isfinite(claimed), at, measured, epsilons, lengths, magnitudes)
 
 
 class _Measured(NamedTuple):
@@ -135,7 +144,8 @@ def _at_rest(
     at: Callable[[float], Sequence[Tensor]],
     measured: Callable[[list[Tensor], list[float]], _Measured],
     epsilons: Sequence[float],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | None,
+    magnitudes: Sequence[float],
 ) -> Judgement:
     """Take differences at smaller and smaller ε, until they agree with the claim or have come to rest apart from it."""
     previous: list[Tensor] | None = None
@@ -153,7 +163,9 @@ def _at_rest(
             continue
         if not finite:
             return Judgement(Verdict.WRONG, math.inf, _norm(difference), why="the derivative is not finite")
-        floors = [100 * torch.finfo(a.dtype).eps * _norm([a]) / epsilon for a in ahead]
+        others = [*magnitudes, *[0.0] * len(ahead)][: len(ahead)]
+        sizes = [_norm([a]) + other for a, other in zip(ahead, others, strict=True)]
+        floors = [100 * torch.finfo(a.dtype).eps * size / epsilon for a, size in zip(ahead, sizes, strict=True)]
         taken.append((difference, floors, epsilon))
         m = measured(difference, floors)
         error = m.gap / m.size if m.size else math.inf

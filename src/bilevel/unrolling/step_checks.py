@@ -185,7 +185,7 @@ def _of_update(
             return update(*(part.rebuild(group) for part, group in zip(parts, groups, strict=True)))
 
         at = _cached(_moving(outputs, [part.differentiable for part in parts], along, None))
-        yield from _both(update, arguments, along, at, [], run, "update", by, modes)
+        yield from _both(update, arguments, along, at, [], run, "update", by, modes, _magnitudes(point))
 
 
 def _depends_on_meta(problem: GradientDescent) -> bool:
@@ -244,7 +244,7 @@ def _stepped_forward(
     claimed = [t[0] for t in pushed.tangents]
     for i, moved_by in enumerate(along[0]):
         claimed[i] = claimed[i] - moved_by
-    return judged(claimed, at)
+    return judged(claimed, at, magnitudes=_magnitudes(point))
 
 
 def _stepped_reverse(
@@ -256,9 +256,15 @@ def _stepped_reverse(
     except MissingDerivativeError as error:
         return _refused(error)
     y = _tangents(point.state, along)
-    product = _product(pulled.down, [t[0] for t in y]) + _product(pulled.across, along[-1])
-    identity = sum(float((w * a).sum()) for w, a in zip(weights, along[0], strict=False))
-    return judged_product(product - identity, weights, at)
+    down = autodiff.fill_zeros(pulled.down, point.state)
+    changes = [d - weights[i] if i < len(along[0]) else d for i, d in enumerate(down)]
+    product = _product(changes, [t[0] for t in y]) + _product(pulled.across, along[-1])
+    return judged_product(product, weights, at, magnitudes=_magnitudes(point))
+
+
+def _magnitudes(point: StepPoint) -> list[float]:
+    """The sizes of the state's leaves, whose rounding is in the change that a step makes to them."""
+    return [float(torch.linalg.vector_norm(leaf)) for leaf in trees.split(point.state).differentiable]
 
 
 def _tangents(state: Tree, along: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -281,13 +287,14 @@ def _both(
     part: str,
     by: str,
     modes: Sequence[str],
+    magnitudes: Sequence[float] = (),
 ) -> Iterator[Compared]:
     """Compare the derivative of a function in both modes."""
     if "forward" in modes:
         try:
             tangents = [[v.unsqueeze(0) for v in group] for group in along]
             pushed = autodiff.push(function, arguments, tangents, run.memory, f"{part}, checked")
-            found = judged([t[0] for t in pushed.tangents], at, names)
+            found = judged([t[0] for t in pushed.tangents], at, names, magnitudes=magnitudes)
         except MissingDerivativeError as error:
             found = _refused(error)
         yield Compared(part, by, "forward", found)
@@ -297,7 +304,7 @@ def _both(
             transpose = autodiff.Transpose(function, arguments, run.memory)
             pulled = transpose(weights, keep=False)
             product = sum(_product(down, group) for down, group in zip(pulled, along, strict=True))
-            found = judged_product(product, weights, at)
+            found = judged_product(product, weights, at, magnitudes=magnitudes)
         except MissingDerivativeError as error:
             found = _refused(error)
         yield Compared(part, by, "reverse", found)
@@ -363,9 +370,8 @@ def _buffers(state: Descent) -> Mapping[str, Tensor]:
     """The buffers by name, in the order of the tree's leaves."""
     if not isinstance(state.buffers, Mapping):
         return {}
-    return {
-        str(path[0]): state.buffers[path[0]] for path in optree.tree_paths(state.buffers, namespace=trees.NAMESPACE)
-    }
+    buffers: Any = state.buffers
+    return {str(path[0]): buffers[path[0]] for path in optree.tree_paths(buffers, namespace=trees.NAMESPACE)}
 
 
 def _product(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> float:
