@@ -102,6 +102,7 @@ def check(
         parts = _parts(subject, plain, _estimators(subject, estimators), directions, stable)
         each = _seconds_of_a_unit(subject)
         findings: list[Finding] = []
+        left_out: list[str] = []
         left, units = budget, sum(part.units for part in parts)
         expected = each * units
         if progress:
@@ -111,6 +112,7 @@ def check(
                 took = time.perf_counter()
                 if left is not None and part.units * each > left:
                     found = f"about {part.units * each:.0f} s, and {max(left, 0):.0f} s of the budget are left"
+                    left_out.append(part.name)
                     findings.append(Finding(part.name, "everything", Verdict.NOT_CHECKED, found, "raise budget"))
                 else:
                     with warnings.catch_warnings():
@@ -124,7 +126,7 @@ def check(
         findings.append(
             Finding(stability.PART, "growth of tangents", Verdict.NOT_CHECKED, "not asked for", "stable=True")
         )
-    return Report(findings, units, time.perf_counter() - begun, versions())
+    return Report(findings, units, time.perf_counter() - begun, versions(), left_out)
 
 
 def _parts(
@@ -138,6 +140,7 @@ def _parts(
     if subject.run.problem.is_black_box:
         return [
             _Part("black box", 0.0, lambda: _of_black_box()),
+            _Part(repeated_steps.PART, 0.0, lambda: repeated_steps.compare_solves(subject)),
             _Part(whole_loop.PART, 0.0, lambda: whole_loop.compare_estimators(subject, estimators, directions, plain)),
         ]
     of_estimates = sum(estimator.units(steps, 1) for estimator in estimators)

@@ -68,6 +68,8 @@ def _compared(run: Unroll, plain: PlainLoop, prefix: str) -> list[Finding] | str
     """The rows, or why the plain loop could not be run."""
     try:
         both = SideBySide(run, plain)
+        if both.trains_others:
+            return [Finding(PART, "trained tensors", Verdict.WRONG, prefix + both.trains_others, _ADVICE)]
         for t in range(run.steps):
             both.advance(t)
         theirs = plain.outer_value()

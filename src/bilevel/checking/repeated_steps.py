@@ -55,13 +55,20 @@ def _steps(subject: Subject, chosen: list[int]) -> Iterator[Finding]:
             yield Finding(PART, "state and noise", Verdict.WRONG, found, _ADVICE, {"step": float(t), "apart": off})
             return
     yield Finding(PART, "state and noise", Verdict.RIGHT, f"steps {_listed(chosen)} give the same states again")
-    again_value = run.value()[0]
+    yield _of_values(value, run.value()[0])
+
+
+def compare_solves(subject: Subject) -> Iterator[Finding]:
+    """Yield a row on a black box that is solved twice."""
+    yield _of_values(subject.run.value()[0], subject.run.value()[0])
+
+
+def _of_values(value: Tensor, again_value: Tensor) -> Finding:
     epsilon = torch.finfo(value.dtype).eps
     if abs(float(again_value) - float(value)) <= epsilon**0.5 * max(abs(float(value)), 1e-300) or value == again_value:
-        yield Finding(PART, "whole loop", Verdict.RIGHT, "the outer value is the same twice")
-    else:
-        found = f"the outer value is {float(value):.9g} first, and {float(again_value):.9g} then"
-        yield Finding(PART, "whole loop", Verdict.WRONG, found, _ADVICE)
+        return Finding(PART, "whole loop", Verdict.RIGHT, "the outer value is the same twice")
+    found = f"the outer value is {float(value):.9g} first, and {float(again_value):.9g} then"
+    return Finding(PART, "whole loop", Verdict.WRONG, found, _ADVICE)
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -28,6 +28,8 @@ class Report:
     """What it took."""
     versions: dict[str, str] = field(default_factory=dict)
     """The versions of the software, for a bug report."""
+    left_out: Sequence[str] = ()
+    """The parts that did not fit into the budget."""
 
     @property
     def wrong(self) -> list[Finding]:
@@ -46,14 +48,15 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared, and everything that was compared is right."""
-        return bool(with_verdict(self.findings, Verdict.RIGHT)) and not self.wrong and not self.unjudged
+        """Whether something was compared, all of it is right, and no part was left out for the budget."""
+        compared = bool(with_verdict(self.findings, Verdict.RIGHT))
+        return compared and not (self.wrong or self.unjudged or self.left_out)
 
     @property
     def exit_code(self) -> int:
         """0 if everything that was compared is right, 1 if something is wrong, 3 if something could not be judged.
 
-        A report in which nothing was compared has 3 as well.
+        A report in which nothing was compared, or a part was left out for the budget, has 3 as well.
         """
         if self.wrong:
             return 1
@@ -74,6 +77,7 @@ class Report:
             "findings": [finding.as_dict() for finding in self.findings],
             "units": self.units,
             "seconds": self.seconds,
+            "left_out": list(self.left_out),
             "versions": self.versions,
         }
         write_json(Path(path), content)

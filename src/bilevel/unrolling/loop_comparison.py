@@ -48,11 +48,21 @@ class SideBySide:
         self.run, self.plain = run, plain
         self.state: Descent = run.start()
         copied = plain.start()
+        theirs, ours = (
+            [tuple(t.shape) for t in tensors]
+            for tensors in (copied.tensors, trees.split(self.state.params).differentiable)
+        )
+        self.trains_others: str = ""
+        """What the two loops train, if that is not the same; then nothing else is compared."""
+        self.apart: Apart | None = None
+        self.largest = 0.0
+        """The largest ratio of a distance to its tolerance."""
+        if theirs != ours:
+            self.trains_others = f"tensors of shapes {ours} are trained, and {theirs} in the plain loop"
+            return
         self._epsilon = torch.finfo(lowest_dtype(copied.tensors, plain.meta.tensors)).eps
         self._paths = {"parameters": 0.0, "buffers": 0.0}
         self._buffers = {name: copied.read(name) for name, (holder, _) in copied.slots.items() if self._is_buffer(name)}
-        self.largest = 0.0
-        """The largest ratio of a distance to its tolerance."""
         self.apart = self._compared(-1, self._plain_now())
 
     def _is_buffer(self, name: str) -> bool:
