@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bilevel
-from bilevel import autodiff, models
+from bilevel import autodiff
 from bilevel.autodiff import composites, custom_functions, substitution
 from bilevel.checking.report import Report
-from bilevel.models import batch_norm, built_from_meta, buffers, conversion, parameter_hooks, sharing
+from bilevel.models import buffers, built_from_meta, conversion, parameter_hooks, sharing
 from bilevel.optim import clipping, torch_step, update_rule
 from bilevel.problem import GradientDescent
 from bilevel.report.findings import Verdict
@@ -432,7 +432,9 @@ def test_a_protection_that_is_switched_off_is_missed(off: Off, monkeypatch: pyte
     assert set(off.parts) <= found, str(report)
 
 
-RIGHT = [off.case for off in OFF if off.case not in (custom_function, own_optimizer, queue, renormalised, reads_outside)]
+RIGHT = [
+    off.case for off in OFF if off.case not in (custom_function, own_optimizer, queue, renormalised, reads_outside)
+]
 
 
 @pytest.mark.parametrize("case", list(dict.fromkeys(RIGHT)), ids=lambda case: case.__name__)
