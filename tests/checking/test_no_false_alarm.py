@@ -91,7 +91,7 @@ class Rounded(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
         return gradient
 
 
@@ -171,8 +171,7 @@ def settings_from_meta() -> Case:
 
 
 def rates_of_layers() -> Case:
-    case = regression(net(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), SGD, 3, lr=[0.1, 0.2, 0.05, 0.3])
-    return case
+    return regression(net(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), SGD, 3, lr=[0.1, 0.2, 0.05, 0.3])
 
 
 def meta_is_a_module() -> Case:
