@@ -107,12 +107,12 @@ def _of_descent(point: StepPoint, plain: PlainLoop, modes: Sequence[str]) -> Ite
     names = [
         name for name, leaf in zip(names, trees.leaves(state.params), strict=True) if trees.is_differentiable(leaf)
     ]
-    buffer_names = [n for n, leaf in _buffers(state).items() if trees.is_differentiable(leaf)]
+    buffer_names = [n for n, leaf in buffers_of(state).items() if trees.is_differentiable(leaf)]
     tape = Tape()
 
     def outputs(theta: Sequence[Tensor], b: Sequence[Tensor], phi: Sequence[Tensor]) -> list[Tensor]:
         """The gradient and the buffers after the loss, in the plain loop."""
-        there = {**_buffers(state), **dict(zip(buffer_names, b, strict=True))}
+        there = {**buffers_of(state), **dict(zip(buffer_names, b, strict=True))}
         plain.tape = tape
         try:
             gradient, after = plain.gradient(t, theta, there, phi)
@@ -134,7 +134,7 @@ def _of_descent(point: StepPoint, plain: PlainLoop, modes: Sequence[str]) -> Ite
             continue
         along = [[torch.zeros_like(leaf) for leaf in part.differentiable] for part in parts]
         along[number] = directions_like(parts[number].differentiable, 20 + number, entrywise=by == "buffers")
-        at = _cached(_moving(outputs, [p.differentiable for p in parts], along, tape))
+        at = cached(evaluations_along(outputs, [p.differentiable for p in parts], along, tape))
         everything = [*names, *buffer_names]
         for compared in _both(evaluated, arguments, along, at, everything, run, "inner gradient", by, modes):
             yield compared._replace(tape=tape)
@@ -148,7 +148,7 @@ def _of_descent(point: StepPoint, plain: PlainLoop, modes: Sequence[str]) -> Ite
             found = at(epsilon)
             theta = params.rebuild(moved(params.differentiable, along[0], epsilon))
             phi = meta.rebuild(moved(meta.differentiable, along[2], epsilon))
-            gradient = _where_reached(found[: len(names)], reached)
+            gradient = where_reached(found[: len(names)], reached)
             after = problem.apply(state._replace(params=theta), gradient, phi, buffers.rebuild(found[len(names) :]))
             return _changes(after, theta)
 
@@ -163,7 +163,7 @@ def _of_update(
     point: StepPoint, gradient: Sequence[Tensor], reached: Sequence[bool], modes: Sequence[str]
 ) -> Iterator[Compared]:
     problem, state, run = point.problem, point.state, point.run
-    given = _where_reached(gradient, reached)
+    given = where_reached(gradient, reached)
 
     def update(params: Tree, memory: Tree, gradient: Tree, phi: Tree) -> list[Tensor]:
         after = problem.apply(state._replace(params=params, optimizer=memory), gradient, phi, state.buffers)
@@ -184,7 +184,7 @@ def _of_update(
         def outputs(*groups: Sequence[Tensor]) -> list[Tensor]:
             return update(*(part.rebuild(group) for part, group in zip(parts, groups, strict=True)))
 
-        at = _cached(_moving(outputs, [part.differentiable for part in parts], along, None))
+        at = cached(evaluations_along(outputs, [part.differentiable for part in parts], along, None))
         yield from _both(update, arguments, along, at, [], run, "update", by, modes, _magnitudes(point))
 
 
@@ -209,7 +209,7 @@ def _of_own_step(point: StepPoint, modes: Sequence[str]) -> Iterator[Compared]:
     for number, by in enumerate(("state", "meta parameters")):
         along = [[torch.zeros_like(leaf) for leaf in part.differentiable] for part in parts]
         along[number] = directions_like(parts[number].differentiable, 20 + number)
-        at = _cached(_moving(outputs, [p.differentiable for p in parts], along, tape))
+        at = cached(evaluations_along(outputs, [p.differentiable for p in parts], along, tape))
 
         if "forward" in modes:
             yield Compared("whole step", by, "forward", _stepped_forward(point, along, at), tape)
@@ -250,7 +250,7 @@ def _stepped_forward(
 def _stepped_reverse(
     point: StepPoint, along: Sequence[Sequence[Tensor]], at: Callable[[float], list[Tensor]]
 ) -> Judgement:
-    weights = _weights(at(0.0), at)
+    weights = weights_for(at)
     try:
         pulled = point.run.pull_back_step(point.t, point.state, list(weights))
     except MissingDerivativeError as error:
@@ -258,7 +258,7 @@ def _stepped_reverse(
     y = _tangents(point.state, along)
     down = autodiff.fill_zeros(pulled.down, point.state)
     changes = [d - weights[i] if i < len(along[0]) else d for i, d in enumerate(down)]
-    product = _product(changes, [t[0] for t in y]) + _product(pulled.across, along[-1])
+    product = inner_product(changes, [t[0] for t in y]) + inner_product(pulled.across, along[-1])
     return judged_product(product, weights, at, magnitudes=_magnitudes(point))
 
 
@@ -299,23 +299,25 @@ def _both(
             found = _refused(error)
         yield Compared(part, by, "forward", found)
     if "reverse" in modes:
-        weights = _weights(at(0.0), at)
+        weights = weights_for(at)
         try:
             transpose = autodiff.Transpose(function, arguments, run.memory)
             pulled = transpose(weights, keep=False)
-            product = sum(_product(down, group) for down, group in zip(pulled, along, strict=True))
+            product = sum(inner_product(down, group) for down, group in zip(pulled, along, strict=True))
             found = judged_product(product, weights, at, magnitudes=magnitudes)
         except MissingDerivativeError as error:
             found = _refused(error)
         yield Compared(part, by, "reverse", found)
 
 
-def _moving(
+def evaluations_along(
     outputs: Callable[..., list[Tensor]],
     points: Sequence[Sequence[Tensor]],
     along: Sequence[Sequence[Tensor]],
     tape: Tape | None,
 ) -> Callable[[float], list[Tensor]]:
+    """Return the outputs at x + ε v as a function of ε, with stopped gradients replayed."""
+
     def at(epsilon: float) -> list[Tensor]:
         if tape is not None:
             tape.rewind()
@@ -324,26 +326,28 @@ def _moving(
     return at
 
 
-def _cached(at: Callable[[float], list[Tensor]]) -> Callable[[float], list[Tensor]]:
+def cached(at: Callable[[float], list[Tensor]]) -> Callable[[float], list[Tensor]]:
+    """Return the same function with a memory."""
     known: dict[float, list[Tensor]] = {}
 
-    def cached(epsilon: float) -> list[Tensor]:
+    def evaluated(epsilon: float) -> list[Tensor]:
         if epsilon not in known:
             known[epsilon] = at(epsilon)
         return known[epsilon]
 
-    return cached
+    return evaluated
 
 
-def _weights(base: Sequence[Tensor], at: Callable[[float], Sequence[Tensor]]) -> list[Tensor]:
-    """Random cotangents, scaled so that each output's difference counts alike."""
+def weights_for(at: Callable[[float], Sequence[Tensor]]) -> list[Tensor]:
+    """Return random cotangents, scaled so that each output's difference counts alike."""
     generator = torch.Generator().manual_seed(40)
     first = 1e-4
-    sizes = [float(torch.linalg.vector_norm(a - b)) / (2 * first) for a, b in zip(at(first), at(-first), strict=True)]
+    ahead, behind = at(first), at(-first)
+    sizes = [float(torch.linalg.vector_norm(a - b)) / (2 * first) for a, b in zip(ahead, behind, strict=True)]
     largest = max(sizes, default=0.0) or 1.0
     return [
         torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) / max(size, 1e-3 * largest)
-        for t, size in zip(base, sizes, strict=True)
+        for t, size in zip(ahead, sizes, strict=True)
     ]
 
 
@@ -357,16 +361,17 @@ def _reached(plain: PlainLoop, point: StepPoint, whole: Sequence[Tensor]) -> lis
     """Which parameters have a gradient at this step, in the plain loop."""
     count = len(trees.split(point.state.params).differentiable)
     gradient, _ = plain.gradient(
-        point.t, whole[:count], _buffers(point.state), trees.split(point.run.meta).differentiable
+        point.t, whole[:count], buffers_of(point.state), trees.split(point.run.meta).differentiable
     )
     return [g is not None for g in gradient]
 
 
-def _where_reached(gradient: Sequence[Tensor], reached: Sequence[bool]) -> list[Tensor | None]:
+def where_reached(gradient: Sequence[Tensor], reached: Sequence[bool]) -> list[Tensor | None]:
+    """Return a gradient with `None` where the loss does not reach a parameter."""
     return [g if there else None for g, there in zip(gradient, reached, strict=True)]
 
 
-def _buffers(state: Descent) -> Mapping[str, Tensor]:
+def buffers_of(state: Descent) -> Mapping[str, Tensor]:
     """The buffers by name, in the order of the tree's leaves."""
     if not isinstance(state.buffers, Mapping):
         return {}
@@ -374,7 +379,8 @@ def _buffers(state: Descent) -> Mapping[str, Tensor]:
     return {str(path[0]): buffers[path[0]] for path in optree.tree_paths(buffers, namespace=trees.NAMESPACE)}
 
 
-def _product(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> float:
+def inner_product(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> float:
+    """Return the inner product, in which `None` is zero."""
     return sum(float((a * b).sum()) for a, b in zip(left, right, strict=True) if a is not None)
 
 
