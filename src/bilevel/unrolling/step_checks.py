@@ -156,12 +156,13 @@ def _of_descent(point: StepPoint, plain: PlainLoop, modes: Sequence[str]) -> Ite
             yield Compared("whole step", by, "forward", _stepped_forward(point, along, stepped), tape)
         if "reverse" in modes:
             yield Compared("whole step", by, "reverse", _stepped_reverse(point, along, stepped), tape)
-    yield from _of_update(point, base[: len(names)], _reached(plain, point, whole), modes)
+    yield from compare_update(point, base[: len(names)], _reached(plain, point, whole), modes)
 
 
-def _of_update(
+def compare_update(
     point: StepPoint, gradient: Sequence[Tensor], reached: Sequence[bool], modes: Sequence[str]
 ) -> Iterator[Compared]:
+    """Yield comparisons of the derivatives of the optimiser's update, of which only the gradient is given."""
     problem, state, run = point.problem, point.state, point.run
     given = where_reached(gradient, reached)
 
@@ -200,9 +201,11 @@ def _of_own_step(point: StepPoint, modes: Sequence[str]) -> Iterator[Compared]:
     parts = [trees.split(point.state), trees.split(run.meta)]
 
     def outputs(state: Sequence[Tensor], phi: Sequence[Tensor]) -> list[Tensor]:
-        there = parts[0].rebuild(state)
+        # Tensors that require gradients, since a step may do something else with others.
+        moved_to = zip(parts, (state, phi), strict=True)
+        there, meta = (part.rebuild([x.detach().requires_grad_() for x in xs]) for part, xs in moved_to)
         with torch.enable_grad():
-            after = run.step(t, there, parts[1].rebuild(phi))
+            after = run.step(t, there, meta)
         return [a.detach() - b for a, b in zip(trees.split(after).differentiable, state, strict=True)]
 
     outputs(parts[0].differentiable, parts[1].differentiable)
@@ -352,9 +355,17 @@ def weights_for(at: Callable[[float], Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _changes(after: Descent, params: Tree) -> list[Tensor]:
-    """The leaves of a state after a step, of parameters the change."""
-    leaves, start = trees.split(after).differentiable, trees.split(params).differentiable
-    return [leaf - start[i] if i < len(start) else leaf for i, leaf in enumerate(leaves)]
+    """The leaves of a state after a step, of parameters the change.
+
+    An average of the parameters that ASGD keeps, and on which no step depends, has no derivative, and counts as zero.
+    """
+    named = [(name, leaf) for name, leaf in trees.named_leaves(after, "") if trees.is_differentiable(leaf)]
+    start = trees.split(params).differentiable
+    leaves = [leaf - start[i] if i < len(start) else leaf for i, (_, leaf) in enumerate(named)]
+    return [leaf * 0 if name.endswith(_AVERAGE) else leaf for leaf, (name, _) in zip(leaves, named, strict=True)]
+
+
+_AVERAGE = "memory['ax']"
 
 
 def _reached(plain: PlainLoop, point: StepPoint, whole: Sequence[Tensor]) -> list[bool]:
