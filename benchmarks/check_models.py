@@ -43,9 +43,8 @@ def bert() -> tuple[nn.Module, Losses]:
     """An encoder that classifies, with dropout."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
-    )
+    sizes: Any = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=32, num_labels=3)  # pyright: ignore[reportCallIssue]
     ids, labels = tokens(), torch.tensor([0, 1, 2, 1])
     return BertForSequenceClassification(config), lambda model: functional.cross_entropy(
         model(input_ids=ids).logits, labels, reduction="none"
@@ -82,9 +81,8 @@ def t5() -> tuple[nn.Module, Losses]:
     """An encoder and a decoder with relative positions."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
-    )
+    sizes: Any = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)  # pyright: ignore[reportCallIssue]
     ids, answers = tokens(), tokens(4)
 
     def losses(model: Any) -> Tensor:
@@ -104,7 +102,7 @@ def vit() -> tuple[nn.Module, Losses]:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
-        num_labels=3,
+        num_labels=3,  # pyright: ignore[reportCallIssue]
     )
     images, labels = torch.randn(EXAMPLES, 3, 8, 8), torch.tensor([0, 1, 2, 1])
     return ViTForImageClassification(config), lambda model: functional.cross_entropy(
@@ -125,7 +123,7 @@ def wav2vec2() -> tuple[nn.Module, Losses]:
         conv_dim=(8, 8),
         conv_stride=(4, 2),
         conv_kernel=(8, 3),
-        num_feat_extract_layers=2,
+        num_feat_extract_layers=2,  # pyright: ignore[reportCallIssue]
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
         mask_time_prob=0.0,
@@ -274,10 +272,9 @@ def main() -> None:
     lines = [
         "# `bilevel.check` on ten models",
         "",
-        f"Random weights, {EXAMPLES} examples with a weight each as meta parameters, {STEPS} steps of AdamW, float32, one "
-        f"thread of {platform.machine()}, torch {torch.__version__}.",
-        "The columns count the rows of each report: all of them should be right. Process time was taken on a busy machine.",
-        "Made by `python benchmarks/check_models.py`.",
+        f"Random weights, {EXAMPLES} examples with a weight each as meta parameters, {STEPS} steps of AdamW, float32,",
+        f"one thread of {platform.machine()}, torch {torch.__version__}. The columns count the rows of each report:",
+        "all of them should be right. The time is process time. Made by `python benchmarks/check_models.py`.",
         "",
         "| model | parameters | right | wrong | could not be judged | seconds | first row that is not right |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -57,7 +57,8 @@ def outer(model: Any, meta: Tensor, batch: Any) -> Tensor:
 
 
 def problem(net: Any, algorithm: Any = SGD, loss: Any = inner, judge: Any = outer, **settings: Any) -> GradientDescent:
-    return GradientDescent(loss, judge, net, bilevel.optimizer(algorithm, **({"lr": 0.1} | settings)))
+    chosen: dict[str, Any] = {"lr": 0.1} | settings
+    return GradientDescent(loss, judge, net, bilevel.optimizer(algorithm, **chosen))
 
 
 Case = tuple[Any, Any, Any]

@@ -94,6 +94,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         results = list(_tensors_in([result]))
+        if func in _STARTS_GRAPH and self._meta_at(args[0]) is None:
+            self._know(args[:1])  # data that a module makes require gradients, as some do for their checkpointing
         if results:  # else it is a size, or a number
             given = list(_tensors_in([*args, *(kwargs or {}).values()]))
             if func is torch.autograd.grad:  # a loss that differentiates by its inputs makes them require gradients
@@ -130,6 +132,14 @@ class _Watch(TorchFunctionMode):
         if self._graphs and tensor.requires_grad and not self._comes_from_known(tensor):
             self._note(f"a tensor of shape {tuple(tensor.shape)} that requires gradients", tensor)
 
+    def _meta_at(self, tensor: Tensor) -> str | None:
+        """The meta parameter in whose memory a tensor lies, if there is one."""
+        extent = None if is_functorch_wrapped_tensor(tensor) else _extent(tensor)
+        for name, storage, begin, end in self._meta:
+            if extent is not None and extent[0] == storage and begin < extent[2] and extent[1] < end:
+                return name
+        return None
+
     def _comes_from_known(self, tensor: Tensor) -> bool:
         """Whether a tensor with a graph, made where operations are not seen, was computed from known tensors alone."""
         if tensor.grad_fn is None:
@@ -161,6 +171,10 @@ class _Watch(TorchFunctionMode):
 
 _CONSTANT = {Tensor.detach, *(vars(torch._C.TensorBase)[name].__get__ for name in ("data", "grad"))}
 """What makes a constant of a tensor on purpose."""
+
+
+_STARTS_GRAPH = {Tensor.requires_grad_, vars(torch._C.TensorBase)["requires_grad"].__set__}
+"""What makes a leaf of a tensor, inside of a loss."""
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
