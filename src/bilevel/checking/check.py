@@ -17,6 +17,7 @@ from bilevel.estimators import Estimator, ForwardGradient, Reverse
 from bilevel.problem import BilevelProblem, Unrollable
 from bilevel.report.findings import Finding, Verdict
 from bilevel.report.progress import bar
+from bilevel.unrolling.short_check import short_check
 
 _SHOWN_FROM = 2.0
 """Seconds from which progress is shown."""
@@ -98,7 +99,7 @@ def check(
     subject = Subject(problem, meta, inner_batches, outer_batch, seed)
     begun = time.perf_counter()
     before = side_effects.Snapshot(subject)
-    with randomness.preserved():
+    with randomness.preserved(), short_check(False):
         parts = _parts(subject, plain, _estimators(subject, estimators), directions, stable)
         each = _seconds_of_a_unit(subject)
         findings: list[Finding] = []

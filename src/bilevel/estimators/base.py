@@ -16,7 +16,7 @@ from bilevel.models.conversion import as_plain_tree
 from bilevel.models.module_view import modules_in
 from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
-from bilevel.unrolling import diagnosis
+from bilevel.unrolling import diagnosis, short_check
 from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import Unroll, unroll
 
@@ -34,8 +34,11 @@ class Estimate:
     running statistics, in the form that the module's `load_state_dict` takes."""
     standard_error: float | None = None
     """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
-    diagnostics: Mapping[str, float] = field(default_factory=dict)
-    """What the method observed on the way, such as the residual of a linear solve.
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    """What the method observed on the way, such as the residual of a linear solve: numbers, and one text.
+
+    `checked` is the text: what a short check has verified for this kind of problem, and when. It is there where the
+    check is on: in `fit`, or by `bilevel.experimental.short_check(True)`.
 
     Where an operation has no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the
     inner steps and functions whose tangents took another route. The same names with `_units` say what they cost in
@@ -97,6 +100,8 @@ class Estimator(ABC):
             NonFiniteError: the outer loss, an inner state or the hypergradient is NaN or infinite.
             NoDependenceError: the inner loop does not use the meta parameters, or the outer loss not the inner state.
             MissingDerivativeError: an operation lacks the derivative this method needs.
+            CheckError: the short check, if it is on, found the loop, or a derivative of a step, to be wrong (see
+                `bilevel.experimental.short_check`).
             TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
         """
         problem = as_problem(problem)
@@ -106,9 +111,11 @@ class Estimator(ABC):
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
+        checked = None if self.computes_steps_once else short_check.checked_once(run, meta)
         with randomness.preserved(), autodiff.noted_routes() as routes:
             found = self.resolved(run)._of(run)
-        return replace(found, compile_seconds=compile_seconds() - before, diagnostics={**found.diagnostics, **routes})
+        diagnostics = {**found.diagnostics, **routes, **({} if checked is None else {"checked": checked})}
+        return replace(found, compile_seconds=compile_seconds() - before, diagnostics=diagnostics)
 
     # -- what an estimator says about itself ---------------------------------------------------------------------
 
@@ -136,6 +143,11 @@ class Estimator(ABC):
     def resolved(self, run: Unroll) -> Estimator:  # noqa: ARG002
         """Return the estimator that makes the estimate of this inner loop: itself, unless it chooses another one."""
         return self
+
+    @property
+    def computes_steps_once(self) -> bool:
+        """Whether each inner step is computed once, so that losses may have a memory; they are not checked then."""
+        return False
 
     @property
     def first_order(self) -> bool:

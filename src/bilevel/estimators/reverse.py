@@ -72,6 +72,10 @@ class Reverse(Estimator):
         made = checkpoint_schedules.steps_computed(steps, checkpoint_schedules.slots(self.checkpoints, steps))
         return made + 3.0 * steps
 
+    @property
+    def computes_steps_once(self) -> bool:
+        return self.checkpoints == "graph"
+
     def _estimate(self, run: Unroll) -> Estimate:
         if self.checkpoints == "graph":
             return _through_one_graph(run)

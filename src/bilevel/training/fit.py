@@ -27,6 +27,7 @@ from bilevel.training.phases import Phase, phases_of
 from bilevel.training.run_record import RunRecord
 from bilevel.training.settings import OuterUpdate, RunFolder, as_run_folder
 from bilevel.training.termination import Stop, stopping_raises
+from bilevel.unrolling.short_check import fitting
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,12 @@ def fit(
     Returns:
         The trained meta parameters and a row of numbers for each outer step.
 
+    Before the first outer step, a short check takes three inner steps beside a plain PyTorch loop and compares
+    derivatives of one step with differences. It costs at most 12 inner gradients, once in a process for each kind of
+    problem. See `bilevel.experimental.short_check`.
+
     Raises:
+        CheckError: the short check found the inner loop, or a derivative of a step, to be wrong.
         NonFiniteError, SolverError: an estimate is not finite, or a black box failed. The checkpoint holds the meta
             parameters before it.
         CheckpointError: the checkpoint to resume from is damaged or belongs to another configuration.
@@ -131,7 +137,7 @@ def fit(
     every = 1 if folder is None else folder.checkpoint_every
     try:
         record.share(workers)
-        with stopping_raises() as stop, workers.sharing():
+        with stopping_raises() as stop, workers.sharing(), fitting():
             _to_the_end(loop, record, workers, callbacks, every, stop, progress)
     except BaseException as error:
         # A first step that fails, on its arguments for instance, writes no checkpoint.

@@ -140,7 +140,8 @@ def problem_in_double(problem: BilevelProblem, dtype: torch.dtype) -> BilevelPro
     if descent is None:
         return Problem(lambda meta: as_double(problem.init(meta)), promoted(problem.step), promoted(problem.outer_loss))
     twin: Any = copy.copy(descent.eager)
-    twin._eager, twin._discovered = twin, Discovered()
+    twin._eager = twin
+    twin._discovered = descent._discovered if descent.is_examined else Discovered()
     twin.inner_loss, twin._outer_loss = promoted(descent.inner_loss), promoted(descent._outer_loss)
 
     def initial(meta: Tree, memory: Memory) -> tuple[Tree, dict[str, Tensor]]:

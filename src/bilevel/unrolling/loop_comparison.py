@@ -11,7 +11,7 @@ digits by cancellation; the second one is the rounding of the parameters themsel
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +71,17 @@ class SideBySide:
         holder, key = copied.slots[name]
         return isinstance(holder[key], Tensor) and not isinstance(holder[key], torch.nn.Parameter)
 
-    def advance(self, t: int) -> Apart | None:
-        """Take step t in both loops, and return where they differ, if they do for the first time."""
+    def advance(self, t: int, ours: Callable[[Descent], Descent] | None = None) -> Apart | None:
+        """Take step t in both loops, and return where they differ.
+
+        Args:
+            t: the number of the step.
+            ours: computes the library's step in another way than `descend`.
+        """
         before = self._plain_now()
         modules = modules_in([self.run.meta, self.state])
         with autodiff.differentiable_kernels(modules):
-            self.state = self.run.descend(self.state, t, t + 1)
+            self.state = self.run.descend(self.state, t, t + 1) if ours is None else ours(self.state)
         self.plain.step(t)
         after = self._plain_now()
         for kind in self._paths:
@@ -84,6 +89,11 @@ class SideBySide:
         found = self._compared(t, after)
         self.apart = self.apart or found
         return found
+
+    def skip_to(self, t: int) -> None:
+        """Let the next step be number t, with its batch and its learning rate, from the current parameters."""
+        self.state = self.state._replace(steps=t)
+        self.plain.skip_to(t)
 
     def _plain_now(self) -> dict[str, tuple[list[str], list[Tensor]]]:
         copied = self.plain.params

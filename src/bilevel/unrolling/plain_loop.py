@@ -59,6 +59,7 @@ class PlainLoop:
         self._scheduler: LRScheduler | None = None
         self._timetable: torch.optim.Optimizer | None = None
         self._rates: list[float] = []
+        self._scheduled = 0
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -77,6 +78,7 @@ class PlainLoop:
         if not self.params.tensors:
             raise NoPlainLoopError("there is no tensor to train")
         self._optimizer = self._scheduler = self._timetable = None
+        self._scheduled = 0
         return self.params
 
     def step(self, t: int) -> None:
@@ -95,6 +97,18 @@ class PlainLoop:
             self._clip(params.tensors)
             self._set_rates()
             optimizer.step()
+        self._advance_schedule()
+
+    def skip_to(self, t: int) -> None:
+        """Advance the schedule to step t, without steps of the optimiser."""
+        if self._optimizer is None:
+            self._started()
+            self._bind()
+        while self._scheduled < t and self._scheduler is not None:
+            self._advance_schedule()
+
+    def _advance_schedule(self) -> None:
+        self._scheduled += 1
         if self._scheduler is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
