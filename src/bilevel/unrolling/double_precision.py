@@ -56,20 +56,26 @@ class InDouble(TorchFunctionMode):
         return result if writes or "out" in kwargs else _promoted_results(result)
 
     def _drawn(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if name in _SAMPLED:
+            return _promoted_results(func(_to(args[0], self._dtype), *args[1:], **kwargs))
         if name.endswith("_like"):
             return func(_to(args[0], self._dtype), *args[1:], **_without_dtype(kwargs)).double()
         if name.endswith("_"):
-            target = args[0]
+            rest = dict(kwargs)
+            target = args[0] if args else rest.pop("tensor")  # the functions of torch.nn.init name their arguments
             if not target.is_floating_point():
                 return func(*args, **kwargs)
-            drawn = func(torch.empty_like(target, dtype=self._dtype), *args[1:], **kwargs)
-            return target.copy_(drawn)
+            drawn = func(torch.empty_like(target, dtype=self._dtype, requires_grad=False), *args[1:], **rest)
+            with torch.no_grad():
+                return target.copy_(drawn)
         return _promoted_results(func(*args, **kwargs))
 
 
 _DTYPE: Any = vars(torch._C.TensorBase)["dtype"].__get__
 _CASTS = frozenset({"float", "half", "bfloat16"})
-_DRAWS = frozenset(
+_SAMPLED = frozenset({"bernoulli", "multinomial", "poisson"})
+"""Functions whose first argument has the probabilities."""
+_DRAWS = _SAMPLED | frozenset(
     {"rand_like", "randn_like", "rand", "randn", "normal", "normal_", "uniform_", "exponential_", "log_normal_"}
 )
 
