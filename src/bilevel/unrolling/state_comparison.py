@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from bilevel.trees import Tree
 
 _foreach_sub: Any = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
 _foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+"""Types of integers by the size of the numbers whose bits they are to hold."""
 _ROUNDINGS = 4.0
 """How many machine epsilons of its size a state may be off."""
 
@@ -67,10 +70,20 @@ def _starts_with(path: tuple[object, ...], field: str) -> bool:
     return bool(path) and path[0] in (field, Descent._fields.index(field))
 
 
-def same_bits(left: Tree, right: Tree) -> bool:
-    """Whether all tensors of two states are equal."""
-    pairs = zip(_tensors(left), _tensors(right), strict=True)
-    return all(a is b or torch.equal(a, b) for a, b in pairs)
+def same_bits(left: Tree, right: Tree, parameters_alone: bool = False) -> bool:
+    """Whether the tensors of two states on a CPU are equal: all of them, or only what a `Descent` trains."""
+    if parameters_alone and isinstance(left, Descent) and isinstance(right, Descent):
+        left, right = left.params, right.params
+    return all(_same_bits(a, b) for a, b in zip(_tensors(left), _tensors(right), strict=True))
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    if left is right:
+        return True
+    if left.shape != right.shape or not (left.is_contiguous() and right.is_contiguous()):
+        return torch.equal(left, right)
+    # NumPy compares integers about four times as fast as torch.equal compares floats.
+    return np.array_equal(*(t.detach().reshape(-1).view(_INTEGERS[t.itemsize]).numpy() for t in (left, right)))
 
 
 def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor:
