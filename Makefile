@@ -9,13 +9,16 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Errors are shown; warnings, such as those of indexes that do not have a package, are not.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/tasks  ## condense scikit-learn's handwritten digits into ten images
 	rm -rf runs/demo
 	$(BIN)/bilevel run condensation --preset digits --out runs/demo
 
-test: $(VENV)/dev lint  ## lint, types, tests, and the commands that README.md shows
+test: $(VENV)/dev lint  ## lint, types, and the fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m 'not slow'
+
+test-all: $(VENV)/dev  ## all tests, the slow ones too: statistics over many draws, the page of losses, killed runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(VENV)/dev
