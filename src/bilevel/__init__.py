@@ -9,6 +9,7 @@ Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change
 
 from bilevel import errors, experimental
 from bilevel.batches import batches, no_batches
+from bilevel.checking.check import check
 from bilevel.comparison.compare import compare
 from bilevel.estimators import (
     Estimate,
@@ -62,6 +63,7 @@ __all__ = [
     "TruncatedReverse",
     "ZerothOrder",
     "batches",
+    "check",
     "compare",
     "errors",
     "experimental",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn import functional
 
 Operation = Callable[..., Any]
@@ -29,6 +30,25 @@ def _reduced(losses: Tensor, reduction: str, size_average: bool | None, reduce: 
     if reduction == "none":
         return losses
     raise ValueError(f"{reduction!r} is not a valid value for reduction; there are 'none', 'mean' and 'sum'")
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Zero each entry with probability p, and divide the others by 1 − p.
+
+    On a CPU, PyTorch draws the mask in the order in which the entries of the input lie in memory, but not so under
+    function transforms. The mask of a transposed input would then be another one in forward mode than in a plain step.
+    """
+    value = input
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
+    transposed = not value.is_contiguous() and value.shape == input.shape and value.device.type == "cpu"
+    if not (transposed and training and 0 < p < 1 and value is not input):
+        return functional.dropout(input, p, training, inplace)
+    kept = torch.empty_like(value).bernoulli_(1 - p).div_(1 - p)
+    return input.mul_(kept) if inplace else input * kept
 
 
 # -- losses whose backward pass has no forward-mode derivative ---------------------------------------------------------
@@ -302,8 +322,10 @@ are replaced wherever a gradient is differentiated."""
 FORWARD_MODE: Mapping[Operation, Operation] = {
     functional.mse_loss: mse_loss,
     functional.huber_loss: huber_loss,
+    functional.dropout: dropout,
 }
-"""Operations whose backward pass has no forward-mode derivative: replaced in forward mode."""
+"""Operations whose backward pass has no forward-mode derivative, or that draw other random numbers there: replaced in
+forward mode."""
 
 THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
     functional.layer_norm: layer_norm,

@@ -1,4 +1,4 @@
-"""The command `bilevel`: list, run, compare, plan, report."""
+"""The command `bilevel`: list, run, compare, check, plan, report."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bilevel import __version__, distributed, trees
+from bilevel.checking.check import check
 from bilevel.cli import arguments
 from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
@@ -34,6 +35,7 @@ _USAGE = """usage: bilevel COMMAND ...
   list                    the tasks, their presets, and the estimators
   run TASK [options]      train, evaluate, write a folder with results and a report
   compare TASK [options]  several estimators at one point, against the exact hypergradient
+  check TASK [options]    the task's problem beside a plain PyTorch loop, and its derivatives beside differences
   plan TASK [options]     memory and time of every estimator, and which one to take
   plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
   report DIR              make the report of a finished run again
@@ -67,6 +69,24 @@ class CompareOptions:
     """Also write the table to this JSON file, and a plot of error against units beside it (.png)."""
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """What `bilevel check` is told besides the task's own settings."""
+
+    estimators: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME [NAME ...]"})
+    """Estimators that are compared with differences of whole solves; by default reverse and forward-gradient."""
+    seed: int = 0
+    """Determines every random number."""
+    data_dir: Path | None = None
+    """Folder with the data files, for presets that need any."""
+    stable: bool = False
+    """Also examine whether tangents grow from step to step, with at most eight further solves."""
+    budget: float | None = field(default=None, metadata={"metavar": "SECONDS"})
+    """Seconds; parts that would not fit are reported as not checked."""
+    out: Path | None = None
+    """Also write the report to this JSON file."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. What a user can put right ends with one message and exit code 1 (2 for a wrong command)."""
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
@@ -77,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "list": _list,
         "run": _run,
         "compare": _compare,
+        "check": _check,
         "plan": _plan,
         "report": _report,
     }
@@ -218,6 +239,34 @@ def _compare(rest: list[str]) -> None:
         "process time over that of the inner loop alone. Times are the best of up to three.",
         style="dim",
     )
+
+
+def _check(rest: list[str]) -> None:
+    task, preset = _task_and_preset("check", rest)
+    _, options, config = arguments.parse(
+        f"bilevel check {task.name}",
+        "The task's problem at its starting point beside a plain PyTorch loop, and its derivatives beside differences. "
+        "Exit code: 0 if all is right, 1 if something is wrong, 3 if something could not be judged.",
+        rest[1:],
+        preset=_preset_option(task, preset),
+        check=CheckOptions(),
+        task=task.presets[preset].config,
+    )
+    setup = task.setup(config, options.data_dir, 1, options.seed)
+    report = check(
+        setup.problem,
+        setup.meta,
+        setup.inner_batches_of(draw=0),
+        setup.outer_batch_of(draw=0),
+        options.seed,
+        estimators=[registry.parse(text) for text in options.estimators] or None,
+        stable=options.stable,
+        budget=options.budget,
+    )
+    print(report)
+    if options.out is not None:
+        report.save(options.out)
+    raise SystemExit(report.exit_code)
 
 
 def _comparison_table(compared: Sequence[compare.ComparisonRow]) -> tuple[list[Field], list[Row]]:

@@ -54,6 +54,8 @@ class Estimator(ABC):
 
     needs_derivatives: ClassVar[bool] = True
     """Whether the inner loop is differentiated; if so, a `BlackBox` is refused."""
+    is_biased: ClassVar[bool] = False
+    """Whether an estimate differs from ∇h by more than rounding and the spread of random directions, by design."""
     is_random: ClassVar[bool]
     """Whether an estimate depends on random directions that the estimator draws itself. Every estimator states it.
 

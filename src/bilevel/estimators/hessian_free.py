@@ -50,6 +50,7 @@ class HessianFree(Estimator):
 
     scale: float = 1.0
     preconditioner: Literal["identity", "optimizer"] = "identity"
+    is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

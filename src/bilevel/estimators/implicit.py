@@ -60,6 +60,7 @@ class Implicit(Estimator):
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)
     batches: int = 1
+    is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

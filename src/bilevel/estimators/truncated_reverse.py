@@ -40,6 +40,7 @@ class TruncatedReverse(Estimator):
     """
 
     steps: int = 1
+    is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
