@@ -101,6 +101,18 @@ def size(tree: Tree) -> int:
     return sum(leaf.numel() for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
+def summary(tree: Tree) -> str:
+    """Describe the tensors of a tree in a few words.
+
+    >>> summary(torch.zeros(2, 3)), summary({"a": torch.zeros(2), "b": torch.zeros(3), "name": "c"})
+    ('tensor of shape (2, 3)', '2 tensors with 5 numbers')
+    """
+    tensors = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    if len(tensors) == 1:
+        return f"tensor of shape {tuple(tensors[0].shape)}"
+    return f"{len(tensors)} tensors with {sum(t.numel() for t in tensors):,} numbers"
+
+
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Context manager (and decorator) for sums of the library's own, which autocast would round to 3 digits.

@@ -12,8 +12,10 @@ from torch import Tensor
 from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
-from bilevel.models.conversion import as_plain_tree
+from bilevel.estimators.differentiable_value import differentiable_value
+from bilevel.models.conversion import as_plain_tree, original_tensors
 from bilevel.models.module_view import modules_in
+from bilevel.models.sharing import leaves_once
 from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
@@ -23,29 +25,61 @@ from bilevel.unrolling.unroll import Unroll, unroll
 
 @dataclass(frozen=True)
 class Estimate:
-    """A hypergradient and what is known about it."""
+    """A hypergradient, and what is known about it.
+
+    Attributes:
+        value: the outer loss h(φ). If meta parameters require gradients, `value.backward()` adds cotangent · `grad` to
+            them, so that an estimate is one more term of a loss in any training loop. The meta parameters may be those
+            of a module, or tensors that a network computes. Under `torch.no_grad()`, or where no meta parameter
+            requires gradients, it is a tensor without a graph. A second `backward()` needs `retain_graph=True`, as in
+            PyTorch. `create_graph=True` raises a `MissingDerivativeError`, because the derivative of `grad` is not
+            computed. All other fields are detached.
+        grad: an estimate of ∇h, with the structure of `meta`. For an `nn.Module` it is a dict from parameter name to
+            tensor.
+        state: the final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its
+            parameters and running statistics, in the form that the module's `load_state_dict` takes.
+        standard_error: the estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method.
+        diagnostics: what the method observed on the way, such as the residual of a linear solve. Where an operation has
+            no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the inner steps and
+            functions whose tangents took another route. The same names with `_units` say what they cost in inner
+            gradients.
+        carried: the end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from
+            there.
+        compile_seconds: wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up
+            for the first time.
+
+    An estimate as a term of a loss in a loop of one's own:
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi) ** 2,
+    ...     outer_loss=lambda theta, phi, batch: 0.5 * (theta - 3.0) ** 2,
+    ...     params=torch.tensor(0.0),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    ... )
+    >>> phi = torch.nn.Parameter(torch.tensor(0.0))
+    >>> optimizer = torch.optim.SGD([phi], lr=0.5)
+    >>> for number in range(50):
+    ...     loss = bilevel.Reverse()(problem, phi, 10, seed=number).value + 0.001 * phi.square()
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> round(phi.item(), 2)
+    3.0
+    """
 
     value: Tensor
-    """The outer loss h(φ)."""
     grad: Tree
-    """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor."""
     state: Tree
-    """The final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its parameters and
-    running statistics, in the form that the module's `load_state_dict` takes."""
     standard_error: float | None = None
-    """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
-    """What the method observed on the way, such as the residual of a linear solve.
-
-    Where an operation has no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the
-    inner steps and functions whose tangents took another route. The same names with `_units` say what they cost in
-    inner gradients.
-    """
     carried: WindowEnd | None = None
-    """The end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from there."""
     compile_seconds: float = 0.0
-    """Wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up for the first time.
-    """
+
+    def __repr__(self) -> str:
+        value = f"{self.value.item():.6g}" if self.value.ndim == 0 else trees.summary(self.value)
+        error = "" if self.standard_error is None else f", standard_error={self.standard_error:.3g}"
+        return f"Estimate(value={value}, grad: {trees.summary(self.grad)}{error})"
 
 
 @dataclass(frozen=True)
@@ -106,7 +140,13 @@ class Estimator(ABC):
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
         with randomness.preserved(), autodiff.noted_routes() as routes:
             found = self.resolved(run)._of(run)
-        return replace(found, compile_seconds=compile_seconds() - before, diagnostics={**found.diagnostics, **routes})
+        gradients = leaves_once(found.grad, run.meta)
+        return replace(
+            found,
+            value=differentiable_value(found.value, gradients, original_tensors(meta)),
+            compile_seconds=compile_seconds() - before,
+            diagnostics={**found.diagnostics, **routes},
+        )
 
     # -- what an estimator says about itself ---------------------------------------------------------------------
 

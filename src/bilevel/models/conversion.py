@@ -58,6 +58,24 @@ def as_tree(value: Tree) -> Tree:
     return _converted(value, None, lambda tensor: tensor, "meta")
 
 
+def original_tensors(meta: Tree) -> list[Tensor]:
+    """Return the tensors of a tree as the user passed them, in the order of the leaves of `as_tree(meta)`.
+
+    A module stands for its parameters that require gradients. A tensor with several places comes once.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> [tensor is parameter for tensor, parameter in zip(original_tensors([layer]), layer.parameters())]
+    [True, True]
+    """
+    found: dict[int, Tensor] = {}
+    for leaf in trees.leaves(presented(meta)):
+        if isinstance(leaf, nn.Module):
+            found.update((id(p), p) for p in unwrapped(leaf).parameters() if p.requires_grad)
+        elif isinstance(leaf, Tensor):
+            found.setdefault(id(leaf), leaf)
+    return list(found.values())
+
+
 def as_params(value: Tree, memory: Memory, initial: Initial = Tensor.detach) -> tuple[Tree, dict[str, Tensor]]:
     """What an inner loop trains, as a tree, and the other tensors of its state by name.
 
