@@ -176,9 +176,9 @@ def test_what_torch_sets_up_once_is_not_charged(monkeypatch: pytest.MonkeyPatch)
         def units(self, steps: int, meta_size: int) -> float:
             raise NotImplementedError
 
-        def _estimate(self, run: Any) -> bilevel.Estimate:  # noqa: ARG002
+        def _estimate(self, run: Any) -> bilevel.Estimate:
             clock.tick()
-            return bilevel.Estimate(torch.zeros(()), torch.ones(2, dtype=torch.float64), None)
+            return bilevel.Estimate(torch.zeros(()), torch.ones(2, dtype=torch.float64), run.start())
 
     # The plain inner loop takes no time on this clock: it is charged the least that the clock can tell.
     monkeypatch.setattr(comparison, "time", clock.as_time(resolution=0.5))

@@ -143,3 +143,14 @@ def test_a_batch_with_a_graph_is_named() -> None:
     problem = descent(lambda theta, meta, batch: weighted(theta, batch) + meta.sum() * theta.sum())
     with pytest.warns(UserWarning, match="requires gradients from outside"):
         bilevel.Reverse()(problem, meta, [2 * meta] * 3)
+
+
+def test_a_module_that_init_makes_may_be_converted() -> None:
+    """Parameters are exchanged by `.to(...)`, which a reference to them from the watch must not forbid."""
+    problem = bilevel.GradientDescent(
+        lambda model, meta, batch: (meta * (model(X).squeeze(1) - Y) ** 2).mean(),
+        lambda model, meta, batch: ((model(X).squeeze(1) + Y) ** 2).mean(),
+        lambda meta: nn.Sequential(nn.Linear(3, 1)).to("cpu").double(),
+        bilevel.optimizer(torch.optim.SGD, lr=0.1),
+    )
+    assert bilevel.Reverse()(problem, META, 2).grad.abs().max() > 0

@@ -64,6 +64,19 @@ def _watched(what: str, meta: Tree, arguments: Sequence[Tree]) -> Iterator[None]
         )
 
 
+class _Kept:
+    """Tensors by identity, kept alive until the end of the call."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Tensor] = {}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._tensors
+
+    def __setitem__(self, tensor: Tensor, known: bool) -> None:
+        self._tensors[id(tensor)] = tensor
+
+
 class _Watch(TorchFunctionMode):
     """Notes tensors from outside that carry a derivative which will be lost."""
 
@@ -72,7 +85,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._graphs = graphs
         self.found: list[str] = []
-        self._known: Any = WeakIdKeyDictionary()
+        # Weak references would keep `module.to(...)` in an `init` from exchanging parameters.
+        self._known: Any = WeakIdKeyDictionary() if graphs else _Kept()
         self._meta = [(name, *extent) for name, leaf in trees.named_leaves(meta, "meta") if (extent := _extent(leaf))]
         for tree in arguments:
             self._know(trees.leaves(tree))
