@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import optree
@@ -63,6 +63,10 @@ class Split:
     rest: tuple[Any, ...]
     """Numbers, strings and whatever else is no tensor."""
     _kinds: str
+
+    def without_differentiable(self) -> Split:
+        """The same without the tensors that `rebuild` takes in any case, so that they are not held."""
+        return replace(self, differentiable=[])
 
     def rebuild(self, differentiable: Sequence[Tensor], other: Sequence[Tensor] | None = None) -> Tree:
         """The tree with other tensors in the places of the old ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.estimators.differentiable_value import differentiable_value
+from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.models.conversion import as_plain_tree, original_tensors
 from bilevel.models.module_view import modules_in
 from bilevel.models.sharing import leaves_once
@@ -132,11 +134,7 @@ class Estimator(ABC):
             TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
         """
         problem = as_problem(problem)
-        if problem.is_black_box and self.needs_derivatives:
-            raise TypeError(
-                f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
-                "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
-            )
+        self.require_derivatives_of(problem)
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
         with randomness.preserved(), autodiff.noted_routes() as routes:
             found = self.resolved(run)._of(run)
@@ -147,6 +145,14 @@ class Estimator(ABC):
             compile_seconds=compile_seconds() - before,
             diagnostics={**found.diagnostics, **routes},
         )
+
+    def require_derivatives_of(self, problem: BilevelProblem) -> None:
+        """Raise if this estimator differentiates the inner loop, and the problem is a black box."""
+        if problem.is_black_box and self.needs_derivatives:
+            raise TypeError(
+                f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
+                "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
+            )
 
     # -- what an estimator says about itself ---------------------------------------------------------------------
 
@@ -171,6 +177,20 @@ class Estimator(ABC):
             meta_size: N, the number of meta parameters.
         """
 
+    def reverse_pass(self, run: Unroll) -> ReversePass:  # noqa: ARG002
+        """Run the inner loop, and return the way from its final state back to the meta parameters.
+
+        `bilevel.solve` makes the final state differentiable with it. An estimator without such a way raises.
+
+        Raises:
+            TypeError: this estimator does not go back from the final state.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no reverse pass, which makes the state of bilevel.solve differentiable: take "
+            "Reverse(), TruncatedReverse(steps), Implicit() or HessianFree(). Any estimator gives the derivative of an "
+            "outer loss: estimator(problem, meta, inner_batches, outer_batch).value.backward()"
+        )
+
     def resolved(self, run: Unroll) -> Estimator:  # noqa: ARG002
         """Return the estimator that makes the estimate of this inner loop: itself, unless it chooses another one."""
         return self
@@ -183,10 +203,14 @@ class Estimator(ABC):
     # -- the estimate ----------------------------------------------------------------------------------------------
 
     def _of(self, run: Unroll) -> Estimate:
+        with self.kernels(run):
+            return _checked(run, self._estimate(run))
+
+    def kernels(self, run: Unroll) -> AbstractContextManager[None]:
+        """Context in which PyTorch takes kernels with the derivatives that this estimator needs."""
         if not self.needs_derivatives or self.first_order:
-            return _checked(run, self._estimate(run))
-        with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):  # which is not held any longer
-            return _checked(run, self._estimate(run))
+            return nullcontext()
+        return autodiff.differentiable_kernels(modules_in([run.meta, run.start()]))  # which is not held any longer
 
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:
