@@ -23,6 +23,7 @@ from bilevel.estimators import (
     TruncatedReverse,
     ZerothOrder,
 )
+from bilevel.estimators.solve import solve
 from bilevel.estimators.variates import CoarserProblem, Constant, RunningMean
 from bilevel.optim.update_rule import optimizer
 from bilevel.planning.auto import Auto
@@ -73,4 +74,5 @@ __all__ = [
     "optimizer",
     "plan",
     "plan_from_sizes",
+    "solve",
 ]

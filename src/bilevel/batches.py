@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast, overload
 
 import numpy as np
@@ -141,42 +141,55 @@ class ChangesInPlace:
     """Remembers what is in a batch, and names what was changed in place since."""
 
     def __init__(self, batch: Any, name: str) -> None:
-        self._tensors: list[tuple[str, Tensor, int]] = []
-        self._arrays: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._batch, self._name = batch, name
+        self._tensors: list[tuple[Tensor, int]] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         if batch is not None:
-            self._note(batch, name)
+            self._note(batch)
 
-    def _note(self, value: Any, name: str) -> None:
+    def _note(self, value: Any) -> None:
         if isinstance(value, Tensor):
             if not value.is_inference():  # those have no version
-                self._tensors.append((name, value, value._version))
+                self._tensors.append((value, value._version))
         elif isinstance(value, np.ndarray):
-            self._arrays.append((name, value, value.copy()))
-        elif isinstance(value, Mapping):
-            for key, each in value.items():
-                self._note(each, f"{name}[{key!r}]")
+            self._arrays.append((value, value.copy()))
         elif isinstance(value, list | tuple):
-            for number, each in enumerate(value):
-                self._note(each, f"{name}[{number}]")
-        elif hasattr(value, "__dict__") and not callable(value):
-            for key, each in vars(value).items():
-                if isinstance(each, Tensor | np.ndarray | dict | list | tuple):
-                    self._note(each, f"{name}.{key}")
+            for each in value:
+                self._note(each)
+        else:
+            for _, each in _parts(value):
+                self._note(each)
 
     def found(self) -> dict[str, Tensor | np.ndarray]:
         """What was changed in place, by name."""
-        changed: dict[str, Tensor | np.ndarray] = {}
-        for name, tensor, version in self._tensors:
-            if tensor._version != version:
-                changed[name] = tensor
-        for name, array, before in self._arrays:
+        changed: list[Any] = [tensor for tensor, version in self._tensors if tensor._version != version]
+        for array, before in self._arrays:
             if not np.array_equal(array, before, equal_nan=array.dtype.kind in "fc"):
-                changed[name] = array
-        return changed
+                changed.append(array)
+        return dict(self._named(self._batch, self._name, changed)) if changed else {}
+
+    def _named(self, value: Any, name: str, wanted: list[Any]) -> Iterator[tuple[str, Any]]:
+        if any(value is each for each in wanted):
+            yield name, value
+        elif not isinstance(value, Tensor | np.ndarray):
+            for place, each in _parts(value):
+                yield from self._named(each, name + place, wanted)
 
     def memory(self) -> set[int]:
         """The addresses of all tensors and arrays."""
-        return {address(tensor) for _, tensor, _ in self._tensors} | {address(array) for _, array, _ in self._arrays}
+        return {address(data) for data, _ in (*self._tensors, *self._arrays)}
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    """What a container of a batch holds, or the data in the attributes of an object, each with how it is reached."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", each) for key, each in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"[{number}]", each) for number, each in enumerate(value)]
+    if hasattr(value, "__dict__") and not callable(value):
+        data = (Tensor, np.ndarray, dict, list, tuple)
+        return [(f".{key}", each) for key, each in vars(value).items() if isinstance(each, data)]
+    return []
 
 
 def address(data: Tensor | np.ndarray) -> int:

@@ -423,11 +423,7 @@ class GradientDescent(BilevelProblem):
                 memory=autodiff.memory_of(self),
             )
         if found is None:
-            raise NoDependenceError(
-                "inner_loss does not depend on the parameters, so there is nothing to descend on; compute it from "
-                "the params it is given (for a module: call the model passed to inner_loss, not one from outside), "
-                "and keep .detach(), .item() and torch.no_grad() out of it"
-            )
+            raise nothing_to_descend_on()
         if not (recorded or torch._C._are_functorch_transforms_active()):
             after[0] = trees.detach(after[0])
         return Evaluated(found, after[0])
@@ -540,7 +536,7 @@ class GradientDescent(BilevelProblem):
 
     def presented(self, state: Descent) -> Descent:
         """A state as users see it: its parameters in the form in which they were passed, modules with their buffers."""
-        return state._replace(params=with_buffers(state.params, state.buffers)[0])
+        return state._replace(params=with_buffers(state.params, state.buffers, is_final=True)[0])
 
     def _inner(self, params: Tree, meta: Tree, batch: Any, buffers: Tree) -> tuple[Tensor, Tree]:
         """The inner loss, and the modules' buffers after it."""
@@ -575,6 +571,15 @@ def as_problem(value: Any) -> BilevelProblem:
     raise TypeError(
         f"problem is {what}; an instance of bilevel.Problem, GradientDescent or BlackBox is needed: estimators are "
         "called as estimator(problem, meta, inner_batches, outer_batch)"
+    )
+
+
+def nothing_to_descend_on() -> NoDependenceError:
+    """Return the error for an inner loss that does not depend on the parameters."""
+    return NoDependenceError(
+        "inner_loss does not depend on the parameters, so there is nothing to descend on; compute it from "
+        "the params it is given (for a module: call the model passed to inner_loss, not one from outside), "
+        "and keep .detach(), .item() and torch.no_grad() out of it"
     )
 
 

@@ -230,20 +230,25 @@ def evaluate(
     >>> len({evaluate(draw, 0, STEP, t) for t in (3, 4, 3, 3)})
     2
     """
-    with PROCESS_WIDE, preserved():
-        watch = _watch
-        assert watch is not None
-        stream = derive(seed, *counters)
-        while True:
-            argument = given()
-            watch.start(stream)
-            watch.busy = True
-            try:
-                result = function(argument)
-            finally:
-                watch.busy = False
-            if not watch.must_repeat():
-                return result
+    with PROCESS_WIDE:
+        if _watch is not None and not _watch.busy:
+            return _evaluated(_watch, function, derive(seed, *counters), given)
+        with preserved():
+            assert _watch is not None
+            return _evaluated(_watch, function, derive(seed, *counters), given)
+
+
+def _evaluated(watch: _Watch, function: Callable[[Any], Result], stream: int, given: Callable[[], Any]) -> Result:
+    while True:
+        argument = given()
+        watch.start(stream)
+        watch.busy = True
+        try:
+            result = function(argument)
+        finally:
+            watch.busy = False
+        if not watch.must_repeat():
+            return result
 
 
 class GeneratorStates(NamedTuple):

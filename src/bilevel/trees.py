@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import optree
@@ -64,6 +64,10 @@ class Split:
     """Numbers, strings and whatever else is no tensor."""
     _kinds: str
 
+    def without_differentiable(self) -> Split:
+        """The same without the tensors that `rebuild` takes in any case, so that they are not held."""
+        return replace(self, differentiable=[])
+
     def rebuild(self, differentiable: Sequence[Tensor], other: Sequence[Tensor] | None = None) -> Tree:
         """The tree with other tensors in the places of the old ones."""
         sources = {
@@ -99,6 +103,18 @@ def detach(tree: Tree) -> Tree:
 def size(tree: Tree) -> int:
     """The number of elements over all tensors of the tree."""
     return sum(leaf.numel() for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def summary(tree: Tree) -> str:
+    """Describe the tensors of a tree in a few words.
+
+    >>> summary(torch.zeros(2, 3)), summary({"a": torch.zeros(2), "b": torch.zeros(3), "name": "c"})
+    ('tensor of shape (2, 3)', '2 tensors with 5 numbers')
+    """
+    tensors = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    if len(tensors) == 1:
+        return f"tensor of shape {tuple(tensors[0].shape)}"
+    return f"{len(tensors)} tensors with {sum(t.numel() for t in tensors):,} numbers"
 
 
 @contextmanager

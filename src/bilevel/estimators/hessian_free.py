@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from bilevel import autodiff, checks, trees
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
-from bilevel.estimators.implicit import stationarity_transpose, subtract_mixed_product
+from bilevel.estimators.implicit import StationaryPoint, stationarity_transpose, subtract_mixed_product
+from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.problem import Descent, GradientDescent
 from bilevel.unrolling.unroll import Unroll
 
@@ -60,16 +62,24 @@ class HessianFree(Estimator):
     def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
         return steps + 3.0 + (self.preconditioner == "optimizer")
 
+    def reverse_pass(self, run: Unroll) -> ReversePass:
+        require_gradient_descent(run, self)
+        return StationaryPoint(run, lambda state, d, c: self._through(run, state, d, c))
+
     def _estimate(self, run: Unroll) -> Estimate:
-        problem = require_gradient_descent(run, self)
+        require_gradient_descent(run, self)
         state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
-        d = d[: len(trees.split(state.params).differentiable)]
+        return Estimate(value, like_meta(run, self._through(run, state, d, c)), state)
+
+    def _through(self, run: Unroll, state: Descent, d: Sequence[Tensor], c: list[Tensor]) -> list[Tensor]:
+        """Return c − α (P d)ᵀ Y."""
+        problem = require_gradient_descent(run, self)
+        d = list(d[: len(trees.split(state.params).differentiable)])
         jacobian = stationarity_transpose(run, problem, state, batches=1)
         if self.preconditioner == "optimizer":
             d = _through_update(run, problem, state, d)
-        grad = subtract_mixed_product(run, problem, state, c, jacobian, [self.scale * part for part in d])
-        return Estimate(value, like_meta(run, grad), state)
+        return subtract_mixed_product(run, problem, state, c, jacobian, [self.scale * part for part in d])
 
 
 def _through_update(run: Unroll, problem: GradientDescent, state: Descent, d: list[Tensor]) -> list[Tensor]:

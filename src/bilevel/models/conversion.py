@@ -19,7 +19,7 @@ from bilevel.models.buffers import cells_of
 from bilevel.models.locks import locked
 from bilevel.models.module_view import ModuleView, is_view, view_of, views_in
 from bilevel.models.parameter_hooks import has_hooks
-from bilevel.models.places import Cell, Constant, Layout, Place, in_use
+from bilevel.models.places import Cell, Constant, Layout, ModulesInUse, Place
 from bilevel.models.recomputed import Recomputed
 from bilevel.models.refusals import refuse_unfit, refuse_unfit_tensor, unwrapped
 from bilevel.models.sharing import is_frozen, presented, shared
@@ -56,6 +56,24 @@ def as_tree(value: Tree) -> Tree:
     {'net': ModuleView(Linear, weight: (1, 2)), 'lr': 0.1}
     """
     return _converted(value, None, lambda tensor: tensor, "meta")
+
+
+def original_tensors(meta: Tree) -> list[Tensor]:
+    """Return the tensors of a tree as the user passed them, in the order of the leaves of `as_tree(meta)`.
+
+    A module stands for its parameters that require gradients. A tensor with several places comes once.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> [tensor is parameter for tensor, parameter in zip(original_tensors([layer]), layer.parameters())]
+    [True, True]
+    """
+    found: dict[int, Tensor] = {}
+    for leaf in trees.leaves(presented(meta)):
+        if isinstance(leaf, nn.Module):
+            found.update((id(p), p) for p in unwrapped(leaf).parameters() if p.requires_grad)
+        elif isinstance(leaf, Tensor):
+            found.setdefault(id(leaf), leaf)
+    return list(found.values())
 
 
 def as_params(value: Tree, memory: Memory, initial: Initial = Tensor.detach) -> tuple[Tree, dict[str, Tensor]]:
@@ -135,8 +153,13 @@ def _view(module: nn.Module, prefix: str, memory: Memory | None, initial: Initia
 # -- the trees that losses are called with -----------------------------------------------------------------------------
 
 
-def with_buffers(tree: Tree, buffers: Mapping[str, Tensor] | tuple[()]) -> tuple[Tree, dict[str, Cell]]:
-    """The tree as the user wrote it, its modules with copies of an inner state's buffers, and the cells of these."""
+def with_buffers(
+    tree: Tree, buffers: Mapping[str, Tensor] | tuple[()], is_final: bool = False
+) -> tuple[Tree, dict[str, Cell]]:
+    """The tree as the user wrote it, its modules with copies of an inner state's buffers, and the cells of these.
+
+    `is_final` marks views that are called outside of losses.
+    """
     tree = presented(tree)
     if not buffers:
         return tree, {}
@@ -144,7 +167,7 @@ def with_buffers(tree: Tree, buffers: Mapping[str, Tensor] | tuple[()]) -> tuple
     cells = cells_of(buffers)
     return (
         optree.tree_map(
-            lambda node: view_of(node._layout, node.named_tensors, cells) if is_view(node) else node,
+            lambda node: view_of(node._layout, node.named_tensors, cells, is_final) if is_view(node) else node,
             tree,
             is_leaf=is_view,
             namespace=NAMESPACE,
@@ -165,9 +188,9 @@ def standing_in(*places: Tree) -> Iterator[None]:
         yield
 
 
-def modules_in_use(*places: Tree) -> Any:
-    """Context of a loss, see `places.in_use`."""
-    return in_use([view._layout for view in views_in(places)])
+def modules_in_use(*places: Tree) -> ModulesInUse:
+    """Context of a loss, or of several losses one after the other; see `ModulesInUse`."""
+    return ModulesInUse([view._layout for view in views_in(places)])
 
 
 # -- the way back ------------------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,6 +28,11 @@ class ModuleLock:
         """The locks by their numbers."""
         return dict(_lock_of(layer) for layer in self.module.modules())
 
+    @cached_property
+    def in_order(self) -> list[Any]:
+        """The locks in the order in which they are taken."""
+        return [lock for _, lock in sorted(self.by_layer.items())]
+
 
 def _lock_of(layer: nn.Module) -> tuple[int, Any]:
     with _MAKING:
@@ -47,28 +51,44 @@ class _Held(threading.local):
 _HELD = _Held()
 
 
-@contextmanager
-def held(locks: Sequence[ModuleLock]) -> Iterator[None]:
+class held:  # noqa: N801  (a context manager, named like a function)
     """Context in which other threads that use one of the modules, or a layer of it, wait.
 
-    Locks are taken in the order of their numbers, so that two threads never wait for each other.
+    Locks are taken in the order of their numbers, so that two threads never wait for each other. Entered once.
     """
-    new = [lock for lock in locks if not any(lock.module is module for module in _HELD.modules)]
-    if not new:
-        yield
-        return
-    numbered = {number: lock for each in new for number, lock in each.by_layer.items()}
-    with ExitStack() as stack:
-        for number in sorted(numbered):
-            stack.enter_context(numbered[number])
-        before = _HELD.modules
+
+    __slots__ = ("_before", "_locks", "_taken")
+
+    def __init__(self, locks: Sequence[ModuleLock]) -> None:
+        self._locks = locks
+
+    def __enter__(self) -> None:
+        before = self._before = _HELD.modules
+        new = [lock for lock in self._locks if not any(lock.module is module for module in before)]
+        if not new:
+            self._taken: Sequence[Any] = ()
+            return
+        if len(new) == 1:
+            taken = new[0].in_order
+        else:
+            numbered = {number: lock for each in new for number, lock in each.by_layer.items()}
+            taken = [numbered[number] for number in sorted(numbered)]
+        for count, lock in enumerate(taken):
+            try:
+                lock.acquire()
+            except BaseException:  # an interruption
+                for each in taken[:count]:
+                    each.release()
+                raise
+        self._taken = taken
         _HELD.modules = [*before, *(lock.module for lock in new)]
-        try:
-            yield
-        finally:
-            _HELD.modules = before
+
+    def __exit__(self, *_: object) -> None:
+        _HELD.modules = self._before
+        for lock in reversed(self._taken):
+            lock.release()
 
 
-def locked(module: nn.Module) -> Any:
+def locked(module: nn.Module) -> held:
     """Context in which no other thread uses the module, or a layer of it."""
     return held([ModuleLock(module)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import optree
 from torch import Tensor, nn
 
 from bilevel.models import fsdp
+from bilevel.models.buffers import Writes
 from bilevel.models.locks import held, locked
 from bilevel.models.places import Cell, Layout, standing
 from bilevel.models.sharing import presented
@@ -50,10 +51,10 @@ class ModuleView:
             for name in named_tensors:
                 if name not in known:
                     raise ValueError(f"{type(module).__name__} has no parameter {name!r}; it has: {', '.join(known)}")
-            self._hold(Layout.of(module, named_tensors), named_tensors, {})
+            self._hold(Layout.of(module, named_tensors), named_tensors, {}, False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if fsdp.is_sharded(self.module):
+        if self._layout.sharded:
             fsdp.reshard(self.module)  # a loss may have called it too, past this view
             tensors = {parameter: self.named_tensors[name] for parameter, name in self._layout.names.items()}
             return fsdp.call(self.module, tensors, args, kwargs)
@@ -95,13 +96,25 @@ class ModuleView:
         shapes = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self.named_tensors.items())
         return f"ModuleView({type(self.module).__name__}{', ' * bool(shapes)}{shapes})"
 
-    def standing_in(self) -> AbstractContextManager[None]:
+    def standing_in(self) -> AbstractContextManager[Any]:
         """Context in which the view's tensors stand in the places of the module's own."""
-        return standing(self._layout, self.named_tensors, self._cells)
+        there = standing(self._layout, self.named_tensors, self._cells)
+        if not (self._is_final and any(cell.value.requires_grad for cell in self._cells.values())):
+            return there
+        stack = ExitStack()
+        stack.enter_context(Writes(self._cells.values()))
+        stack.enter_context(there)
+        return stack
 
-    def _hold(self, layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell]) -> None:
+    def _hold(
+        self, layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell], is_final: bool
+    ) -> None:
         self.__dict__.update(
-            module=layout.module, named_tensors=dict(named_tensors), _layout=layout, _cells=dict(cells)
+            module=layout.module,
+            named_tensors=dict(named_tensors),
+            _layout=layout,
+            _cells=dict(cells),
+            _is_final=is_final,
         )
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +139,7 @@ class ModuleView:
                 return tensors[names[value]] if value in names else value
             if isinstance(value, nn.Module):
                 layout = self._layout.of_layer(value)
-                return view_of(layout, self._layout.renamed(tensors, layout), self._cells)
+                return view_of(layout, self._layout.renamed(tensors, layout), self._cells, self._is_final)
             if isinstance(value, _Iterated):
                 return iter([viewed(each) for each in value.items])
             if type(value) in (list, tuple):
@@ -145,10 +158,16 @@ class _Iterated:
     items: list[Any]
 
 
-def view_of(layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell]) -> ModuleView:
-    """A view whose places were found before."""
+def view_of(
+    layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell], is_final: bool = False
+) -> ModuleView:
+    """A view whose places were found before.
+
+    With `is_final`, it belongs to a final state, and is called outside of losses. Running statistics with a derivative
+    are then updated as in a loss, since PyTorch's own kernels do not take them.
+    """
     view = ModuleView.__new__(ModuleView)
-    view._hold(layout, named_tensors, cells)
+    view._hold(layout, named_tensors, cells, is_final)
     return view
 
 

@@ -9,14 +9,15 @@ them waits.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bilevel.models import fsdp
 from bilevel.models.locks import ModuleLock, held
 
 Holder = dict[str, Any]
@@ -88,9 +89,12 @@ class Layout:
     """Layers with backward hooks."""
     compiled: bool = False
     """Whether a layer was wrapped by `torch.compile`."""
+    sharded: bool = False
+    """Whether `fully_shard` was applied to the module, or to a layer of it."""
     lock: ModuleLock = field(init=False)
 
     def __post_init__(self) -> None:
+        self.sharded = fsdp.is_sharded(self.module)
         self.lock = self.root.lock if self.root else ModuleLock(self.module)
         layers = list(self.module.modules())
         recurrent = [layer.__dict__ for layer in layers if isinstance(layer, nn.RNNBase)]
@@ -152,45 +156,76 @@ def _places_of(module: nn.Module, parameters: Mapping[nn.Parameter, str]) -> lis
 # -- standing in -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def standing(layout: Layout, tensors: Mapping[str, Tensor], cells: Mapping[str, Cell]) -> Iterator[None]:
+class standing:  # noqa: N801  (a context manager, named like a function)
     """Context in which tensors stand in the places of a module; on leaving, its own tensors stand there again.
 
-    What the module assigned to its memory meanwhile (`self.average = ...`) is then the value of the cell.
+    What the module assigned to its memory meanwhile (`self.average = ...`) is then the value of the cell. Entered once.
     """
-    with held([layout.lock]), _as_written(layout):
-        swaps: list[tuple[Holder, str, Any]] = []
+
+    __slots__ = ("_as_written", "_cells", "_held", "_layout", "_swaps", "_tensors")
+
+    def __init__(self, layout: Layout, tensors: Mapping[str, Tensor], cells: Mapping[str, Cell]) -> None:
+        self._layout, self._tensors, self._cells = layout, tensors, cells
+        self._held = held([layout.lock])
+        self._swaps: list[tuple[Holder, str, Any]] = []
+        self._as_written = _as_written(layout)
+
+    def __enter__(self) -> None:
+        self._held.__enter__()
         try:
-            for holder, key, name in layout.trained:
-                swaps.append((holder, key, holder[key]))
-                holder[key] = tensors[name]
-            if cells:
-                for place in layout.memory:
-                    swaps.append((place.holder, place.key, place.holder[place.key]))
-                    cells[place.name].places.append(place)
-                    place.holder[place.key] = cells[place.name].value
-            for constant in layout.constants:
-                swaps.append((constant.holder, constant.key, constant.holder.get(constant.key)))
-                constant.holder[constant.key] = constant.tensor
-            swaps += [(holder, key, holder[key]) for holder, key in layout.lists]
-            for layer in layout.watched:
-                swaps.append((layer.__dict__, "_backward_hooks", layer._backward_hooks))
-                layer.__dict__["_backward_hooks"] = _observing(layer)
-            yield
+            self._as_written.__enter__()
+            try:
+                self._exchange()
+            except BaseException:
+                self._put_back()
+                self._as_written.__exit__(None, None, None)
+                raise
+        except BaseException:
+            self._held.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._put_back()
         finally:
-            if cells:
-                for place in layout.memory:
-                    cell, found = cells[place.name], place.holder.get(place.key)
-                    cell.places.remove(place)
-                    if isinstance(found, Tensor) and found is not cell.value:
-                        cell.value = found
-            for constant in layout.constants:
-                if constant.holder.get(constant.key) is not constant.tensor:
-                    layout.strays.append((constant.layer, constant.key, ""))
-                elif constant.changed:
-                    layout.strays.append((constant.layer, constant.key, " in place"))
-            for holder, key, own in swaps:
-                holder[key] = own
+            try:
+                self._as_written.__exit__(None, None, None)
+            finally:
+                self._held.__exit__()
+
+    def _exchange(self) -> None:
+        layout, tensors, cells, swaps = self._layout, self._tensors, self._cells, self._swaps
+        for holder, key, name in layout.trained:
+            swaps.append((holder, key, holder[key]))
+            holder[key] = tensors[name]
+        if cells:
+            for place in layout.memory:
+                swaps.append((place.holder, place.key, place.holder[place.key]))
+                cells[place.name].places.append(place)
+                place.holder[place.key] = cells[place.name].value
+        for constant in layout.constants:
+            swaps.append((constant.holder, constant.key, constant.holder.get(constant.key)))
+            constant.holder[constant.key] = constant.tensor
+        swaps += [(holder, key, holder[key]) for holder, key in layout.lists]
+        for layer in layout.watched:
+            swaps.append((layer.__dict__, "_backward_hooks", layer._backward_hooks))
+            layer.__dict__["_backward_hooks"] = _observing(layer)
+
+    def _put_back(self) -> None:
+        layout, cells = self._layout, self._cells
+        if cells:
+            for place in layout.memory:
+                cell, found = cells[place.name], place.holder.get(place.key)
+                cell.places = [each for each in cell.places if each is not place]
+                if isinstance(found, Tensor) and found is not cell.value:
+                    cell.value = found
+        for constant in layout.constants:
+            if constant.holder.get(constant.key) is not constant.tensor:
+                layout.strays.append((constant.layer, constant.key, ""))
+            elif constant.changed:
+                layout.strays.append((constant.layer, constant.key, " in place"))
+        for holder, key, own in self._swaps:
+            holder[key] = own
 
 
 _LISTS = ("_flat_weights", "_flat_weight_refs")
@@ -232,33 +267,40 @@ def _observing(layer: nn.Module) -> OrderedDict[int, Any]:
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def in_use(layouts: Sequence[Layout]) -> Iterator[None]:
-    """Context of a loss: its modules are locked, and afterwards switched to the modes that they had before.
+class ModulesInUse:
+    """A context manager for losses, one after the other: modules are locked, and keep their modes.
 
     Steps are computed more than once, in any order, so nothing that a loss does to its modules may outlast it.
+    On leaving, the modules are switched to the modes that they had when this object was made.
 
     Raises:
-        ValueError: a loss changed a tensor of a module that is no part of the inner state.
+        ValueError: on leaving, if a loss changed a tensor of a module that is no part of the inner state.
     """
-    if not layouts:
-        yield
-        return
-    with held([layout.lock for layout in layouts]):
-        modes = [(layer, layer.training) for layout in layouts for layer in layout.module.modules()]
-        try:
-            yield
-        finally:
-            for layer, training in modes:
-                if layer.training != training:
-                    layer.training = training
-            strays = [stray for layout in layouts for stray in layout.strays]
-            strays += [(c.layer, c.key, " in place") for layout in layouts for c in layout.frozen if c.changed]
-            for layout in layouts:
-                layout.strays.clear()
-    for layer, key, how in strays:
-        raise ValueError(
-            f"{type(layer).__name__} changed its tensor {key!r}{how} while a loss was computed, which it did not at "
-            "the first inner step (or it belongs to a module in meta), so a step computed again would give something "
-            "else; let every inner step update it, put that layer in eval mode, or take one without such memory"
-        )
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self._layouts = layouts
+        self._locks = [layout.lock for layout in layouts]
+        self._modes = [(layer, layer.training) for layout in layouts for layer in layout.module.modules()]
+        self._held: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = held(self._locks)
+        context.__enter__()
+        self._held.append(context)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for layer, training in self._modes:
+            if layer.training != training:
+                layer.training = training
+        strays = [stray for layout in self._layouts for stray in layout.strays]
+        strays += [(c.layer, c.key, " in place") for layout in self._layouts for c in layout.frozen if c.changed]
+        for layout in self._layouts:
+            layout.strays.clear()
+        self._held.pop().__exit__(None, None, None)
+        for layer, key, how in strays if kind is None else ():
+            raise ValueError(
+                f"{type(layer).__name__} changed its tensor {key!r}{how} while a loss was computed, which it did not "
+                "at the first inner step (or it belongs to a module in meta), so a step computed again would give "
+                "something else; let every inner step update it, put that layer in eval mode, or take one without "
+                "such memory"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ from bilevel.models.module_view import ModuleView
 from bilevel.trees import Tree
 
 
-def settings_of(algorithm: type[torch.optim.Optimizer]) -> dict[str, Any]:
+@functools.lru_cache(maxsize=256)  # signatures are slow to read
+def settings_of(algorithm: type[torch.optim.Optimizer]) -> Mapping[str, Any]:
     """Return the names of the settings that a class takes, with their defaults.
 
     A constructor with `**kwargs` is taken to hand them to the class that it inherits from.

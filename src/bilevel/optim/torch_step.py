@@ -195,6 +195,15 @@ class TorchStep:
         initialise({**self._with_flags(numbers), "params": clones}, *lists)
         return [self._frozen(instance.state[clone]) for clone in clones]
 
+    def memory_of(self, parameter: Tensor, memory: Mapping[str, Any], updates: int) -> dict[str, Any]:
+        """Return what an ordinary instance keeps of one parameter after so many updates, in the form of a state."""
+        if not updates:
+            return self._first_memories([parameter.detach()], self.timetable(0))[0]
+        found = self._frozen(memory)
+        if self.algorithm is SGD and "momentum_buffer" in found:
+            found["has_begun"] = True
+        return found
+
     def _made_by_constructor(self, joined: Sequence[Tensor]) -> list[dict[str, Any]]:
         with DifferentiableStep():
             instance = self.algorithm(list(joined), **self._constants)  # pyright: ignore[reportCallIssue]

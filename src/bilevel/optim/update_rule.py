@@ -112,6 +112,30 @@ class Optimizer:
         bound = self.algorithm(list(parameters), **self.settings)  # pyright: ignore[reportCallIssue]
         return bound, None if self.schedule is None else self.schedule(bound)
 
+    def bound_to(self, parameters: Any) -> torch.optim.Optimizer:
+        """Make an instance of the class over parameters or groups of parameters, for `in_place.InPlaceOptimizer`."""
+        constants = {name: value for name, value in self._constants().items() if name not in SPEED_ONLY}
+        return self.algorithm(parameters, **constants)  # pyright: ignore[reportCallIssue]
+
+    def settings_at(self, step: int, meta: Tree) -> dict[str, Any]:
+        """Return all settings in force at a step, counted from 0; a schedule multiplies a rate that depends on meta."""
+        settings = self._step.timetable(step)
+        special = {name: function(meta) for name, function in self.meta_settings.items()}
+        if "lr" in special:
+            factor = settings["lr"]
+            rates = special["lr"]
+            special["lr"] = rates if factor == 1 else _scaled(rates, factor)
+        return {**settings, **special}
+
+    def memory_of(self, parameter: Tensor, memory: Mapping[str, Any], updates: int) -> dict[str, Any]:
+        """Return what PyTorch keeps in `optimizer.state[parameter]` after so many updates, as a state has it."""
+        return self._step.memory_of(parameter, memory, updates)
+
+    @property
+    def is_pytorchs_own(self) -> bool:
+        """Whether the step is differentiable as PyTorch wrote it."""
+        return self._step.is_pytorchs_own
+
     # -- as a pure function: the inner loop ----------------------------------------------------------------------
 
     def require_differentiable(self) -> None:
@@ -371,6 +395,11 @@ def described(value: Any) -> str:
 
 def _constant(value: Any, meta: Tree) -> Any:
     return value
+
+
+def _scaled(rates: Any, factor: float) -> Any:
+    """Multiply one rate, or each rate of a list or tree."""
+    return trees.map_leaves(lambda rate: factor * rate, rates)
 
 
 def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:

@@ -112,19 +112,20 @@ def left_as_given(**places: Tree) -> Iterator[None]:
         yield
     except RuntimeError as error:  # PyTorch's words, for a tensor that records its history
         if "leaf Variable that requires grad" in str(error) and "in-place" in str(error):
-            raise ValueError(_in_place(" or ".join(places))) from error
+            raise ValueError(changed_in_place(" or ".join(places))) from error
         raise
     for place, leaf, version in before:
         if leaf._version != version:
             names = [name for name, each in trees.named_leaves(places[place], place) if each is leaf]
-            raise ValueError(_in_place(names[0]))
+            raise ValueError(changed_in_place(names[0]))
 
 
 def _versioned(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in trees.leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
-def _in_place(what: str) -> str:
+def changed_in_place(what: str) -> str:
+    """Return the message for a loss or step that writes into what it was given."""
     return (
         f"a step or loss changes {what} in place; states are kept and steps are computed more than once, so nothing "
         "that is passed in may change: return a new tensor (state * 0.9 instead of state.mul_(0.9)), or work on a copy "
@@ -132,21 +133,26 @@ def _in_place(what: str) -> str:
     )
 
 
-@contextmanager
-def nothing_kept(number: int) -> Iterator[None]:
+class nothing_kept:  # noqa: N801  (a context manager, named like a function)
     """Context manager that names the cause where a tensor of an earlier step was kept, and PyTorch fails at it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if any(words in str(error) for words in _OF_AN_EARLIER_STEP):
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_AN_EARLIER_STEP):
             raise ReplayError(
-                f"inner step {number} (counted from 0) uses a tensor that was kept from an earlier call of a loss or "
-                "step, in a list, a queue or a closure, and that belongs to a derivative which is finished by now. "
-                "Keep such memory in the inner state (bilevel.Problem takes any tree of tensors as state), or keep "
-                'numbers and detached tensors alone and take Reverse("graph"), which computes each step once',
-                number,
+                f"inner step {self._number} (counted from 0) uses a tensor that was kept from an earlier call of a "
+                "loss or step, in a list, a queue or a closure, and that belongs to a derivative which is finished by "
+                "now. Keep such memory in the inner state (bilevel.Problem takes any tree of tensors as state), or "
+                'keep numbers and detached tensors alone and take Reverse("graph"), which computes each step once',
+                self._number,
             ) from error
-        raise
 
 
 _OF_AN_EARLIER_STEP = ("level <= current_level", "backward through the graph a second time")

@@ -30,11 +30,22 @@ def require_finite(run: InnerLoop, value: Tensor, state: Tree, derivatives: Tree
         raise non_finite(run, "the hypergradient", value, state)
 
 
+def require_finite_solution(run: InnerLoop, state: Tree, derivatives: Tree = ()) -> None:
+    """Raise unless the final state of an inner loop without an outer loss is finite, and derivatives through it."""
+    if not run.problem.is_black_box and not trees.all_finite(state):
+        raise non_finite(run, "the final inner state", None, state)
+    if not trees.all_finite(derivatives):
+        raise non_finite(run, "the gradient of the meta parameters", None, state)
+
+
 @torch.enable_grad()
-def non_finite(run: InnerLoop, what: str, value: Tensor, state: Tree) -> NonFiniteError:
-    """The error for a result that is not finite: the inner loop is run again to find the step where it began."""
+def non_finite(run: InnerLoop, what: str, value: Tensor | None, state: Tree) -> NonFiniteError:
+    """The error for a result that is not finite: the inner loop is run again to find the step where it began.
+
+    `value` is the outer loss, if there is one.
+    """
     what, final = f"{what} is not finite", state
-    if run.problem.is_black_box:
+    if run.problem.is_black_box and value is not None:
         place = _first_not_finite("state", state)
         found = f"{place} holds NaN or infinity already" if place else "the state is finite"
         return NonFiniteError(f"{what}: outer_loss is {value.item()} for the state that solve returned; {found}")
@@ -51,11 +62,12 @@ def non_finite(run: InnerLoop, what: str, value: Tensor, state: Tree) -> NonFini
             message = f"{what}: inner step {t} of {run.steps} (counted from 0) made {place} NaN or infinite"
             return NonFiniteError(f"{message}; {_inner_fault(run, t, state)}", t, state)
         state = after
-    if not bool(torch.isfinite(value)):
+    if value is not None and not bool(torch.isfinite(value)):
         message = f"{what}: outer_loss is {value.item()}, though all {run.steps} inner states are finite"
         return NonFiniteError(f"{message}; check outer_loss and outer_batch", None, final)
     return NonFiniteError(
-        f"{what}, though outer_loss = {value.item():.6g} and all {run.steps} inner states are: a derivative "
+        f"{what}, though {'' if value is None else f'outer_loss = {value.item():.6g} and '}all {run.steps} inner "
+        "states are: a derivative "
         "overflows or is undefined somewhere (√ or log at 0, or an inner loop so unstable that its derivative "
         "explodes: a smaller inner learning rate or fewer steps help)",
         None,
