@@ -22,7 +22,7 @@ import bilevel
 from bilevel import autodiff
 from bilevel.directions import distributions
 from bilevel.errors import NoDependenceError, NonFiniteError
-from bilevel.estimators import implicit
+from bilevel.estimators import implicit, penalty
 from bilevel.problem import Descent
 from bilevel.unrolling import unroll
 
@@ -36,6 +36,8 @@ ZEROTH_ORDER = [name for name in EVERY if not ESTIMATORS[name].needs_derivatives
 DERIVATIVES = [name for name in EVERY if name not in ZEROTH_ORDER]
 FORWARD_MODE = [name for name in EVERY if ROW_OF[name].forward_mode]
 IMPLICIT = [name for name in EVERY if ROW_OF[name].needs_inner_loss]
+BY_DEFINITION = [name for name in EVERY if ROW_OF[name].own]
+"""Those whose value is one of their own; tests/estimators compares it."""
 UNROLLED = [name for name in DERIVATIVES if name not in IMPLICIT]
 """Those that take any steps (`Problem`), and differentiate them."""
 
@@ -129,7 +131,7 @@ def test_the_call_that_the_tables_spoil_is_good(name: str) -> None:
     factor = {"truncated-reverse": RATE, "hessian-free-optimizer": RATE, **dict.fromkeys(IMPLICIT[:3], 1.0)}.get(
         name, exact
     )
-    if not ESTIMATORS[name].is_random:  # those see one direction of the two
+    if not (ESTIMATORS[name].is_random or name in BY_DEFINITION):  # random ones see one direction of the two
         torch.testing.assert_close(estimate.grad, factor * torch.tensor([1.0, 2.0]), rtol=1e-5, atol=0)
     torch.testing.assert_close(estimate.value, torch.tensor((1 - exact) * 5.0 + exact * -0.5))
 
@@ -830,6 +832,9 @@ def test_faint_dependence_is_not_refused(case: Legitimate, name: str) -> None:
         estimate = call(name, case.problem(), torch.tensor(case.phi), case.batches)
     # Differences: central ones are off by O(μ²), one-sided ones by O(μ); the Neumann series stops at its 20th term.
     tolerance = {"zeroth-order": 1e-6, "zeroth-order-forward": 1e-3, "implicit-neumann": 2 * 0.5**20}.get(name, 1e-10)
+    if name in BY_DEFINITION:
+        assert bool(estimate.grad.any()) == (expected != 0)
+        return
     torch.testing.assert_close(estimate.grad, torch.tensor(expected), rtol=0, atol=tolerance)
 
 
@@ -841,7 +846,8 @@ def test_nobody_looks_for_missing_dependence_where_something_arrives(
         raise AssertionError("an inner loop was run again for nothing")
 
     monkeypatch.setattr(unroll, "require_dependence", unexpected)
-    monkeypatch.setattr(implicit, "_require_dependence_of_loss", unexpected)
+    for module in (implicit, penalty):
+        monkeypatch.setattr(module, "require_dependence_of_loss", unexpected)
     call(name)
     call(name, descent(outer_loss=explicit))
 
@@ -1025,7 +1031,11 @@ DERIVATIVE_FAULTS: list[tuple[str, Callable[[], Any], list[str]]] = [
             lambda theta, phi, batch: theta.sum(),
             torch.zeros(2),
         ),
-        [name for name in DERIVATIVES if name not in ("truncated-reverse", "hessian-free", "hessian-free-optimizer")],
+        [
+            name
+            for name in DERIVATIVES
+            if name not in ("truncated-reverse", "hessian-free", "hessian-free-optimizer", "penalty")
+        ],
     ),
     (
         "of the initial state",

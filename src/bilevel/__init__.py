@@ -2,7 +2,7 @@
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
-`HessianFree`.
+`HessianFree`, `Penalty`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
@@ -17,6 +17,7 @@ from bilevel.estimators import (
     ForwardGradient,
     HessianFree,
     Implicit,
+    Penalty,
     Reverse,
     StreamingForwardGradient,
     TruncatedReverse,
@@ -52,6 +53,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "OuterUpdate",
+    "Penalty",
     "Phase",
     "Plan",
     "Problem",

@@ -144,13 +144,13 @@ def subtract_mixed_product(
     """c − vᵀY, with an error if the inner loss does not depend on φ on any batch."""
     mixed = jacobian(vector, of=[1], keep=False)[0]
     if all(part is None for part in mixed):
-        _require_dependence_of_loss(run, problem, state)
+        require_dependence_of_loss(run, problem, state)
     if not any(part is not None and bool(part.any()) for part in mixed):
         diagnosis.require_finite_losses(run)
     return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta), strict=True)]
 
 
-def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
+def require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
     """Raise unless ∇_θ g is computed from φ on some batch, if not on the last ones."""
     meta = autodiff.start_graph(run.meta)
     for t in range(run.steps):

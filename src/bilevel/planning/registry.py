@@ -13,6 +13,7 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.streaming_forward_gradient import StreamingForwardGradient
 from bilevel.estimators.truncated_reverse import TruncatedReverse
@@ -28,6 +29,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     ZerothOrder,
     Implicit,
     HessianFree,
+    Penalty,
     Auto,
 )
 """All estimators, in the order in which they are listed."""
