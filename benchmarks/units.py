@@ -92,6 +92,8 @@ CASES = [
     Case(Implicit(Nystrom(rank=5, damping=10.0)), "T + 3 + 2·products", lambda T, N: T + 3 + 2 * 6),
     Case(HessianFree(), "T + 3", lambda T, N: T + 3),
     Case(HessianFree(preconditioner="optimizer"), "T + 4", lambda T, N: T + 4),
+    Case(HessianFree(mixed="difference"), "T + 2", lambda T, N: T + 2),
+    Case(HessianFree(preconditioner="optimizer", mixed="difference", lookahead=True), "T + 3", lambda T, N: T + 3),
     Case(Penalty(), "3T + 2", lambda T, N: 3 * T + 2, lambda T: T),
     Case(Penalty(steps=6), "T + 2s + 2", lambda T, N: T + 2 * 6 + 2, lambda T: 6),
 ]

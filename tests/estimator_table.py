@@ -401,7 +401,12 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
         needs_inner_loss=True,
     ),
     HessianFree: Row(
-        estimates=[HessianFree(), HessianFree(preconditioner="optimizer")],
+        estimates=[
+            HessianFree(),
+            HessianFree(preconditioner="optimizer"),
+            HessianFree(preconditioner="optimizer", mixed="difference"),
+            HessianFree(lookahead=True),
+        ],
         small={"hessian-free": HessianFree(), "hessian-free-optimizer": HessianFree(preconditioner="optimizer")},
         formula={
             "Hessian-free": Formula(HessianFree(0.7), lambda case, H: 0.7 * np.eye(len(H))),
@@ -413,7 +418,10 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
             (["--estimator", "hessian-free"], "hessian-free"),
             (["--estimator", "hessian-free", "--scale", "0.5"], "hessian-free(scale=0.5)"),
         ],
-        named=[HessianFree(scale=1e-7, preconditioner="optimizer")],
+        named=[
+            HessianFree(scale=1e-7, preconditioner="optimizer"),
+            HessianFree(mixed="difference", step_size=0.01, lookahead=True),
+        ],
         needs_inner_loss=True,
     ),
     Penalty: Row(
