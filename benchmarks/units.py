@@ -34,6 +34,7 @@ from bilevel import (
     Nystrom,
     Penalty,
     Reverse,
+    SingleLoop,
     TruncatedReverse,
     ZerothOrder,
 )
@@ -95,6 +96,8 @@ CASES = [
     Case(HessianFree(mixed="difference"), "T + 2", lambda T, N: T + 2),
     Case(HessianFree(preconditioner="optimizer", mixed="difference", lookahead=True), "T + 3", lambda T, N: T + 3),
     Case(Penalty(), "3T + 2", lambda T, N: 3 * T + 2, lambda T: T),
+    Case(SingleLoop(solver_steps=5), "T + 3K + 2", lambda T, N: T + 3 * 5 + 2),
+    Case(SingleLoop(order="simultaneous"), "5T", lambda T, N: 5 * T, lambda T: T),
     Case(Penalty(steps=6), "T + 2s + 2", lambda T, N: T + 2 * 6 + 2, lambda T: 6),
 ]
 

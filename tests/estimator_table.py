@@ -39,6 +39,7 @@ from bilevel import (
     Penalty,
     Reverse,
     RunningMean,
+    SingleLoop,
     StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
@@ -447,6 +448,30 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
             (["--estimator", "penalty", "--penalty", "10", "--growth", "0.5"], "penalty(penalty=10.0, growth=0.5)"),
         ],
         named=[Penalty(10.0, growth=0.25), Penalty(steps=3, batches=2)],
+        needs_inner_loss=True,
+    ),
+    SingleLoop: Row(
+        estimates=[
+            SingleLoop(0.1),
+            SingleLoop(0.1, solver_steps=6),
+            SingleLoop(0.1, order="simultaneous", average=0.5),
+        ],
+        small={"single-loop": SingleLoop(1.0)},
+        formula={"single loop": Formula(SingleLoop(0.3), lambda case, H: 0.3 * np.eye(len(H)))},
+        own={
+            f"single loop, {steps} steps": Own(
+                SingleLoop(0.3, solver_steps=steps),
+                descent("", T=3, explicit=True),
+                lambda case, steps=steps: case.implicit(inverse=lambda H: neumann_series(H, steps - 1, 0.3)),
+                1e-10,
+            )
+            for steps in (1, 2, 7)
+        },
+        flags=[
+            (["--estimator", "single-loop"], "single-loop"),
+            (["--estimator", "single-loop", "--solver-steps", "3"], "single-loop(solver_steps=3)"),
+        ],
+        named=[SingleLoop(0.5, order="simultaneous", average=0.1)],
         needs_inner_loss=True,
     ),
     Auto: Row(

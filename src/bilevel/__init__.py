@@ -2,7 +2,7 @@
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
-`HessianFree`, `Penalty`.
+`HessianFree`, `Penalty`, `SingleLoop`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
@@ -19,6 +19,7 @@ from bilevel.estimators import (
     Implicit,
     Penalty,
     Reverse,
+    SingleLoop,
     StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
@@ -60,6 +61,7 @@ __all__ = [
     "Reverse",
     "RunFolder",
     "RunningMean",
+    "SingleLoop",
     "StreamingForwardGradient",
     "TruncatedReverse",
     "ZerothOrder",

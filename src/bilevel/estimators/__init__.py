@@ -13,6 +13,7 @@ from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.reverse import Reverse
+from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.streaming_forward_gradient import StreamingForwardGradient
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.variates import Variate
@@ -31,6 +32,7 @@ __all__ = [
     "Implicit",
     "Penalty",
     "Reverse",
+    "SingleLoop",
     "Slopes",
     "StreamingForwardGradient",
     "TruncatedReverse",

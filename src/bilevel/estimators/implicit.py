@@ -118,11 +118,18 @@ def stationarity_transpose(
 
     g is the mean over the last `batches` batches. `reached`, if given, is filled with whether g reaches each leaf of θ.
     """
+    return stationarity_transpose_at(run, problem, state, range(run.steps - batches, run.steps), reached)
+
+
+def stationarity_transpose_at(
+    run: Unroll, problem: GradientDescent, state: Descent, steps: Sequence[int], reached: list[bool] | None = None
+) -> autodiff.Transpose:
+    """Evaluate (θ, φ) ↦ ∇_θ g at a state, where g is the mean over the batches of these inner steps."""
 
     def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
         moved = state._replace(params=params)
         each = []
-        for t in range(run.steps - batches, run.steps):
+        for t in steps:
             each.append(run.at_step(t, lambda batch: problem.stationarity(moved, meta, batch)))
         if reached is not None:
             reached[:] = [any(part is not None for part in parts) for parts in zip(*each, strict=True)]

@@ -15,6 +15,7 @@ from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.reverse import Reverse
+from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.streaming_forward_gradient import StreamingForwardGradient
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
@@ -30,6 +31,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     Implicit,
     HessianFree,
     Penalty,
+    SingleLoop,
     Auto,
 )
 """All estimators, in the order in which they are listed."""
