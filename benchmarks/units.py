@@ -33,6 +33,7 @@ from bilevel import (
     Neumann,
     Nystrom,
     Penalty,
+    PersistentES,
     Reverse,
     SingleLoop,
     TruncatedReverse,
@@ -84,6 +85,7 @@ CASES = [
     Case(ForwardGradient(4, tangents="difference"), "(1 + 2b)·T", lambda T, N: (1 + 2 * 4) * T),
     Case(ZerothOrder(4), "(1 + 2b)·T", lambda T, N: (1 + 2 * 4) * T),
     Case(ZerothOrder(4, scheme="forward"), "(1 + b)·T", lambda T, N: (1 + 4) * T),
+    Case(PersistentES(4), "(1 + 2b)·T", lambda T, N: (1 + 2 * 4) * T),
     Case(
         Implicit(ConjugateGradient(iterations=5, tolerance=0.0, damping=10.0)),
         "T + 3 + 2·products",

@@ -37,6 +37,7 @@ from bilevel import (
     Neumann,
     Nystrom,
     Penalty,
+    PersistentES,
     Reverse,
     RunningMean,
     SingleLoop,
@@ -342,6 +343,26 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
             "forward solves": ZerothOrder(4, step_size=1e-6, scheme="forward", exchange="slopes"),
             "black box": ZerothOrder(5, step_size=1e-4, exchange="slopes"),
         },
+    ),
+    PersistentES: Row(
+        estimates=[PersistentES(3), PersistentES(2, carry="same", distribution="gaussian")],
+        small={"persistent-es": PersistentES(1, step_size=1e-4)},
+        stochastic=[
+            Stochastic(PersistentES(3, 0.5), 1),
+            Stochastic(PersistentES(4, 0.5, "same", "gaussian"), 5 / 4, calls=600),
+        ],
+        # h is quadratic there, so central differences have no bias of their own.
+        unbiased=Unbiased(
+            lambda name, variate: PersistentES(2, 1e-2, distribution=name), ("rademacher",), 1e-8, with_variates=False
+        ),
+        flags=[
+            (["--estimator", "persistent-es"], "persistent-es"),
+            (
+                ["--estimator", "persistent-es", "--carry", "same", "--step-size", "1e-2"],
+                "persistent-es(step_size=0.01, carry='same')",
+            ),
+        ],
+        named=[PersistentES(4, 0.5, "same", "gaussian")],
     ),
     Implicit: Row(
         estimates=[

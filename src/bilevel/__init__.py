@@ -2,7 +2,8 @@
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
-`HessianFree`, `Penalty`, `SingleLoop`.
+`HessianFree`, `Penalty`, `SingleLoop`,
+`PersistentES`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
@@ -18,6 +19,7 @@ from bilevel.estimators import (
     HessianFree,
     Implicit,
     Penalty,
+    PersistentES,
     Reverse,
     SingleLoop,
     StreamingForwardGradient,
@@ -55,6 +57,7 @@ __all__ = [
     "Nystrom",
     "OuterUpdate",
     "Penalty",
+    "PersistentES",
     "Phase",
     "Plan",
     "Problem",

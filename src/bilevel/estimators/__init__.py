@@ -12,6 +12,7 @@ from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.persistent_es import PersistentES
 from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.streaming_forward_gradient import StreamingForwardGradient
@@ -31,6 +32,7 @@ __all__ = [
     "HessianFree",
     "Implicit",
     "Penalty",
+    "PersistentES",
     "Reverse",
     "SingleLoop",
     "Slopes",

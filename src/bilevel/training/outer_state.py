@@ -34,7 +34,7 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": _without_addresses(loop.optimizer),
         "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
         "config": dict(config),
-        **({"stream": True} if loop.draws.stream else {}),
+        **({"stream": loop.draws.stream} if loop.draws.stream else {}),
         **({} if loop.update.clip_norm is None else {"clip_norm": loop.update.clip_norm}),
         **({} if loop.draws.backend is None else {"compile": loop.draws.backend}),
     }
