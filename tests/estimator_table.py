@@ -345,7 +345,7 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
         },
     ),
     PersistentES: Row(
-        estimates=[PersistentES(3), PersistentES(2, carry="same", distribution="gaussian")],
+        estimates=[PersistentES(4), PersistentES(2, carry="same", distribution="gaussian")],
         small={"persistent-es": PersistentES(1, step_size=1e-4)},
         stochastic=[
             Stochastic(PersistentES(3, 0.5), 1),
