@@ -2,7 +2,8 @@
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
-`HessianFree`.
+`HessianFree`, `Penalty`, `SingleLoop`,
+`PersistentES`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
@@ -18,7 +19,10 @@ from bilevel.estimators import (
     ForwardGradient,
     HessianFree,
     Implicit,
+    Penalty,
+    PersistentES,
     Reverse,
+    SingleLoop,
     StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
@@ -54,12 +58,15 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "OuterUpdate",
+    "Penalty",
+    "PersistentES",
     "Phase",
     "Plan",
     "Problem",
     "Reverse",
     "RunFolder",
     "RunningMean",
+    "SingleLoop",
     "StreamingForwardGradient",
     "TruncatedReverse",
     "ZerothOrder",

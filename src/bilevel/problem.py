@@ -493,12 +493,7 @@ class GradientDescent(BilevelProblem):
         An entry is `None` where the loss does not reach the leaf, which the optimiser then leaves alone. Clipping is
         left out: it has no effect where the gradient vanishes.
         """
-        if parameter_hooks.are_registered(state.params):
-            raise ValueError(
-                "a parameter has hooks that change its gradient, so the inner loop does not come to rest where the "
-                "gradient of inner_loss vanishes, which Implicit and HessianFree assume; take Reverse or "
-                "ForwardGradient, or remove the hooks"
-            )
+        self.require_no_hooks(state.params)
         tensors = trees.split(state.params).differentiable
         decay = self.optimizer.coupled_decay(tensors, meta, state.params) or [0.0] * len(tensors)
         found = []
@@ -507,6 +502,38 @@ class GradientDescent(BilevelProblem):
             signed = -g if g is not None and self.optimizer.sign < 0 else g
             found.append(signed if signed is None or (isinstance(d, float) and d == 0) else signed + d * p)
         return found
+
+    def objective_by_meta(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
+        """Compute ∂/∂φ of what the inner loop descends on, at fixed parameters.
+
+        The objective is ±inner_loss (minus for `maximize=True`), plus λ‖θ‖²/2 for coupled weight decay λ;
+        `stationarity` is its gradient with respect to θ. First derivatives are enough, so fused kernels and activation
+        checkpointing work. An entry is `None` where the objective does not reach the leaf of φ.
+        """
+        self.require_no_hooks(state.params)
+        parts, tensors = trees.split(meta), trees.split(state.params).differentiable
+
+        def objective(leaves: Sequence[Tensor]) -> Tensor:
+            there = parts.rebuild(leaves)
+            value = self.optimizer.sign * self._inner(state.params, there, batch, state.buffers)[0]
+            decay = self.optimizer.coupled_decay(tensors, there, state.params) or []
+            return sum((0.5 * (d * p.square()).sum() for d, p in zip(decay, tensors, strict=False)), value)
+
+        def during(leaves: Sequence[Tensor]) -> Any:
+            return standing_in(with_buffers(state.params, state.buffers)[0], parts.rebuild(leaves))
+
+        with modules_in_use(state.params, meta):
+            found = autodiff.gradient(objective, parts.differentiable, differentiable=False, during=during)
+        return [None] * len(parts.differentiable) if found is None else found
+
+    def require_no_hooks(self, params: Tree) -> None:
+        """Raise if parameters have hooks that change their gradients: the loop then minimises no objective."""
+        if parameter_hooks.are_registered(params):
+            raise ValueError(
+                "a parameter has hooks that change its gradient, so the inner loop does not come to rest where the "
+                "gradient of inner_loss vanishes, which this method assumes; take Reverse or ForwardGradient, or "
+                "remove the hooks"
+            )
 
     def step(self, state: Descent, meta: Tree, batch: Any) -> Descent:
         """One step of the optimiser."""

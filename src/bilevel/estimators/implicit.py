@@ -153,11 +153,18 @@ def stationarity_transpose(
 
     g is the mean over the last `batches` batches. `reached`, if given, is filled with whether g reaches each leaf of θ.
     """
+    return stationarity_transpose_at(run, problem, state, range(run.steps - batches, run.steps), reached)
+
+
+def stationarity_transpose_at(
+    run: Unroll, problem: GradientDescent, state: Descent, steps: Sequence[int], reached: list[bool] | None = None
+) -> autodiff.Transpose:
+    """Evaluate (θ, φ) ↦ ∇_θ g at a state, where g is the mean over the batches of these inner steps."""
 
     def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
         moved = state._replace(params=params)
         each = []
-        for t in range(run.steps - batches, run.steps):
+        for t in steps:
             each.append(run.at_step(t, lambda batch: problem.stationarity(moved, meta, batch)))
         if reached is not None:
             reached[:] = [any(part is not None for part in parts) for parts in zip(*each, strict=True)]
@@ -179,13 +186,13 @@ def subtract_mixed_product(
     """c − vᵀY, with an error if the inner loss does not depend on φ on any batch."""
     mixed = jacobian(vector, of=[1], keep=False)[0]
     if all(part is None for part in mixed):
-        _require_dependence_of_loss(run, problem, state)
+        require_dependence_of_loss(run, problem, state)
     if not any(part is not None and bool(part.any()) for part in mixed):
         diagnosis.require_finite_losses(run)
     return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta), strict=True)]
 
 
-def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
+def require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
     """Raise unless ∇_θ g is computed from φ on some batch, if not on the last ones."""
     meta = autodiff.start_graph(run.meta)
     for t in range(run.steps):

@@ -15,6 +15,7 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
@@ -29,9 +30,10 @@ _FEW = 16
 _USABLE = 0.1
 """The signal-to-noise ratio from which on a random estimate is preferred to a biased one. An outer optimiser with the
 usual momentum of 0.9 averages some ten estimates, and ten of this ratio have as much signal as noise."""
-_BIASED = (TruncatedReverse, HessianFree, Implicit)
+_BIASED = (TruncatedReverse, HessianFree, Implicit, Penalty)
 """Biased methods in the order of recommendation. Truncation needs neither convergence nor curvature, and its bias falls
-with its steps; `HessianFree` needs neither either; `Implicit` is wrong unless the inner loop has come to rest."""
+with its steps; `HessianFree` needs neither either; `Implicit` is wrong unless the inner loop has come to rest, and
+`Penalty` besides by O(1/λ)."""
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -122,8 +124,8 @@ def plan(
         1. the exact method of the fewest units (with states on disk only if none fits without);
         2. (FG)²U, or else differences of solves, if the signal-to-noise ratio ‖∇h‖²/E‖grad − ∇h‖² = b/(N − 1) of an
            estimate is at least 0.1, so that ten estimates together have as much signal as noise;
-        3. a biased method: `TruncatedReverse`, `HessianFree`, `Implicit`, as far as the problem depends on φ in a way
-           that they see;
+        3. a biased method: `TruncatedReverse`, `HessianFree`, `Implicit`, `Penalty`, as far as the problem depends on φ
+           in a way that they see;
         4. (FG)²U or differences of solves, whatever their noise.
 
         `Plan.reason` gives the ratio, and the number of directions at which it would reach 1.
@@ -295,6 +297,9 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
         held = 2 * S + meta + max(p.product.bytes, p.outer_back.bytes)
         yield _priced(p, implicit, None, T, Price(there + products * p.product.seconds, held))
         yield _priced(p, HessianFree(), None, T, Price(there + p.product.seconds, held))
+        seconds = T * (2 * p.plain.seconds + outer) + p.outer.seconds + outer + 2 * p.plain.seconds
+        held = 3 * S + meta + max(p.plain.bytes, p.outer_back.bytes)  # both copies, and the gradient of f
+        yield _priced(p, Penalty(), None, T, Price(seconds, held))
 
 
 def _priced(

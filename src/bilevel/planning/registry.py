@@ -13,7 +13,10 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.persistent_es import PersistentES
 from bilevel.estimators.reverse import Reverse
+from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.streaming_forward_gradient import StreamingForwardGradient
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
@@ -26,8 +29,11 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     ForwardGradient,
     StreamingForwardGradient,
     ZerothOrder,
+    PersistentES,
     Implicit,
     HessianFree,
+    Penalty,
+    SingleLoop,
     Auto,
 )
 """All estimators, in the order in which they are listed."""

@@ -61,7 +61,8 @@ class Draws:
     inner_batches: Any
     outer_batch: Any
     seed: int
-    stream: bool = False
+    stream: bool | int = False
+    """Whether the inner loop goes on from estimate to estimate; a whole number starts it over after so many."""
     draws: int = 0
     """Estimates made so far."""
     carried: WindowEnd | None = None
@@ -118,8 +119,14 @@ class Draws:
         return Estimates(sums, losses, errors, estimate)
 
     def _estimate(self, number: int, estimator: Estimator, meta: Tree, outer_step: int) -> Estimate:
-        inner, outer = self.batches(self.draws + number)
-        place = (0, 0) if self.stream else (outer_step, number)  # a stream is one history, with one seed
+        draw = self.draws + number
+        inner, outer = self.batches(draw)
+        place = (outer_step, number)
+        if self.stream:  # each history has one seed
+            length = None if self.stream is True else self.stream
+            place = (0 if length is None else draw // length, 0)
+            if length is not None and draw % length == 0:
+                self.carried = None
         seed = randomness.derive(self.seed, randomness.DRAW, *place)
         try:
             found = estimator(self.problem, meta, inner, outer, seed, self.carried)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
-from bilevel.models.conversion import standing_in
 from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
+from bilevel.unrolling.first_order import outer_gradients
 from bilevel.unrolling.replay import require_repeatable
 from bilevel.unrolling.tangents import Part, TangentRule
 from bilevel.unrolling.unroll import Unroll
@@ -60,26 +60,11 @@ class FiniteDifferences(TangentRule):
     def outer_loss(
         self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tensor, Tensor]:
-        value, d, c = _outer_gradients(run, state)
+        value, d, c = outer_gradients(run, state)
         run.same_value("differences", value)
         return value, torch.stack(
             [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, directions, strict=True)]
         )
-
-
-def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return the outer loss and its gradients by the state and by φ."""
-    parts = (trees.split(state), trees.split(run.meta))
-    tensors = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
-    there, meta = (part.rebuild(ts) for part, ts in zip(parts, tensors, strict=True))
-    with torch.enable_grad():
-        value = run.outer_loss(there, meta)
-    if not value.requires_grad:
-        run.outer_cotangents(state)  # says what is wrong
-    with standing_in(there, meta):
-        found = iter(torch.autograd.grad(value, [*tensors[0], *tensors[1]], allow_unused=True))
-    d, c = ([next(found) for _ in ts] for ts in tensors)
-    return value.detach(), autodiff.fill_zeros(d, state), autodiff.fill_zeros(c, run.meta)
 
 
 def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tree, list[list[Tensor]]]:
