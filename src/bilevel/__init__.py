@@ -39,7 +39,7 @@ from bilevel.training.phases import Phase
 from bilevel.training.settings import OuterUpdate, RunFolder
 from bilevel.unrolling.freed_memory import keep_freed_memory
 
-__version__ = "0.1.0"
+__version__ = "0.1.0a1"
 
 __all__ = [
     "Auto",
