@@ -1,4 +1,4 @@
-"""Locks of modules: a call exchanges a module's tensors, so threads that use a layer in common wait for each other."""
+"""Locks of modules. A call replaces a module's tensors, so threads that use the same layer wait for each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _LOCKS: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
-"""For each layer the number of its lock, and the lock."""
+"""The number of each layer's lock, and the lock."""
 _NUMBERS = itertools.count()
 _MAKING = threading.Lock()
 
@@ -49,9 +49,9 @@ _HELD = _Held()
 
 @contextmanager
 def held(locks: Sequence[ModuleLock]) -> Iterator[None]:
-    """Context in which other threads that use one of the modules, or a layer of it, wait.
+    """Context during which other threads that use one of the modules, or a layer of it, wait.
 
-    Locks are taken in the order of their numbers, so that two threads never wait for each other.
+    Locks are acquired in the order of their numbers, so that two threads cannot block each other.
     """
     new = [lock for lock in locks if not any(lock.module is module for module in _HELD.modules)]
     if not new:
@@ -70,5 +70,5 @@ def held(locks: Sequence[ModuleLock]) -> Iterator[None]:
 
 
 def locked(module: nn.Module) -> Any:
-    """Context in which no other thread uses the module, or a layer of it."""
+    """Context during which no other thread uses the module, or a layer of it."""
     return held([ModuleLock(module)])

@@ -1,5 +1,4 @@
-"""The memory of an optimiser as a tree, with one entry for each bucket of parameters with the same history of updates.
-"""
+"""The memory of an optimiser as a tree, with one entry for each bucket of parameters that are updated together."""
 
 from __future__ import annotations
 
