@@ -68,7 +68,7 @@ def batches(get: Callable[[int], Any], steps: int) -> Sequence[Any]:
 
 
 class _Same(_Computed):
-    """The same object for every step."""
+    """A sequence with the same object for every step."""
 
 
 def no_batches(steps: int) -> Sequence[None]:

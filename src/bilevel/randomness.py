@@ -64,12 +64,12 @@ FRESH_DIRECTION = 11
 CONDENSATION_START, CONDENSATION_INNER, CONDENSATION_OUTER, CONDENSATION_CONTROL = range(100, 104)
 """The images to start from, inner batches, outer batches, and the real images of a control."""
 CONDENSATION_NETWORK, CONDENSATION_ORDER = range(200, 202)
-"""In the evaluation: the initial network, and the order of the images."""
+"""The initial network and the order of the images in the evaluation."""
 
 CLEANING_CHOICE, CLEANING_WRONG, CLEANING_INNER = range(300, 303)
 """The choice of examples, their wrong labels, and inner batches."""
 CLEANING_NETWORK, CLEANING_BATCHES = range(400, 402)
-"""In the evaluation: the initial network, and the seed of its batches."""
+"""The initial network and the seed of its batches in the evaluation."""
 
 PDE_NOISE, PDE_START, PDE_NETWORK, PDE_POINTS = range(300, 304)
 """Noise of the observations, start values, the initial network, and the points of a training step."""
@@ -92,7 +92,7 @@ LM_QUESTIONS, LM_LOCALITY = range(320, 322)
 LM_EVALUATION = 330
 """The documents of an evaluation stream, and their order."""
 LM_INIT, LM_BATCH = range(340, 342)
-"""In the stage that tunes a language model: its initial parameters, and its batches."""
+"""The initial parameters and the batches in the stage that tunes a language model."""
 LM_WEIGHT_MODEL, LM_LORA = range(350, 352)
 """Initial parameters of the weight model and of the low-rank matrices."""
 

@@ -50,8 +50,8 @@ class PlanRow:
     seconds: float
     fits: bool
     exchange: str | None = None
-    """What several workers send to each other, "slopes" or "gradient" (`bilevel.distributed.communication`); `None` if
-    they do not share this method's work."""
+    """The data that several workers send to each other, "slopes" or "gradient" (`bilevel.distributed.communication`);
+    `None` if they do not share this method's work."""
     sent_bytes: float | None = None
     """Bytes that each worker sends for one estimate."""
 
