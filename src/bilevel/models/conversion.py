@@ -1,4 +1,7 @@
-"""What users hand over as trees of tensors, and back: modules become views, and shared tensors stand once."""
+"""Conversion between the values that users pass and trees of tensors.
+
+Modules become views. A tensor that occurs in several places becomes one leaf.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ Initial = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Memory:
-    """Which tensors of modules are part of the inner state, besides the trained ones."""
+    """A rule for which tensors of modules are part of the inner state, in addition to the trained parameters."""
 
     names: frozenset[str] = frozenset()
-    """Tensors that were seen to be updated by an inner loss, or to depend on meta."""
+    """The names of tensors that an inner loss was observed to update, or that depend on meta."""
     of_normalizations: bool = True
-    """Whether running statistics always are; if not, only those of layers in training mode."""
+    """Whether all running statistics are part of the state. If not, only those of layers in training mode are."""
     everything: bool = False
-    """Whether all tensors are."""
+    """Whether all tensors are part of the state."""
 
     def includes(self, name: str, layer: nn.Module, key: str) -> bool:
         """Whether the tensor in this place is part of the inner state."""
@@ -48,7 +51,7 @@ class Memory:
 
 
 def as_tree(value: Tree) -> Tree:
-    """The value with every `nn.Module` in it replaced by a `ModuleView` of its parameters.
+    """Return the value with every `nn.Module` in it replaced by a `ModuleView` of its parameters.
 
     A tensor with several places in the tree is one parameter.
 
@@ -77,10 +80,18 @@ def original_tensors(meta: Tree) -> list[Tensor]:
 
 
 def as_params(value: Tree, memory: Memory, initial: Initial = Tensor.detach) -> tuple[Tree, dict[str, Tensor]]:
-    """What an inner loop trains, as a tree, and the other tensors of its state by name.
+    """Split the tensors that a user passes as `params` into the trained parameters and the buffers of the inner state.
 
-    `initial` gives the value from which a parameter starts. Constants are the parameters with `requires_grad=False`,
-    and plain tensors that do not require gradients in a tree that also holds an `nn.Parameter` which does.
+    A parameter with `requires_grad=False` is a constant. In a tree with an `nn.Parameter` that requires a gradient,
+    plain tensors that do not require gradients are constants as well.
+
+    Args:
+        value: the tree of modules and tensors.
+        memory: the rule for which tensors of modules are buffers of the inner state.
+        initial: a function that returns the value from which a parameter or a buffer starts.
+
+    Returns:
+        The tree of trained parameters, and the buffers by name.
     """
     tree = _converted(value, memory, initial, "params")
     buffers = {}
@@ -128,7 +139,7 @@ def _converted(value: Tree, memory: Memory | None, initial: Initial, argument: s
 
 
 def _view(module: nn.Module, prefix: str, memory: Memory | None, initial: Initial, known: dict[int, str]) -> ModuleView:
-    """A view with the module's places; `known` has the names of the state's buffers by the identity of the tensors."""
+    """Return a view of the module. `known` has the names of the inner state's buffers by the `id` of the tensors."""
     fsdp.reshard(module)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     layout = Layout.of(module, trained)
@@ -178,9 +189,9 @@ def with_buffers(
 
 @contextmanager
 def standing_in(*places: Tree) -> Iterator[None]:
-    """Context in which the tensors of every view stand in the places of its module's own, also between calls.
+    """Context in which the modules of all views hold the views' tensors, also between calls.
 
-    Activation checkpointing computes layers again in the backward pass, when a view's own call is over.
+    Activation checkpointing computes layers again in the backward pass, after the call of the view has returned.
     """
     with ExitStack() as stack:
         for view in views_in(places):
@@ -197,9 +208,10 @@ def modules_in_use(*places: Tree) -> ModulesInUse:
 
 
 def as_plain_tree(tree: Tree) -> Tree:
-    """The tree as the user wrote it, with a dict from parameter name to tensor in place of every `ModuleView`.
+    """Return the tree as the user wrote it, with a dict from parameter name to tensor in place of every `ModuleView`.
 
-    An `OrderedDict`, because the leaves of a plain one are sorted by name, and would not come in the view's order.
+    The dicts are of class `OrderedDict`, which keeps the order of the view. The leaves of a plain dict are sorted by
+    name.
     """
     return optree.tree_map(
         lambda leaf: OrderedDict(leaf.named_tensors) if is_view(leaf) else leaf,
@@ -210,7 +222,7 @@ def as_plain_tree(tree: Tree) -> Tree:
 
 
 def written_back(tree: Tree) -> Tree:
-    """Copy the tensors of every view into its module; the tree with the modules themselves in place of the views."""
+    """Copy the tensors of every view into its module. Return the tree with modules in place of the views."""
 
     def write(node: Any) -> Any:
         if not isinstance(node, ModuleView):

@@ -1,4 +1,4 @@
-"""Locks of modules: a call exchanges a module's tensors, so threads that use a layer in common wait for each other."""
+"""Locks of modules. A call replaces a module's tensors, so threads that use the same layer wait for each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _LOCKS: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
-"""For each layer the number of its lock, and the lock."""
+"""The number of each layer's lock, and the lock."""
 _NUMBERS = itertools.count()
 _MAKING = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""A view of an `nn.Module`: a tree of tensors that can be called as the module is."""
+"""A view of an `nn.Module`: a tree of tensors that can be called like the module."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from bilevel.trees import NAMESPACE, Tree
 class ModuleView:
     """A module whose parameters are held outside of it: a tree of tensors, used like the module itself.
 
-    Losses receive one wherever the user handed over an `nn.Module`. What is reached through it is computed with
-    `named_tensors`: calls `view(x)`, submodules `view.encoder(x)` and `view.layers[0](x)`, methods, properties, and
-    iterators such as `view.parameters()`; other attributes, such as `view.config`, are the module's own. Parameters
-    with `requires_grad=False` are not part of the tree: they stay in the module as constants. Buffers that the module
-    updates, such as running statistics, are part of the inner state, and the view of a final state computes with them:
-    `net.load_state_dict(estimate.state.params.state_dict())` puts all of it into a module.
+    Losses receive a view wherever the user passed an `nn.Module`. Calls `view(x)`, submodules `view.encoder(x)` and
+    `view.layers[0](x)`, methods, properties, and iterators such as `view.parameters()` are computed with
+    `named_tensors`. Other attributes, such as `view.config`, are the module's own.
 
-    Threads may use one module at the same time: each waits for the others' losses to end.
+    Parameters with `requires_grad=False` are not part of the tree. They stay in the module as constants. Buffers that
+    the module updates, such as running statistics, are part of the inner state, and the view of a final state computes
+    with them. `net.load_state_dict(estimate.state.params.state_dict())` copies parameters and buffers into a module.
+
+    Several threads may use one module. Each waits until the losses of the others are computed.
 
     >>> import torch
     >>> layer = nn.Linear(2, 1)
@@ -65,7 +66,7 @@ class ModuleView:
         if name.startswith("__") or "module" not in self.__dict__:
             raise AttributeError(name)
         on_class = inspect.getattr_static(type(self.module), name, None)
-        if isinstance(on_class, functools.cached_property):  # computed afresh: a cache would outlive these tensors
+        if isinstance(on_class, functools.cached_property):  # not cached, because the cache would outlive these tensors
             return self._evaluate(on_class.func)
         if isinstance(on_class, property):
             return self._evaluate(lambda module: getattr(module, name))
@@ -121,17 +122,17 @@ class ModuleView:
         return self._evaluate(lambda module: getattr(module, name)(*args, **kwargs))
 
     def _evaluate(self, access: Callable[[nn.Module], Any]) -> Any:
-        """`access(module)`, computed while the view's tensors stand in the places of the module's own."""
+        """Compute `access(module)` while the module holds the view's tensors in place of its own."""
         with fsdp.uncalled(self.module), self.standing_in():
             result = access(self.module)
-            if isinstance(result, Iterator):  # lazy: it would read the module's own tensors later
+            if isinstance(result, Iterator):  # an iterator would read the module's own tensors later
                 result = _Iterated(list(result))
             elif isinstance(result, KeysView | ValuesView | ItemsView):
                 result = list(result)
         return self._viewed(result)
 
     def _viewed(self, value: Any) -> Any:
-        """The value with the view's tensors for parameters, and views for modules that share them."""
+        """Replace parameters in a value by the view's tensors, and modules that share parameters by views."""
         names, tensors = self._layout.names, self.named_tensors
 
         def viewed(value: Any) -> Any:
@@ -153,7 +154,7 @@ class ModuleView:
 
 @dataclass
 class _Iterated:
-    """What an iterator gave."""
+    """The items of an iterator."""
 
     items: list[Any]
 
@@ -196,7 +197,7 @@ def is_view(node: Any) -> bool:
 
 
 def views_in(tree: Tree) -> list[ModuleView]:
-    """The views in a tree."""
+    """Return the views in a tree."""
     found: list[ModuleView] = []
 
     def note(node: Any) -> bool:
@@ -211,5 +212,5 @@ def views_in(tree: Tree) -> list[ModuleView]:
 
 
 def modules_in(tree: Tree) -> list[nn.Module]:
-    """The modules behind the views in a tree."""
+    """Return the modules behind the views in a tree."""
     return [view.module for view in views_in(tree)]

@@ -1,9 +1,8 @@
-"""The places in which a module holds its tensors, and contexts in which other tensors stand there.
+"""The places in which a module holds its tensors, and contexts that put other tensors there.
 
 A place is a dictionary and a key: `layer._parameters["weight"]`, `layer._buffers["running_mean"]`, or an attribute in
-`layer.__dict__`. A call with other tensors puts them into the places, calls the module, and puts the module's own
-tensors back, whatever happens in between. While that lasts, the layers are locked: a second thread that uses any of
-them waits.
+`layer.__dict__`. A call with other tensors puts them into the places, calls the module, and then restores the module's
+own tensors, also after an error. The layers are locked meanwhile, and a second thread that uses one of them waits.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Holder = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """A place for a tensor in a layer, and the name of the tensor that is to stand there."""
+    """A place for a tensor in a layer, and the name of the tensor to be put there."""
 
     holder: Holder
     key: str
@@ -33,23 +32,23 @@ class Place(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor of the module that no loss may write to: a copy of a buffer, or a frozen parameter itself."""
+    """A tensor of a module that no loss may write to. It is a copy of a buffer, or a frozen parameter itself."""
 
     layer: nn.Module
     holder: Holder
     key: str
     tensor: Tensor
     version: int | None
-    """How often the tensor had been written to; `None` if that is not watched."""
+    """The tensor's version count when the layout was made; `None` if writes are not watched."""
 
     @property
     def changed(self) -> bool:
-        """Whether somebody wrote into the tensor."""
+        """Whether the tensor was written to."""
         return self.version is not None and self.tensor._version != self.version
 
 
 class Cell:
-    """The current value of a tensor that a module updates while it computes, and the places in which it stands."""
+    """The current value of a tensor that a module updates while it computes, and the places of the tensor."""
 
     __slots__ = ("places", "value")
 
@@ -58,7 +57,7 @@ class Cell:
         self.places: list[Place] = []
 
     def replace(self, value: Tensor) -> None:
-        """Give the cell another value, in the places too where the old one stands now."""
+        """Set the value of the cell, and put it into the places that hold the old value."""
         for holder, key, _ in self.places:
             if holder.get(key) is self.value:
                 holder[key] = value
@@ -67,24 +66,24 @@ class Cell:
 
 @dataclass(eq=False)
 class Layout:
-    """The places of one module: found once, used at every call."""
+    """The places of one module. They are found once and used at every call."""
 
     module: nn.Module
     names: dict[nn.Parameter, str]
-    """The parameters that other tensors stand in for, and the names of these."""
+    """The parameters that are replaced by other tensors, and the names of these tensors."""
     trained: list[Place]
     memory: list[Place] = field(default_factory=list)
-    """The places of tensors that the module updates; their values are in the inner state."""
+    """The places of tensors that the module updates. Their values are part of the inner state."""
     constants: list[Constant] = field(default_factory=list)
-    """Copies of the buffers that are not known to be updated: the module's own are never handed to a loss."""
+    """Copies of the buffers that are not known to be updated. A loss receives these copies."""
     frozen: list[Constant] = field(default_factory=list)
-    """The parameters that are not trained, with their versions."""
+    """The parameters that are not trained, with their version counts."""
     strays: list[tuple[nn.Module, str, str]] = field(default_factory=list)
-    """Constants that were replaced all the same: the layer, the key, and how."""
+    """Constants that a loss replaced although it must not: the layer, the key, and a description."""
     root: Layout | None = None
     _children: dict[nn.Module, Layout] = field(default_factory=dict)
     lists: list[tuple[Holder, str]] = field(default_factory=list)
-    """Attributes that a call of the module fills with the tensors that stand in."""
+    """Attributes in which a call of the module collects the tensors that replace its parameters."""
     watched: list[nn.Module] = field(default_factory=list)
     """Layers with backward hooks."""
     compiled: bool = False
@@ -110,14 +109,14 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module, names: Iterable[str]) -> Layout:
-        """The places of the parameters that go by these names (or by others: tied weights have several)."""
+        """Find the places of the parameters with these names. Tied weights may have other names as well."""
         wanted = set(names)
         known = module.named_parameters(remove_duplicate=False)
         parameters = {parameter: name for name, parameter in known if name in wanted}
         return cls(module, parameters, _places_of(module, parameters))
 
     def of_layer(self, layer: nn.Module) -> Layout:
-        """The same for a module inside of this one."""
+        """Return the layout of a module inside this one."""
         if layer not in self._children:
             holders = {id(holder) for each in layer.modules() for holder in (each._buffers, each.__dict__)}
             holders |= {id(each._parameters) for each in layer.modules()}
@@ -135,16 +134,16 @@ class Layout:
         return self._children[layer]
 
     def forget_layers(self) -> None:
-        """Find the places of modules inside of this one anew."""
+        """Discard the layouts of modules inside this one, which are then found again."""
         self._children = {}
 
     def renamed(self, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-        """Tensors by the names of this layout as tensors by the names of another one, of a module inside."""
+        """Rename tensors from the names in this layout to the names in the layout of a module inside this one."""
         return {name: tensors[self.names[parameter]] for parameter, name in layout.names.items()}
 
 
 def _places_of(module: nn.Module, parameters: Mapping[nn.Parameter, str]) -> list[Place]:
-    """Every place in which a layer holds one of the parameters, once, even if the layer goes by several names."""
+    """Return every place in which a layer holds one of the parameters. A layer with several names is listed once."""
     return [
         Place(layer._parameters, key, parameters[parameter])
         for layer in module.modules()
@@ -229,21 +228,21 @@ class standing:  # noqa: N801  (a context manager, named like a function)
 
 
 _LISTS = ("_flat_weights", "_flat_weight_refs")
-"""Attributes in which recurrent layers hold their weights once more."""
+"""Attributes in which recurrent layers hold their weights a second time."""
 
 
 def _as_written(layout: Layout) -> AbstractContextManager[Any]:
-    """Context in which layers wrapped by `torch.compile` run as they were written.
+    """Context in which layers wrapped by `torch.compile` run without compilation.
 
-    The inner gradient is differentiated again, which PyTorch does not do with compiled code.
+    The inner gradient is differentiated again, and PyTorch cannot do that with compiled code.
     """
     return torch.compiler.set_stance("force_eager") if layout.compiled else nullcontext()
 
 
 def _observing(layer: nn.Module) -> OrderedDict[int, Any]:
-    """The backward hooks of a layer, each of which may look at gradients and must not change them.
+    """Return the backward hooks of a layer, each of which may read gradients and must not change them.
 
-    Function transforms do not take them, so they look at ordinary backward passes only.
+    Function transforms do not accept backward hooks, so the hooks are called in ordinary backward passes only.
     """
     hooks: OrderedDict[int, Any] = OrderedDict()
     if torch._C._are_functorch_transforms_active():

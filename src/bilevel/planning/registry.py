@@ -40,7 +40,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
 
 
 def by_name() -> dict[str, type[Estimator]]:
-    """Return all estimators by the names that they have on the command line, such as `forward-gradient`."""
+    """Return all estimators by their names on the command line, such as `forward-gradient`."""
     return names.by_name(ESTIMATORS)
 
 
@@ -54,7 +54,11 @@ def read(text: str) -> tuple[type[Estimator], dict[str, Any]]:
 
 
 def parse(text: str, **defaults: Any) -> Estimator:
-    """Return the estimator that a text describes; `defaults` are settings that the text may override.
+    """Return the estimator that a text describes.
+
+    Args:
+        text: the name of an estimator, with settings in parentheses.
+        defaults: settings that the text may override.
 
     >>> parse("forward-gradient(directions=32)", chunk_size=8).chunk_size
     8

@@ -22,7 +22,7 @@ _COUNTERS = {
     "noise": ("signal_squared", "noise_squared", "noisy_steps"),
     "past": ("past_weight",),
 }
-"""The numbers that each part of a loop counts."""
+"""The counters of each part of an outer loop."""
 
 
 def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def state(loop: OuterLoop) -> dict[str, Any]:
-    """Return a copy of everything that the following outer steps depend on."""
+    """Return a copy of everything on which the following outer steps depend."""
     counters = {name: getattr(getattr(loop, part), name) for part, names in _COUNTERS.items() for name in names}
     return copy.deepcopy(
         {
@@ -80,13 +80,17 @@ def restore(loop: OuterLoop, content: Mapping[str, Any]) -> None:
 
 
 def _placed_like(loop: OuterLoop, tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
-    """One for each parameter, on its device."""
+    """Return the tensors, one for each parameter, on the devices of the parameters."""
     return None if tensors is None else [t.to(p.device) for t, p in zip(tensors, loop.parameters, strict=True)]
 
 
 def _as_dict(carried: WindowEnd) -> dict[str, Any]:
-    """Return what a checkpoint stores of a stream: the leaves of the inner state, since the problem can make its tree
-    again, and the estimator's memory as it is.
+    """Return the content of a checkpoint for the end of a window of a stream.
+
+    It contains the leaves of the inner state, whose tree the problem can make again, and the estimator's memory.
+
+    Raises:
+        ValueError: a tensor is spread over processes.
     """
     for name, leaf in [*trees.named_leaves(carried.state, "state"), *trees.named_leaves(carried.memory, "memory")]:
         if trees.is_spread(leaf):
@@ -113,5 +117,5 @@ def _carried_from(loop: OuterLoop, content: Mapping[str, Any]) -> WindowEnd:
 
 
 def _without_addresses(value: Any) -> str:
-    """Its `repr`, the same in every process."""
+    """Return the `repr` of a value without addresses in memory, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

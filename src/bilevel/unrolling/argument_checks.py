@@ -1,4 +1,4 @@
-"""Checks of the arguments of an inner loop; the errors say what to write instead."""
+"""Checks of the arguments of an inner loop. The error messages say what to write instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bilevel.trees import Tree
 
 
 def outside_of_inference_mode() -> None:
-    """Raise inside of `torch.inference_mode`, where derivatives are impossible."""
+    """Raise a RuntimeError inside `torch.inference_mode`, where derivatives are impossible."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "called inside torch.inference_mode(), where nothing has a derivative; call estimators outside of it "
@@ -58,7 +58,10 @@ def finite(meta: Tree) -> None:
 
 
 def whole_at_each_worker(state: Tree) -> None:
-    """Raise if processes that make each estimate together also share the work of one estimate with each other."""
+    """Raise a ValueError if processes that hold one sharded state also share the work of one estimate.
+
+    Such processes must make each estimate together.
+    """
     workers = distributed.current()
     if workers.size == 1:
         return
@@ -75,7 +78,7 @@ def whole_at_each_worker(state: Tree) -> None:
 
 
 def one_device(**places: Any) -> None:
-    """Raise unless all tensors with a shape are on one device; numbers may be anywhere."""
+    """Raise a ValueError unless all tensors are on one device. Tensors without dimensions may be on any device."""
     seen: dict[torch.device, str] = {}
     for place, tree in places.items():
         for name, leaf in trees.named_leaves(tree, place):
@@ -87,7 +90,7 @@ def one_device(**places: Any) -> None:
 
 
 def same_structure(before: Tree, after: Tree) -> None:
-    """Raise if a step changed the structure of the state, or a shape or dtype in it."""
+    """Raise a ValueError if a step changed the structure of the state, or a shape or dtype in it."""
     named_before = trees.named_leaves(before, "state")
     named_after = trees.named_leaves(after, "state")
     were, are = ([name for name, _ in named] for named in (named_before, named_after))
@@ -106,11 +109,11 @@ def same_structure(before: Tree, after: Tree) -> None:
 
 @contextmanager
 def left_as_given(**places: Tree) -> Iterator[None]:
-    """Context manager that raises if a tensor of these trees was changed in place inside of it."""
+    """Context manager that raises a ValueError if a tensor of these trees is changed in place inside it."""
     before = [(place, leaf, leaf._version) for place, tree in places.items() for leaf in _versioned(tree)]
     try:
         yield
-    except RuntimeError as error:  # PyTorch's words, for a tensor that records its history
+    except RuntimeError as error:  # PyTorch itself raises for a tensor that records its history
         if "leaf Variable that requires grad" in str(error) and "in-place" in str(error):
             raise ValueError(changed_in_place(" or ".join(places))) from error
         raise
@@ -159,9 +162,14 @@ _OF_AN_EARLIER_STEP = ("level <= current_level", "backward through the graph a s
 
 
 def batch_left_as_given(changed: Mapping[str, Tensor | np.ndarray], given_again: set[int], where: str) -> None:
-    """Raise if what a loss changed in place is the user's data, which the next reading of the batch gives again.
+    """Raise a ValueError if a loss changed the user's data in place.
 
-    Data that are made afresh at each reading may be changed.
+    Data that are created at each reading of the batch may be changed.
+
+    Args:
+        changed: the tensors and arrays that the loss changed, by name.
+        given_again: the addresses of the data that a second reading of the batch returns.
+        where: the name of the batch in the message.
     """
     for name, data in changed.items():
         if address(data) in given_again:
