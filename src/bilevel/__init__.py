@@ -2,7 +2,8 @@
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
-`HessianFree`.
+`HessianFree`, `Penalty`, `SingleLoop`,
+`PersistentES`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
@@ -18,11 +19,15 @@ from bilevel.estimators import (
     ForwardGradient,
     HessianFree,
     Implicit,
+    Penalty,
+    PersistentES,
     Reverse,
+    SingleLoop,
     StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
 )
+from bilevel.estimators.solve import solve
 from bilevel.estimators.variates import CoarserProblem, Constant, RunningMean
 from bilevel.optim.update_rule import optimizer
 from bilevel.planning.auto import Auto
@@ -34,7 +39,7 @@ from bilevel.training.phases import Phase
 from bilevel.training.settings import OuterUpdate, RunFolder
 from bilevel.unrolling.freed_memory import keep_freed_memory
 
-__version__ = "0.1.0"
+__version__ = "0.1.0a1"
 
 __all__ = [
     "Auto",
@@ -53,12 +58,15 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "OuterUpdate",
+    "Penalty",
+    "PersistentES",
     "Phase",
     "Plan",
     "Problem",
     "Reverse",
     "RunFolder",
     "RunningMean",
+    "SingleLoop",
     "StreamingForwardGradient",
     "TruncatedReverse",
     "ZerothOrder",
@@ -73,4 +81,5 @@ __all__ = [
     "optimizer",
     "plan",
     "plan_from_sizes",
+    "solve",
 ]

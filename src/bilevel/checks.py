@@ -54,7 +54,7 @@ def each_field(settings: Any, check: Callable[..., Any], *names: str, **limits: 
 
 
 def one_of(value: Any, name: str, choices: Iterable[str]) -> str:
-    """Return the value, if it is one of these words."""
+    """Return the value, if it is one of the choices."""
     known = list(choices)
     if value not in known:
         raise ValueError(f"{name}={value!r}: there are {', '.join(map(repr, known))}")
@@ -62,7 +62,7 @@ def one_of(value: Any, name: str, choices: Iterable[str]) -> str:
 
 
 def a_function(value: Any, name: str, signature: str) -> None:
-    """Raise unless the value can be called; the error shows the call that will be made."""
+    """Raise a TypeError unless the value can be called. The message shows how it would be called."""
     if not callable(value):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); a function is needed, called as {signature}")
 

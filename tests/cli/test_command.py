@@ -112,7 +112,8 @@ def test_help_of_a_task(command: str, preset: str, capsys: Capture, monkeypatch:
             for setting in names.settings_of(kind):
                 assert "--" + setting.replace("_", "-") in shown
         assert (
-            "--directions INT Of forward-gradient, streaming-forward-gradient, zeroth-order, auto: b, at most" in shown
+            "--directions INT Of forward-gradient, streaming-forward-gradient, zeroth-order, persistent-es, auto: b"
+            in shown
         )
         assert "--phases NAME:STEPS[:PATIENCE] ..." in shown
 

@@ -349,7 +349,7 @@ def test_two_steps_are_computed_twice_once_for_each_problem() -> None:
 
 def test_no_estimate_waits_for_the_device_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where bits differ, flags are read once for each estimate."""
-    monkeypatch.setattr(replay, "same_bits", lambda left, right: False)
+    monkeypatch.setattr(replay, "same_bits", lambda left, right, **_: False)
     reads: list[int] = []
     stack = torch.stack
 
@@ -364,3 +364,17 @@ def test_no_estimate_waits_for_the_device_at_every_step(monkeypatch: pytest.Monk
         warnings.simplefilter("error")
         bilevel.Reverse()(descent(lambda theta, meta, batch: weighted(theta, meta), sgd()), WEIGHTS, [None] * T)
     assert reads == [T]
+
+
+@pytest.mark.parametrize("steps", [1, 2, T])
+def test_a_growing_factor_is_noticed_though_adam_hides_it_in_the_parameters(steps: int) -> None:
+    """The first update is lr · sign(g) but for epsilon; only the moments know how long the gradient is."""
+    calls: list[int] = []
+
+    def growing(theta: Tensor, meta: Tensor, batch: Any) -> Tensor:
+        calls.append(1)
+        return len(calls) * weighted(theta, meta)
+
+    adam = bilevel.optimizer(torch.optim.Adam, lr=0.1, eps=0.0)
+    with pytest.raises(bilevel.errors.ReplayError, match="step 0"):
+        bilevel.Reverse()(descent(growing, adam), WEIGHTS, [None] * steps)

@@ -1,4 +1,4 @@
-"""Names for derivatives that PyTorch does not have, and what to do instead."""
+"""Error messages for derivatives that PyTorch does not have, with advice on what to do instead."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from bilevel.errors import MissingDerivativeError
 
 @contextmanager
 def named_missing_derivatives(directions: int = 1) -> Iterator[None]:
-    """Turn PyTorch's reports of derivatives it does not have into one kind of error that says what to do instead.
+    """Context that turns PyTorch's errors about missing derivatives into errors that say what to do instead.
 
-    `directions` is the number carried at once: from two on it is done by `torch.vmap`, which has its own gaps.
+    Args:
+        directions: the number of directions that are carried at once. Two or more are carried by `torch.vmap`, which
+            does not support all operations.
+
+    Raises:
+        MissingDerivativeError: an operation inside the context lacks a derivative.
+        ValueError: a loss or step changes a tensor from outside in place.
     """
     try:
         yield
@@ -87,7 +93,7 @@ def _advice(error: Exception, directions: int) -> str | None:
 
 
 def _custom_function(error: Exception) -> type[torch.autograd.Function] | None:
-    """The user's `autograd.Function` in which the error came up, if it was in one."""
+    """Return the user's `autograd.Function` in which the error was raised, or `None`."""
     apply = inspect.unwrap(torch.autograd.Function.apply).__code__
     inside = [frame.f_locals["cls"] for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is apply]
     return inside[-1] if inside else None

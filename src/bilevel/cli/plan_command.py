@@ -22,10 +22,10 @@ FROM_SIZES = "Memory and time of every estimator from sizes alone; times in unit
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of `bilevel plan TASK`, besides the settings of the task."""
+    """The options of `bilevel plan TASK`, in addition to the settings of the task."""
 
     memory: str = "4GB"
-    """What a worker may use beyond the model and the data, such as 8GB or 512MiB."""
+    """Memory that a worker may use beyond the model and the data, such as 8GB or 512MiB."""
     directions: int = 16
     """Random directions, where a method has them."""
     workers: int = 1
@@ -33,7 +33,7 @@ class PlanOptions:
     seed: int = 0
     """The seed of the inner step that is measured."""
     data_dir: Path | None = None
-    """Folder with the data files, for presets that need any."""
+    """Folder with the data files, for presets that need files."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class SizeOptions:
     steps: int = 100
     """T, inner steps."""
     memory: str = "80GB"
-    """What a worker may use beyond the model and the data."""
+    """Memory that a worker may use beyond the model and the data."""
     directions: int = 64
     """Random directions, where a method has them."""
     workers: int = 1
     """The number of workers that share the directions."""
     optimizer_memory: float = 2
-    """Numbers the inner optimiser keeps for a parameter: 0 for SGD, 1 with momentum, 2 for Adam."""
+    """Numbers that the inner optimiser keeps for each parameter: 0 for SGD, 1 with momentum, 2 for Adam."""
     bytes_per_number: float = 4
-    """4 for float32."""
+    """Bytes of a number, 4 for float32."""
     activation_bytes: float = 0
     """Bytes of the activations of one inner forward pass."""
 
@@ -126,12 +126,12 @@ def show(plan: planner.Plan, where: str, in_units: bool = False) -> None:
 
 
 def exchange_texts(row: planner.PlanRow) -> tuple[str, str]:
-    """What several workers exchange, and how much each of them sends."""
+    """Return the data that several workers exchange, and the amount that each of them sends, as texts."""
     return ("nothing", "–") if row.sent_bytes is None else (str(row.exchange), planner.size_text(row.sent_bytes))
 
 
 def error_text(row: planner.PlanRow) -> str:
-    """What is known of a method's error."""
+    """Return the known properties of a method's error as text."""
     if row.relative_variance is None:
         return "biased"
     if row.exact:

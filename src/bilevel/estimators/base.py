@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -12,8 +13,11 @@ from torch import Tensor
 from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
-from bilevel.models.conversion import as_plain_tree
+from bilevel.estimators.differentiable_value import differentiable_value
+from bilevel.estimators.reverse_pass import ReversePass
+from bilevel.models.conversion import as_plain_tree, original_tensors
 from bilevel.models.module_view import modules_in
+from bilevel.models.sharing import leaves_once
 from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis, short_check
@@ -23,32 +27,62 @@ from bilevel.unrolling.unroll import Unroll, unroll
 
 @dataclass(frozen=True)
 class Estimate:
-    """A hypergradient and what is known about it."""
+    """A hypergradient, and what is known about it.
+
+    Attributes:
+        value: the outer loss h(φ). If meta parameters require gradients, `value.backward()` adds cotangent · `grad` to
+            them, so that an estimate is one more term of a loss in any training loop. The meta parameters may be those
+            of a module, or tensors that a network computes. Under `torch.no_grad()`, or where no meta parameter
+            requires gradients, it is a tensor without a graph. A second `backward()` needs `retain_graph=True`, as in
+            PyTorch. `create_graph=True` raises a `MissingDerivativeError`, because the derivative of `grad` is not
+            computed. All other fields are detached.
+        grad: an estimate of ∇h, with the structure of `meta`. For an `nn.Module` it is a dict from parameter name to
+            tensor.
+        state: the final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its
+            parameters and running statistics, in the form that the module's `load_state_dict` takes.
+        standard_error: the estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method.
+        diagnostics: what the method observed on the way, such as the residual of a linear solve. Where an operation has
+            no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the inner steps and
+            functions whose tangents took another route. The same names with `_units` say what they cost in inner
+            gradients. Where the short check is on (in `fit`, or by `bilevel.experimental.short_check(True)`), `checked`
+            is a text that says what was verified for this kind of problem, and when.
+        carried: the end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from
+            there.
+        compile_seconds: wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up
+            for the first time.
+
+    An estimate as a term of a loss in a loop of one's own:
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi) ** 2,
+    ...     outer_loss=lambda theta, phi, batch: 0.5 * (theta - 3.0) ** 2,
+    ...     params=torch.tensor(0.0),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    ... )
+    >>> phi = torch.nn.Parameter(torch.tensor(0.0))
+    >>> optimizer = torch.optim.SGD([phi], lr=0.5)
+    >>> for number in range(50):
+    ...     loss = bilevel.Reverse()(problem, phi, 10, seed=number).value + 0.001 * phi.square()
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> round(phi.item(), 2)
+    3.0
+    """
 
     value: Tensor
-    """The outer loss h(φ)."""
     grad: Tree
-    """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor."""
     state: Tree
-    """The final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its parameters and
-    running statistics, in the form that the module's `load_state_dict` takes."""
     standard_error: float | None = None
-    """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
-    """What the method observed on the way, such as the residual of a linear solve: numbers, and one text.
-
-    `checked` is the text: what a short check has verified for this kind of problem, and when. It is there where the
-    check is on: in `fit`, or by `bilevel.experimental.short_check(True)`.
-
-    Where an operation has no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the
-    inner steps and functions whose tangents took another route. The same names with `_units` say what they cost in
-    inner gradients.
-    """
     carried: WindowEnd | None = None
-    """The end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from there."""
     compile_seconds: float = 0.0
-    """Wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up for the first time.
-    """
+
+    def __repr__(self) -> str:
+        value = f"{self.value.item():.6g}" if self.value.ndim == 0 else trees.summary(self.value)
+        error = "" if self.standard_error is None else f", standard_error={self.standard_error:.3g}"
+        return f"Estimate(value={value}, grad: {trees.summary(self.grad)}{error})"
 
 
 @dataclass(frozen=True)
@@ -105,17 +139,26 @@ class Estimator(ABC):
             TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
         """
         problem = as_problem(problem)
+        self.require_derivatives_of(problem)
+        run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
+        checked = None if self.computes_steps_once else short_check.checked_once(run, meta)
+        with randomness.preserved(), autodiff.noted_routes() as routes:
+            found = self.resolved(run)._of(run)
+        gradients = leaves_once(found.grad, run.meta)
+        return replace(
+            found,
+            value=differentiable_value(found.value, gradients, original_tensors(meta)),
+            compile_seconds=compile_seconds() - before,
+            diagnostics={**found.diagnostics, **routes, **({} if checked is None else {"checked": checked})},
+        )
+
+    def require_derivatives_of(self, problem: BilevelProblem) -> None:
+        """Raise if this estimator differentiates the inner loop, and the problem is a black box."""
         if problem.is_black_box and self.needs_derivatives:
             raise TypeError(
                 f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
                 "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
             )
-        run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
-        checked = None if self.computes_steps_once else short_check.checked_once(run, meta)
-        with randomness.preserved(), autodiff.noted_routes() as routes:
-            found = self.resolved(run)._of(run)
-        diagnostics = {**found.diagnostics, **routes, **({} if checked is None else {"checked": checked})}
-        return replace(found, compile_seconds=compile_seconds() - before, diagnostics=diagnostics)
 
     # -- what an estimator says about itself ---------------------------------------------------------------------
 
@@ -140,6 +183,20 @@ class Estimator(ABC):
             meta_size: N, the number of meta parameters.
         """
 
+    def reverse_pass(self, run: Unroll) -> ReversePass:  # noqa: ARG002
+        """Run the inner loop, and return the way from its final state back to the meta parameters.
+
+        `bilevel.solve` makes the final state differentiable with it. An estimator without such a way raises.
+
+        Raises:
+            TypeError: this estimator does not go back from the final state.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no reverse pass, which makes the state of bilevel.solve differentiable: take "
+            "Reverse(), TruncatedReverse(steps), Implicit() or HessianFree(). Any estimator gives the derivative of an "
+            "outer loss: estimator(problem, meta, inner_batches, outer_batch).value.backward()"
+        )
+
     def resolved(self, run: Unroll) -> Estimator:  # noqa: ARG002
         """Return the estimator that makes the estimate of this inner loop: itself, unless it chooses another one."""
         return self
@@ -157,10 +214,14 @@ class Estimator(ABC):
     # -- the estimate ----------------------------------------------------------------------------------------------
 
     def _of(self, run: Unroll) -> Estimate:
+        with self.kernels(run):
+            return _checked(run, self._estimate(run))
+
+    def kernels(self, run: Unroll) -> AbstractContextManager[None]:
+        """Context in which PyTorch takes kernels with the derivatives that this estimator needs."""
         if not self.needs_derivatives or self.first_order:
-            return _checked(run, self._estimate(run))
-        with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):  # which is not held any longer
-            return _checked(run, self._estimate(run))
+            return nullcontext()
+        return autodiff.differentiable_kernels(modules_in([run.meta, run.start()]))  # which is not held any longer
 
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:

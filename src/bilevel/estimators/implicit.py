@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from bilevel import autodiff, checks, trees
 from bilevel.errors import NoDependenceError, NonFiniteError
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
+from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.problem import Descent, GradientDescent
 from bilevel.solvers import ConjugateGradient, LinearSolver
+from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.unroll import Unroll
 
@@ -75,16 +77,31 @@ class Implicit(Estimator):
         # For each batch: the gradient with its graph, and two units for each product with H and for the one with Y.
         return steps + self.batches * (1.0 + 2.0 * (self.solver.products + 1))
 
+    def reverse_pass(self, run: Unroll) -> ReversePass:
+        self._problem_of(run)
+        return StationaryPoint(run, lambda state, d, c: self._through(run, state, d, c)[0])
+
     def _estimate(self, run: Unroll) -> Estimate:
+        self._problem_of(run)
+        state: Descent = run.final_state()
+        value, d, c = run.outer_cotangents(state)
+        grad, diagnostics = self._through(run, state, d, c)
+        return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
+
+    def _problem_of(self, run: Unroll) -> GradientDescent:
         problem = require_gradient_descent(run, self)
         if self.batches > run.steps:
             raise ValueError(
                 f"Implicit(batches={self.batches}) of an inner loop with {run.steps} batches; take batches <= "
                 f"{run.steps}"
             )
-        state: Descent = run.final_state()
-        value, d, c = run.outer_cotangents(state)
-        reached: list[bool] = []
+        return problem
+
+    def _through(
+        self, run: Unroll, state: Descent, d: Sequence[Tensor], c: list[Tensor]
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Return c − λᵀY with Hλ = d, and what the solver observed."""
+        problem, reached = self._problem_of(run), list[bool]()
         jacobian = stationarity_transpose(run, problem, state, self.batches, reached)
         theta = trees.split(state.params).differentiable
         # Neither the optimiser's memory nor parameters that g does not reach are part of the solution.
@@ -103,13 +120,30 @@ class Implicit(Estimator):
             )
         grad = subtract_mixed_product(run, problem, state, c, jacobian, solution.x)
         if not solution.converged:
-            warnings.warn(f"Implicit: {solution.message}", stacklevel=4)  # where the estimator was called
+            warnings.warn(f"Implicit: {solution.message}", stacklevel=5)  # where the estimator was called
         diagnostics = {
             "solver_iterations": float(solution.iterations),
             "solver_residual": solution.residual,
             "gradient_norm": float(trees.squared_norm(jacobian.value).sqrt()),
         }
-        return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
+        return grad, diagnostics
+
+
+class StationaryPoint(ReversePass):
+    """Multiplies by what stands for dθ_T/dφ at a stationary point; nothing is kept but the final state."""
+
+    def __init__(
+        self,
+        run: Unroll,
+        through: Callable[[Descent, Sequence[Tensor], list[Tensor]], list[Tensor]],
+    ) -> None:
+        """`through(state, d, c)` returns c + d · dθ_T/dφ."""
+        self._run, self._through = run, through
+        self.from_start = False
+        self.state: Descent = run.final_state()
+
+    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
+        return self._through(last, d, [torch.zeros_like(leaf) for leaf in trees.leaves(self._run.meta)])
 
 
 def stationarity_transpose(
@@ -119,11 +153,18 @@ def stationarity_transpose(
 
     g is the mean over the last `batches` batches. `reached`, if given, is filled with whether g reaches each leaf of θ.
     """
+    return stationarity_transpose_at(run, problem, state, range(run.steps - batches, run.steps), reached)
+
+
+def stationarity_transpose_at(
+    run: Unroll, problem: GradientDescent, state: Descent, steps: Sequence[int], reached: list[bool] | None = None
+) -> autodiff.Transpose:
+    """Evaluate (θ, φ) ↦ ∇_θ g at a state, where g is the mean over the batches of these inner steps."""
 
     def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
         moved = state._replace(params=params)
         each = []
-        for t in range(run.steps - batches, run.steps):
+        for t in steps:
             each.append(run.at_step(t, lambda batch: problem.stationarity(moved, meta, batch)))
         if reached is not None:
             reached[:] = [any(part is not None for part in parts) for parts in zip(*each, strict=True)]
@@ -145,13 +186,13 @@ def subtract_mixed_product(
     """c − vᵀY, with an error if the inner loss does not depend on φ on any batch."""
     mixed = jacobian(vector, of=[1], keep=False)[0]
     if all(part is None for part in mixed):
-        _require_dependence_of_loss(run, problem, state)
+        require_dependence_of_loss(run, problem, state)
     if not any(part is not None and bool(part.any()) for part in mixed):
         diagnosis.require_finite_losses(run)
     return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta), strict=True)]
 
 
-def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
+def require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
     """Raise unless ∇_θ g is computed from φ on some batch, if not on the last ones."""
     meta = autodiff.start_graph(run.meta)
     for t in range(run.steps):

@@ -27,10 +27,10 @@ Kind = TypeVar("Kind")
 def kebab(name: str) -> str:
     """Return a class name in kebab case.
 
-    >>> kebab("ForwardGradient")
-    'forward-gradient'
+    >>> kebab("ForwardGradient"), kebab("PersistentES")
+    ('forward-gradient', 'persistent-es')
     """
-    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
 def by_name(kinds: Sequence[type[Kind]]) -> dict[str, type[Kind]]:

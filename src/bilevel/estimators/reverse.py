@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from bilevel import autodiff, checks
 from bilevel.estimators.base import Estimate, Estimator, like_meta
+from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.trees import Tree
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.checkpoint_schedules import Checkpoints, Trail
@@ -76,26 +81,72 @@ class Reverse(Estimator):
     def computes_steps_once(self) -> bool:
         return self.checkpoints == "graph"
 
-    def _estimate(self, run: Unroll) -> Estimate:
+    def reverse_pass(self, run: Unroll) -> ReversePass:
         if self.checkpoints == "graph":
-            return _through_one_graph(run)
-        with Trail(run, self.checkpoints, self.offload) as trail:
-            state = trail.descend()
-            value, d, c = run.outer_cotangents(state)
-            through = run.pull_back(trail.backwards(), state, d)
-        run.pull_back_init(d, through)
-        return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
+            return _OneGraph(run)
+        return _StepByStep(run, self.checkpoints, self.offload)
+
+    def _estimate(self, run: Unroll) -> Estimate:
+        return estimate_by(self.reverse_pass(run), run)
 
 
-def _through_one_graph(run: Unroll) -> Estimate:
-    def final_state(meta: Tree) -> Tree:
-        state = run.init(meta)
-        for t in range(run.steps):
-            state = run.step(t, state, meta)
-        return state
+def estimate_by(way: ReversePass, run: Unroll) -> Estimate:
+    """Return the estimate d · dθ_T/dφ + c that a reverse pass gives, and close the pass."""
+    with way:
+        value, d, c = run.outer_cotangents(way.state)
+        through = way.pull_back(way.state, d)
+    return Estimate(value, like_meta(run, run.add_explicit(through, c, way.from_start)), way.state)
 
-    jacobian = autodiff.Transpose(final_state, [run.meta])
-    value, d, c = run.outer_cotangents(jacobian.value)
-    (through,) = jacobian(d, keep=False)
-    grad = run.add_explicit(autodiff.fill_zeros(through, run.meta), c)
-    return Estimate(value, like_meta(run, grad), jacobian.value)
+
+class _StepByStep(ReversePass):
+    """Goes back through all steps from kept states, each of which is used up."""
+
+    def __init__(self, run: Unroll, checkpoints: Checkpoints, offload: Offload) -> None:
+        self._run, self._checkpoints, self._offload = run, checkpoints, offload
+        self._trail: Trail | None = None
+        self.state = self._descend()
+
+    def _descend(self) -> Tree:
+        trail = Trail(self._run, self._checkpoints, self._offload)
+        self.close = weakref.finalize(self, trail.__exit__)  # pyright: ignore[reportAttributeAccessIssue]
+        self._trail = trail.__enter__()
+        try:
+            return trail.descend()
+        except BaseException:
+            self.close()
+            raise
+
+    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
+        if self._trail is None:
+            self._descend()
+        assert self._trail is not None
+        trail, self._trail, cotangents = self._trail, None, list(d)
+        try:
+            through = self._run.pull_back(trail.backwards(), last, cotangents)
+        finally:
+            self.close()
+        self._run.pull_back_init(cotangents, through)
+        return through
+
+
+class _OneGraph(ReversePass):
+    """Holds the graph of all steps."""
+
+    def __init__(self, run: Unroll) -> None:
+        def final_state(meta: Tree) -> Tree:
+            state = run.init(meta)
+            for t in range(run.steps):
+                state = run.step(t, state, meta)
+            return state
+
+        self._meta = run.meta
+        self._jacobian: autodiff.Transpose | None = autodiff.Transpose(final_state, [run.meta])
+        self.state = self._jacobian.value
+
+    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
+        assert self._jacobian is not None
+        (through,) = self._jacobian(d, keep=keep)
+        return autodiff.fill_zeros(through, self._meta)
+
+    def close(self) -> None:
+        self._jacobian = None

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from bilevel import checks
-from bilevel.estimators.base import Estimate, Estimator, like_meta
+from bilevel.estimators.base import Estimate, Estimator
+from bilevel.estimators.reverse import estimate_by
+from bilevel.estimators.reverse_pass import ReversePass
+from bilevel.trees import Tree
 from bilevel.unrolling.unroll import Unroll
 
 
@@ -49,19 +55,42 @@ class TruncatedReverse(Estimator):
     def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
         return steps + 3.0 * self.steps
 
-    def _estimate(self, run: Unroll) -> Estimate:
+    def reverse_pass(self, run: Unroll) -> ReversePass:
         if self.steps > run.steps:
             raise ValueError(
                 f"TruncatedReverse(steps={self.steps}) of an inner loop with {run.steps} steps; take steps <= "
                 f"{run.steps}, or Reverse() to go back through all of them"
             )
-        first = run.steps - self.steps
-        trail = [(first, run.descend(run.start(), stop=first))]
-        for t in range(first, run.steps - 1):
-            trail.append((t + 1, run.descend(trail[-1][1], t, t + 1)))
-        state = run.descend(trail[-1][1], run.steps - 1)
-        value, d, c = run.outer_cotangents(state)
-        through = run.pull_back((trail.pop() for _ in range(self.steps)), state, d)
-        if first == 0:
-            run.pull_back_init(d, through)
-        return Estimate(value, like_meta(run, run.add_explicit(through, c, from_start=first == 0)), state)
+        return _LastSteps(run, self.steps)
+
+    def _estimate(self, run: Unroll) -> Estimate:
+        return estimate_by(self.reverse_pass(run), run)
+
+
+class _LastSteps(ReversePass):
+    """Goes back through the last steps from the states before them, each of which is used up."""
+
+    def __init__(self, run: Unroll, steps: int) -> None:
+        self._run, self._first = run, run.steps - steps
+        self.from_start = self._first == 0
+        self._trail: list[tuple[int, Tree]] = []
+        self.state = self._descend()
+
+    def _descend(self) -> Tree:
+        run = self._run
+        self._trail = [(self._first, run.descend(run.start(), stop=self._first))]
+        for t in range(self._first, run.steps - 1):
+            self._trail.append((t + 1, run.descend(self._trail[-1][1], t, t + 1)))
+        return run.descend(self._trail[-1][1], run.steps - 1)
+
+    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
+        if not self._trail:
+            self._descend()
+        trail, cotangents = self._trail, list(d)
+        through = self._run.pull_back((trail.pop() for _ in range(len(trail))), last, cotangents)
+        if self.from_start:
+            self._run.pull_back_init(cotangents, through)
+        return through
+
+    def close(self) -> None:
+        self._trail = []

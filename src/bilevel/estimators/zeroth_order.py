@@ -100,13 +100,7 @@ class ZerothOrder(Estimator):
         gradients = everybodys_variates(run, shares, computed, workers)
         slopes = everybodys_numbers("slopes", shares, mine, workers).to(value)
         if not bool(slopes.any()):
-            warnings.warn(
-                f"ZerothOrder: the outer loss is {value.item():.6g} to the last bit wherever meta moved by "
-                f"step_size={self.step_size:g}, so the estimate is zero: meta does not reach the outer loss, or "
-                f"step_size is too small for {value.dtype}, or (another seed helps then) all directions are at right "
-                "angles to the gradient",
-                stacklevel=4,
-            )
+            warn_of_no_slopes("ZerothOrder", value, self.step_size, stacklevel=5)
         return directional.estimate_from_slopes(self, run, directions, value, state, slopes, gradients)
 
     def _slopes(self, run: Unroll, directions: Directions, numbers: Sequence[int]) -> tuple[Tensor, Tree, Tensor]:
@@ -142,6 +136,16 @@ class ZerothOrder(Estimator):
             what = f"the outer loss at {where} (finite at meta itself; a smaller step_size may help)"
             raise diagnosis.non_finite(run.at(_moved(run, directions, number, offset)), what, value, state)
         return value
+
+
+def warn_of_no_slopes(who: str, value: Tensor, step_size: float, stacklevel: int) -> None:
+    """Warn that no difference of outer losses differs from zero."""
+    warnings.warn(
+        f"{who}: the outer loss is {value.item():.6g} to the last bit wherever meta moved by step_size={step_size:g}, "
+        "so the estimate is zero: meta does not reach the outer loss, or step_size is too small for "
+        f"{value.dtype}, or (another seed helps then) all directions are at right angles to the gradient",
+        stacklevel=stacklevel,
+    )
 
 
 def _moved(run: Unroll, directions: Directions, number: int, offset: float) -> Tree:

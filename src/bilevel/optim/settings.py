@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +15,11 @@ from bilevel.models.module_view import ModuleView
 from bilevel.trees import Tree
 
 
-def settings_of(algorithm: type[torch.optim.Optimizer]) -> dict[str, Any]:
+@functools.lru_cache(maxsize=256)  # signatures are slow to read
+def settings_of(algorithm: type[torch.optim.Optimizer]) -> Mapping[str, Any]:
     """Return the names of the settings that a class takes, with their defaults.
 
-    A constructor with `**kwargs` is taken to hand them to the class that it inherits from.
+    A constructor with `**kwargs` is assumed to pass them on to the class that it inherits from.
 
     >>> list(settings_of(torch.optim.Adadelta))[:4]
     ['lr', 'rho', 'eps', 'weight_decay']
@@ -37,11 +39,19 @@ def settings_of(algorithm: type[torch.optim.Optimizer]) -> dict[str, Any]:
 
 
 def one_each(value: Any, parameters: Sequence[Tensor], params: Tree, name: str) -> list[Any]:
-    """Return a setting for each parameter: from one value for all, a list in their order, or a tree that matches
-    `params`.
+    """Return the value of a setting for each parameter.
+
+    Args:
+        value: one value for all parameters, a list with one value for each, or a tree that matches `params`.
+        parameters: the parameters.
+        params: the tree whose leaves the parameters are.
+        name: the name of the setting in error messages.
+
+    Returns:
+        One value for each parameter, in their order.
 
     Raises:
-        ValueError: the value matches neither the parameters nor their shapes.
+        ValueError: the value does not match the parameters, or a tensor does not match the shape of its parameter.
     """
     if isinstance(params, ModuleView) and isinstance(value, Mapping) and value.keys() == params.named_tensors.keys():
         values = [value[parameter_name] for parameter_name in params.named_tensors]

@@ -30,7 +30,7 @@ class Solution:
     converged: bool
     """Whether the solver reached its goal."""
     message: str
-    """What happened, in a sentence."""
+    """A sentence that describes the outcome."""
 
 
 class LinearSolver(ABC):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bilevel import distributed, randomness
+from bilevel import checks, distributed, randomness
 from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError, Terminated
 from bilevel.estimators import Estimator
@@ -55,7 +55,7 @@ def fit(
     phases: Sequence[Phase] | None = None,
     optimizer: Optimizer | None = None,
     update: OuterUpdate | None = None,
-    stream: bool = False,
+    stream: bool | int = False,
     out: str | Path | RunFolder | None = None,
     callbacks: Sequence[Callable[[OuterStep], None]] = (),
     progress: bool = True,
@@ -80,7 +80,8 @@ def fit(
         update: a projection, the clipping of hypergradients, and backtracking: see `OuterUpdate`.
         stream: treat the inner loop as one long history, of which every estimate takes the next T steps. An estimate
             then starts from the state in which the one before ended. Estimators take that state as a constant;
-            `StreamingForwardGradient` also carries its tangents on.
+            `StreamingForwardGradient`, `PersistentES`, `SingleLoop` and `Penalty` also carry something of their own. A
+            whole number K starts the inner loop over after every K estimates, with other random numbers.
         out: the folder into which the run is written, with checkpoints: a path, or a `RunFolder` with its settings.
         callbacks: functions that are called after each outer step, with a `bilevel.training.outer_loop.OuterStep`.
         progress: show a progress bar.
@@ -157,8 +158,10 @@ def _require_update(update: OuterUpdate) -> None:
         raise TypeError(f"update is {update!r}; write update=bilevel.OuterUpdate(clip_norm=1.0)")
 
 
-def _require_stream(problem: BilevelProblem, stream: bool, update: OuterUpdate) -> None:
+def _require_stream(problem: BilevelProblem, stream: bool | int, update: OuterUpdate) -> None:
     """Raise for settings that a stream does not allow."""
+    if not isinstance(stream, bool):
+        checks.whole_number(stream, "stream")
     if stream and problem.is_black_box:
         raise ValueError("stream=True needs inner steps to go on with, and a BlackBox solves from the beginning")
     if stream and update.max_backtracks:

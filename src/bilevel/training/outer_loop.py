@@ -31,7 +31,7 @@ class OuterStep:
     """The argument of a callback, after each outer step."""
 
     number: int
-    """Outer steps done, this one included."""
+    """The number of outer steps taken, including this one."""
     meta: Any
     """The meta parameters after the step, copied, in the form that `fit` was given; modules are callable views."""
     estimate: Estimate
@@ -121,7 +121,7 @@ class OuterLoop:
     def _move(self, gradients: Sequence[Tensor], outer_loss: float) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
-        self.torch_optimizer.step(lambda: outer_loss)  # LBFGS(max_iter=1) asks for it; the gradients are there already
+        self.torch_optimizer.step(lambda: outer_loss)  # LBFGS(max_iter=1) calls the closure; the gradients are known
         if self.update.project is not None:
             self._project(self.update.project)
         if not trees.all_finite(self._detached()):

@@ -1,7 +1,7 @@
-"""One inner loop with derivatives: run with tangents, or backwards with cotangents.
+"""One inner loop with derivatives, computed forwards with tangents or backwards with cotangents.
 
-Notation, here and in the estimators: A_t = ∂θ_t/∂θ_{t−1} and B_t = ∂θ_t/∂φ of one step, Z_t = dθ_t/dφ,
-d = ∂outer/∂θ_T, c = ∂outer/∂φ; so ∇h = d Z_T + c.
+The notation, also in the estimators, is: A_t = ∂θ_t/∂θ_{t−1} and B_t = ∂θ_t/∂φ for one step, Z_t = dθ_t/dφ,
+d = ∂outer/∂θ_T, c = ∂outer/∂φ. Then ∇h = d Z_T + c.
 """
 
 from __future__ import annotations
@@ -27,19 +27,24 @@ from bilevel.unrolling.step_products import Pulled
 
 @dataclass(frozen=True)
 class Unroll(InnerLoop):
-    """An inner loop and the ways derivatives take through it. Made by `unroll`, which checks what the user passed."""
+    """An inner loop, and the propagation of derivatives through it. `unroll` makes it after checking the arguments."""
 
     _values: list[tuple[str, Tensor]] = field(init=False, repr=False, compare=False, default_factory=list)
-    """The outer loss where the inner loop was run first; running it again must lead there again."""
+    """The kind and the outer loss of the first run of the inner loop. Later runs must give the same outer loss."""
 
     def same_value(self, kind: str, value: Tensor) -> None:
-        """Raise if this inner loop, run again, led to another outer loss; `kind` says how it was run."""
+        """Raise a ReplayError if this inner loop gave another outer loss when it was run again.
+
+        Args:
+            kind: the way in which it was run.
+            value: the outer loss.
+        """
         compare_values(self, self._values, kind, value)
 
-    # -- forward: the start of tangents (the way through the steps: bilevel.unrolling.tangents) ---------------------
+    # -- forward: the start of tangents (their propagation through the steps: bilevel.unrolling.tangents) ------------
 
     def push_outer(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
-        """Return the outer loss and its slopes d y_T + c v."""
+        """Compute the outer loss and its slopes d y_T + c v."""
 
         def by_reverse() -> autodiff.Pushed:
             value, d, c = self.outer_cotangents(pushed.value)
@@ -49,10 +54,10 @@ class Unroll(InnerLoop):
         return autodiff.push(self.outer_loss, arguments, tangents, self.memory, "outer loss", by_reverse)
 
     def push_init(self, directions: list[Tensor]) -> autodiff.Pushed:
-        """θ_0 and its tangents B_0 v.
+        """Compute θ_0 and its tangents B_0 v.
 
-        An initial state without φ, such as a freshly built network, is made outside of forward mode, inside which
-        modules can't be moved or cast.
+        An initial state that does not depend on φ, such as a newly built network, is made outside of forward mode,
+        because modules can't be moved or cast inside it.
         """
         plain = autodiff.Transpose(self.init, [self.meta])
         if plain.connected:
@@ -63,8 +68,11 @@ class Unroll(InnerLoop):
 
     # -- backward: cotangents ----------------------------------------------------------------------------------
 
-    def outer_cotangents(self, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The outer loss h at a final state, d = ∂outer/∂θ_T and c = ∂outer/∂φ."""
+    def outer_cotangents(self, state: Tree, final: bool = True) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the outer loss h at a state, d = ∂outer/∂θ and c = ∂outer/∂φ.
+
+        `final` says that the state is θ_T, where every run of this inner loop must give the same outer loss.
+        """
         value, (d, c) = autodiff.pull_back(self.outer_loss, [state, self.meta])
         if all(part is None for part in d):
             raise NoDependenceError(
@@ -74,20 +82,25 @@ class Unroll(InnerLoop):
             )
         derivatives = autodiff.fill_zeros(d, state), autodiff.fill_zeros(c, self.meta)
         require_finite(self, value, state, derivatives)
-        self.same_value("plain", value)
+        if final:
+            self.same_value("plain", value)
         return value, *derivatives
 
     def pull_back_step(self, t: int, state: Tree, d: list[Tensor]) -> Pulled:
-        """Return θ_{t+1}, d A_t and d B_t for the step from θ_t, by one backward pass through the step."""
+        """Compute θ_{t+1}, d A_t and d B_t for the step from θ_t, by one backward pass through the step."""
         after, (down, across) = autodiff.pull_back(lambda state, meta: self.step(t, state, meta), [state, self.meta], d)
         return Pulled(after, down, across)
 
     def pull_back(self, trail: Iterable[tuple[int, Tree]], last: Tree, d: list[Tensor]) -> list[Tensor]:
-        """Σ_t d_t B_t over a trail of (t, θ_t) that runs backwards from θ_T, `last`; `d` is changed in place.
+        """Compute Σ_t d_t B_t over the steps in backward order.
 
-        From the last step down: sum ← sum + d B_t, d ← d A_t, each a vector-Jacobian product of one step. `d` ends as
-        the cotangent of the trail's first state. Memory: the graph of one step, and θ_{t+1}, with which the step from
-        θ_t is compared.
+        From the last step to the first: sum ← sum + d B_t, d ← d A_t, each a vector-Jacobian product of one step. The
+        memory is that of the graph of one step, and of θ_{t+1}, with which the step from θ_t is compared.
+
+        Args:
+            trail: the pairs (t, θ_t) in backward order.
+            last: θ_T.
+            d: ∂outer/∂θ_T. It is changed in place to the cotangent of the trail's first state.
 
         Raises:
             ReplayError: a step gave another state when it was computed again.
@@ -104,12 +117,21 @@ class Unroll(InnerLoop):
         return total
 
     def pull_back_init(self, d: list[Tensor], total: list[Tensor]) -> None:
-        """Add d B_0 to the total: what the initial state's dependence on φ contributes."""
+        """Add d B_0 to the total, which is the contribution of the initial state's dependence on φ."""
         _, (across,) = autodiff.pull_back(self.init, [self.meta], d)
         _accumulate(total, across)
 
     def add_explicit(self, through: list[Tensor], c: list[Tensor], from_start: bool = True) -> list[Tensor]:
-        """∇h = d Z_T + c from both parts; an error if nothing can come through the inner loop."""
+        """Compute ∇h = d Z_T + c from both parts.
+
+        Args:
+            through: d Z_T.
+            c: ∂outer/∂φ.
+            from_start: whether d Z_T includes the dependence of θ_0 on φ.
+
+        Raises:
+            NoDependenceError: d Z_T is zero because the inner loop does not depend on φ.
+        """
         if not any(bool(part.any()) for part in through):
             require_dependence(self, from_start)
         return [inner + outer for inner, outer in zip(through, c, strict=True)]
@@ -117,7 +139,7 @@ class Unroll(InnerLoop):
     # -- connections -------------------------------------------------------------------------------------------
 
     def require_connections(self, moved: bool, slopes: Tensor, state: Tree) -> None:
-        """Raise where tangents or slopes are zero because something is not connected."""
+        """Raise a NoDependenceError if tangents or slopes are zero because something is not connected."""
         if not moved:
             require_dependence(self)
         if not bool(slopes.any()):
@@ -127,7 +149,7 @@ class Unroll(InnerLoop):
 def unroll(
     problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, carried: WindowEnd | None = None
 ) -> Unroll:
-    """Check what was passed to an estimator and gather it."""
+    """Check the arguments of an estimator, and combine them to an inner loop with derivatives."""
     randomness.check_seed(seed)
     argument_checks.outside_of_inference_mode()
     problem = as_problem(problem)
