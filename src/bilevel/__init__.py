@@ -10,6 +10,7 @@ Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change
 from bilevel import errors, experimental
 from bilevel.batches import batches, no_batches
 from bilevel.comparison.compare import compare
+from bilevel.epochs import epochs
 from bilevel.estimators import (
     Estimate,
     Estimator,
@@ -64,6 +65,7 @@ __all__ = [
     "ZerothOrder",
     "batches",
     "compare",
+    "epochs",
     "errors",
     "experimental",
     "fit",
