@@ -12,6 +12,7 @@ from bilevel import errors, experimental
 from bilevel.batches import batches, no_batches
 from bilevel.checking.check import check
 from bilevel.comparison.compare import compare
+from bilevel.epochs import epochs
 from bilevel.estimators import (
     Estimate,
     Estimator,
@@ -73,6 +74,7 @@ __all__ = [
     "batches",
     "check",
     "compare",
+    "epochs",
     "errors",
     "experimental",
     "fit",

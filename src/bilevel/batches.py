@@ -28,8 +28,12 @@ class Batches(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class _Computed(Sequence[Any]):
-    def __init__(self, get: Callable[[int], Any], steps: int) -> None:
+class ComputedBatches(Sequence[Any]):
+    """Batches that are computed on demand."""
+
+    def __init__(self, get: Callable[[int], Any], steps: int, draws_nothing: bool = False) -> None:
+        """`draws_nothing` says that `get` draws no random numbers, or sets the generators itself."""
+        self.draws_nothing = draws_nothing
         self._get = get
         self._steps = steps
 
@@ -64,11 +68,7 @@ def batches(get: Callable[[int], Any], steps: int) -> Sequence[Any]:
     [0, 1, 4]
     """
     checks.a_function(get, "get", "get(t) for t from 0 to steps - 1")
-    return _Computed(get, checks.whole_number(steps, "steps"))
-
-
-class _Same(_Computed):
-    """A sequence with the same object for every step."""
+    return ComputedBatches(get, checks.whole_number(steps, "steps"))
 
 
 def no_batches(steps: int) -> Sequence[None]:
@@ -76,7 +76,7 @@ def no_batches(steps: int) -> Sequence[None]:
 
     Wherever batches are passed, the number itself, `inner_batches=steps`, has the same meaning.
     """
-    return _Same(lambda t: None, checks.whole_number(steps, "steps"))
+    return ComputedBatches(lambda t: None, checks.whole_number(steps, "steps"), draws_nothing=True)
 
 
 def require_batches(value: Any) -> Batches:
@@ -114,7 +114,7 @@ def require_batches(value: Any) -> Batches:
 
 def draws_nothing(inner_batches: Batches) -> bool:
     """Whether no code of the user runs when a batch is read, so that the reading draws no random numbers."""
-    return type(inner_batches) in (list, tuple) or isinstance(inner_batches, _Same)
+    return type(inner_batches) in (list, tuple) or getattr(inner_batches, "draws_nothing", False) is True
 
 
 def with_own_containers(batch: Any) -> Any:

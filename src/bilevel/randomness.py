@@ -54,6 +54,9 @@ BATCH = 5
 """The reading of an inner batch; the next counter is the number of the step."""
 INNER_BATCHES, OUTER_BATCH = 6, 7
 """The functions of `fit` that return batches."""
+EXAMPLES = 12
+"""The reading of the examples of a batch; the next counters are what the batch is for, the number of the estimate, and
+the step."""
 SUPPORT_PROBE = 10
 """Probes for the meta parameters that the inner loop uses."""
 FRESH_DIRECTION = 11
@@ -115,6 +118,14 @@ def derive(seed: int, *counters: int) -> int:
 def generator(seed: int, *counters: int) -> np.random.Generator:
     """Return a counter-based (Philox) generator that is a function of a seed and counters."""
     return np.random.Generator(np.random.Philox(_sequence(seed, *counters)))
+
+
+@functools.lru_cache(maxsize=4)  # asked for at every step of an epoch
+def permutation(size: int, seed: int, *counters: int) -> np.ndarray:
+    """Return a random order of `size` things that is a function of a seed and counters. It cannot be written to."""
+    order = generator(seed, *counters).permutation(size)
+    order.flags.writeable = False
+    return order
 
 
 @contextmanager

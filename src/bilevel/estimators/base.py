@@ -17,6 +17,7 @@ from bilevel.estimators.differentiable_value import differentiable_value
 from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.models.conversion import as_plain_tree, original_tensors
 from bilevel.models.module_view import modules_in
+from bilevel.models.numpy_forms import as_tensors, in_form_of
 from bilevel.models.sharing import leaves_once
 from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
@@ -36,8 +37,8 @@ class Estimate:
             requires gradients, it is a tensor without a graph. A second `backward()` needs `retain_graph=True`, as in
             PyTorch. `create_graph=True` raises a `MissingDerivativeError`, because the derivative of `grad` is not
             computed. All other fields are detached.
-        grad: an estimate of ∇h, with the structure of `meta`. For an `nn.Module` it is a dict from parameter name to
-            tensor.
+        grad: an estimate of ∇h, with the structure of `meta`, and NumPy arrays and floats where `meta` has them. For an
+            `nn.Module` it is a dict from parameter name to tensor.
         state: the final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its
             parameters and running statistics, in the form that the module's `load_state_dict` takes.
         standard_error: the estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method.
@@ -121,9 +122,10 @@ class Estimator(ABC):
 
         Args:
             problem: a `Problem`, `GradientDescent` or (for `ZerothOrder`) `BlackBox`.
-            meta: φ: a tensor, a tree of tensors, or an `nn.Module`. It is not changed.
+            meta: φ: a tensor, a tree of tensors, or an `nn.Module`. It is not changed. NumPy arrays and Python floats
+                are taken too. Losses receive tensors for them, and `grad` has arrays and floats in their places.
             inner_batches: T batches by random access, one for each inner step; or the whole number T for a problem
-                without data; `None` for a black box.
+                without data; or batches of a dataset by `bilevel.epochs`; `None` for a black box.
             outer_batch: passed to the outer loss.
             seed: determines every random number: directions, dropout, random initialisation.
             carried: `estimate.carried` of the call before, for an inner loop that goes on from call to call (a stream),
@@ -147,7 +149,8 @@ class Estimator(ABC):
         gradients = leaves_once(found.grad, run.meta)
         return replace(
             found,
-            value=differentiable_value(found.value, gradients, original_tensors(meta)),
+            value=differentiable_value(found.value, gradients, original_tensors(as_tensors(meta))),
+            grad=in_form_of(meta, found.grad),
             compile_seconds=compile_seconds() - before,
             diagnostics={**found.diagnostics, **routes, **({} if checked is None else {"checked": checked})},
         )

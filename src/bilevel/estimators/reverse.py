@@ -84,7 +84,7 @@ class Reverse(Estimator):
     def reverse_pass(self, run: Unroll) -> ReversePass:
         if self.checkpoints == "graph":
             return _OneGraph(run)
-        return _StepByStep(run, self.checkpoints, self.offload)
+        return _StepByStep(run, self.checkpoints, self.offload)  # pyright: ignore[reportArgumentType]
 
     def _estimate(self, run: Unroll) -> Estimate:
         return estimate_by(self.reverse_pass(run), run)

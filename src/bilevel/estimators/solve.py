@@ -12,6 +12,7 @@ from bilevel.estimators.base import Estimator
 from bilevel.estimators.differentiable_value import refuse_graph_of_backward
 from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.models.conversion import original_tensors
+from bilevel.models.numpy_forms import as_tensors
 from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.plain_descent import plain_final_state
@@ -75,7 +76,7 @@ def solve(
     if estimator is not None:
         estimator.require_derivatives_of(problem)
     run = unroll(problem, meta, inner_batches, None, seed)
-    tensors = original_tensors(meta)
+    tensors = original_tensors(as_tensors(meta))
     with randomness.preserved():
         method = None if estimator is None else estimator.resolved(run)
         if method is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel import distributed, randomness, trees
 from bilevel.directions.distributed_slopes import agreed_tree
 from bilevel.distributed.workers import Workers
+from bilevel.epochs import Epochs
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator
 from bilevel.models.sharing import leaves_once
@@ -27,6 +28,8 @@ def batches_of(inner_batches: Any, draw: int, seed: int = 0) -> Any:
     All global generators are set to (seed, draw) while the function runs. A DataLoader that shuffles inside the
     function therefore returns the same batches on every worker, and also when a run is resumed.
     """
+    if isinstance(inner_batches, Epochs):
+        return inner_batches.at(seed, draw)
     if callable(inner_batches) and not hasattr(inner_batches, "__getitem__"):
         with randomness.seeded(seed, randomness.INNER_BATCHES, draw):
             made: Any = inner_batches(draw)
@@ -39,6 +42,8 @@ def batch_of(outer_batch: Any, draw: int, seed: int = 0) -> Any:
 
     All global generators are set to (seed, draw) while the function runs.
     """
+    if isinstance(outer_batch, Epochs):
+        return outer_batch.batch(seed, draw)
     if callable(outer_batch):
         with randomness.seeded(seed, randomness.OUTER_BATCH, draw):
             return outer_batch(draw)

@@ -65,10 +65,12 @@ def fit(
 
     Args:
         problem: as in the call of an estimator.
-        meta: φ to start from: a tensor, a tree of tensors, or an `nn.Module`.
+        meta: φ to start from: a tensor, a tree of tensors, or an `nn.Module`; NumPy arrays and Python floats are taken
+            too, and come back as such.
         inner_batches: T batches by random access, the same for every outer step; or the whole number T for a problem
-            without data; or a function that returns either from the number of the estimate (0, 1, 2, …).
-        outer_batch: a batch; or a function that returns a batch from the number of the estimate.
+            without data; or a function that returns either from the number of the estimate (0, 1, 2, …); or batches
+            of a dataset by `bilevel.epochs`, in another order for each estimate.
+        outer_batch: a batch; or a function that returns a batch from the number of the estimate; or `bilevel.epochs`.
         seed: determines every random number of the run. Each estimate has a seed of its own, a function of (seed, outer
             step, number within the step).
         estimator: the method that estimates the hypergradient in every outer step. Pass it with `steps`.

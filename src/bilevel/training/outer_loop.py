@@ -15,6 +15,7 @@ from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate
 from bilevel.models import conversion
+from bilevel.models.numpy_forms import as_tensors, in_form_of
 from bilevel.optim.update_rule import Optimizer
 from bilevel.training.accumulation import Draws, Estimates
 from bilevel.training.metrics import Row
@@ -58,7 +59,8 @@ class OuterLoop:
         self.seconds = 0.0
         self.before: list[Tensor] | None = None
         """φ before the last outer step, if an outer step may be halved."""
-        tree = conversion.as_tree(meta)
+        self._form = meta
+        tree = conversion.as_tree(as_tensors(meta))
         self._parts = trees.split(tree)
         argument_checks.meta_parameters(tree)
         argument_checks.finite(tree)
@@ -133,7 +135,7 @@ class OuterLoop:
             self.scheduler.step()
 
     def _project(self, project: Callable[[Any], Any]) -> None:
-        allowed = conversion.as_tree(project(self.user_meta()))
+        allowed = conversion.as_tree(as_tensors(project(self.user_meta())))
         needed, returned = _shapes(self.meta_tree()), _shapes(allowed)
         if returned != needed:
             raise ValueError(
@@ -153,7 +155,7 @@ class OuterLoop:
     def user_meta(self, write_modules: bool = False) -> Any:
         """Return φ in the form that the user passed: with views of modules, or with the modules, updated in place."""
         tree = trees.map_leaves(torch.clone, self.meta_tree())
-        return conversion.written_back(tree) if write_modules else tree
+        return in_form_of(self._form, conversion.written_back(tree) if write_modules else tree)
 
     def _detached(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters]

@@ -30,8 +30,9 @@ def meta_parameters(meta: Tree) -> None:
     for name, leaf in trees.named_leaves(meta, "meta"):
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"{name} is {leaf!r} ({type(leaf).__name__}); meta parameters are floating-point tensors: write "
-                "torch.tensor(...) around numbers, and leave everything else out of meta"
+                f"{name} is {leaf!r} ({type(leaf).__name__}); meta parameters are floating-point tensors, arrays or "
+                "numbers: write 1.0 instead of 1, .astype(float) after an array of whole numbers, and leave everything "
+                "else out of meta"
             )
         if trees.is_spread(leaf):
             raise TypeError(f"{name} is a DTensor; meta parameters must be whole in every process: .full_tensor()")

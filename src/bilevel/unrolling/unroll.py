@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, randomness, trees
+from bilevel.epochs import Epochs
 from bilevel.errors import NoDependenceError
 from bilevel.models.conversion import as_tree
+from bilevel.models.numpy_forms import as_tensors
 from bilevel.problem import as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
@@ -153,11 +155,11 @@ def unroll(
     randomness.check_seed(seed)
     argument_checks.outside_of_inference_mode()
     problem = as_problem(problem)
-    inner_batches = problem.batches_of(inner_batches)
+    inner_batches = problem.batches_of(inner_batches.at(seed) if isinstance(inner_batches, Epochs) else inner_batches)
     if problem.is_black_box and carried is not None:
         raise ValueError("a BlackBox solves from the beginning each time, so nothing can be carried into it")
     problem.check_compiled_again()
-    meta = as_tree(meta)
+    meta = as_tree(as_tensors(meta))
     argument_checks.meta_parameters(meta)
     argument_checks.one_device(meta=meta, outer_batch=outer_batch)
     argument_checks.finite(meta)
