@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -32,8 +33,8 @@ class Implicit(Estimator):
     where that acts through the gradient.
 
     Args:
-        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)`, `Neumann(...)` or
-            `Nystrom(...)`.
+        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)`, `Neumann(...)`, `Nystrom(...)`, or
+            `EmpiricalFisher(...)`, which is made from the gradients of the inner steps.
         batches: g is the mean over the last so many inner batches.
 
     Cost: T + 3 + 2·products units: T for the inner loop, 1 for a gradient with its graph, 2 for each of the solver's
@@ -81,7 +82,7 @@ class Implicit(Estimator):
                 f"Implicit(batches={self.batches}) of an inner loop with {run.steps} batches; take batches <= "
                 f"{run.steps}"
             )
-        state: Descent = run.final_state()
+        solver, state = self._after_inner_loop(run)
         value, d, c = run.outer_cotangents(state)
         reached: list[bool] = []
         jacobian = stationarity_transpose(run, problem, state, self.batches, reached)
@@ -93,7 +94,7 @@ class Implicit(Estimator):
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
 
         with trees.without_autocast():
-            solution = self.solver.solve(hessian, d)
+            solution = solver.solve(hessian, d)
         if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
             raise NonFiniteError(
                 f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, or a "
@@ -109,6 +110,15 @@ class Implicit(Estimator):
             "gradient_norm": float(trees.squared_norm(jacobian.value).sqrt()),
         }
         return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
+
+    def _after_inner_loop(self, run: Unroll) -> tuple[LinearSolver, Descent]:
+        """Return θ_T, and the solver, made from the gradients on the way if it needs them."""
+        if not self.solver.gradients_wanted:
+            return self.solver, run.final_state()
+        last: deque[list[Tensor | None]] = deque(maxlen=self.solver.gradients_wanted)
+        state: Descent = run.final_state(seen=last.append)
+        gradients = [trees.detach(autodiff.fill_zeros(gradient, state.params)) for gradient in last]
+        return self.solver.with_gradients(gradients), state
 
 
 def stationarity_transpose(
