@@ -14,6 +14,7 @@ Three measurements, one thread, written to `benchmarks/results/methods.json` and
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -28,7 +29,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from variance import condensation, learning_rates, noisy_labels
+from variance import learning_rates
 
 import bilevel
 from bilevel import (
@@ -65,7 +66,7 @@ class Options:
     """All methods side by side."""
 
     parts: tuple[str, ...] = ("truncation", "training", "comparison")
-    """What to measure."""
+    """What to measure; the results of other parts stay as they are."""
     seeds: int = 5
     """Seeds on which the methods are judged after equal compute."""
     repeats: int = 3
@@ -97,7 +98,7 @@ def linear(seed: int) -> nn.Module:
 
 
 def ridge(model: Any) -> Tensor:
-    return 0.005 * (model.weight.square().sum() + model.bias.square().sum())
+    return 0.005 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
 
 
 def sources(seed: int) -> tuple[bilevel.GradientDescent, Tensor, Callable[[int], Any]]:
@@ -170,17 +171,19 @@ SMALL = {
 # -- 1. one point ------------------------------------------------------------------------------------------------------
 
 
-def mixture() -> tuple[Any, ...]:
-    problem, meta, batch = sources(0)
+def at_start(small: Small) -> tuple[Any, ...]:
+    """A small problem with a network of two layers in place of the linear model, and 50 inner steps."""
+    problem, meta, batch = small.make(0)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    problem = bilevel.GradientDescent(problem.inner_loss, problem._outer_loss, network, problem.optimizer)
     return problem, meta, [batch(t) for t in range(50)], None
 
 
 def comparison(options: Options) -> dict[str, Any]:
     points: dict[str, Callable[[], tuple[Any, ...]]] = {
-        "condensation": condensation,
-        "noisy labels": lambda: noisy_labels("digits", None),
+        **{name: functools.partial(at_start, small) for name, small in SMALL.items()},
         "learning rates": learning_rates,
-        "mixture of sources": mixture,
     }
     found: dict[str, Any] = {}
     for name, make in points.items():
@@ -245,7 +248,7 @@ class Trainer:
         return f"{describe(self.estimator)}, T = {self.steps}{how}"
 
 
-T, UNITS = 10, 400
+T, UNITS = 10, 300
 TRAINERS = [
     Trainer(Reverse(), T),
     Trainer(TruncatedReverse(3), T),
@@ -262,46 +265,41 @@ TRAINERS = [
 ]
 
 
-def training(options: Options) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    tuning = range(100, 102)
-    for name, small in SMALL.items():
-        rows = []
-        with bar(name, len(TRAINERS)) as shown:
-            for trainer in TRAINERS:
-                began = time.process_time()
-                tried = {
-                    rate: statistics.fmean(train(small, trainer, rate, seed)["long"] for seed in tuning)
-                    for rate in small.rates
+def training(name: str, small: Small, options: Options) -> dict[str, Any]:
+    tuning, rows = range(100, 102), []
+    with bar(name, len(TRAINERS)) as shown:
+        for trainer in TRAINERS:
+            began = time.process_time()
+            tried = {
+                rate: statistics.fmean(train(small, trainer, rate, seed)["long"] for seed in tuning)
+                for rate in small.rates
+            }
+            best = min(tried, key=lambda rate: tried[rate])
+            runs = [train(small, trainer, best, seed) for seed in range(options.seeds)]
+            rows.append(
+                {
+                    "method": trainer.label,
+                    "rate": best,
+                    "edge": best in (min(small.rates), max(small.rates)),
+                    "outer_steps": outer_steps(small, trainer),
+                    "long": interval([run["long"] for run in runs]),
+                    "short": interval([run["short"] for run in runs]),
+                    "seconds": time.process_time() - began,
                 }
-                best = min(tried, key=lambda rate: tried[rate])
-                runs = [train(small, trainer, best, seed) for seed in range(options.seeds)]
-                rows.append(
-                    {
-                        "method": trainer.label,
-                        "rate": best,
-                        "edge": best in (min(small.rates), max(small.rates)),
-                        "outer_steps": outer_steps(trainer, name),
-                        "long": interval([run["long"] for run in runs]),
-                        "short": interval([run["short"] for run in runs]),
-                        "seconds": time.process_time() - began,
-                    }
-                )
-                shown.advance(trainer.label)
-        start = [judged(*small.make(seed), seed) for seed in range(options.seeds)]
-        found[name] = {"start": {"long": interval([s["long"] for s in start]), "short": interval([s["short"] for s in start])},
-                       "rows": rows}  # fmt: skip
-    return found
+            )
+            shown.advance(trainer.label)
+    start = [judged(problem, meta, batch, seed) for seed in range(options.seeds)
+             for problem, meta, batch in [small.make(seed)]]  # fmt: skip
+    return {"start": {key: interval([each[key] for each in start]) for key in ("long", "short")}, "rows": rows}
 
 
-def outer_steps(trainer: Trainer, name: str) -> int:
-    _, meta, _ = SMALL[name].make(0)
+def outer_steps(small: Small, trainer: Trainer) -> int:
+    _, meta, _ = small.make(0)
     return max(1, int(UNITS / trainer.estimator.units(trainer.steps, meta.numel())))
 
 
 def train(small: Small, trainer: Trainer, rate: float, seed: int) -> dict[str, float]:
     problem, meta, batch = small.make(seed)
-    count = max(1, int(UNITS / trainer.estimator.units(trainer.steps, meta.numel())))
     try:
         result = bilevel.fit(
             problem,
@@ -310,7 +308,7 @@ def train(small: Small, trainer: Trainer, rate: float, seed: int) -> dict[str, f
             None,
             seed,
             estimator=trainer.estimator,
-            steps=count,
+            steps=outer_steps(small, trainer),
             stream=trainer.stream,
             optimizer=bilevel.optimizer(torch.optim.Adam, lr=rate),
             update=bilevel.OuterUpdate(project=small.project),
@@ -419,43 +417,68 @@ def truncation() -> dict[str, Any]:
 
 def as_markdown(found: dict[str, Any]) -> str:
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
-    lines = ["# All methods side by side", "", f"`python benchmarks/methods.py`; one thread, {versions}. The problems are described in the benchmark."]  # fmt: skip  # noqa: E501
+    text = f"`python benchmarks/methods.py`; one thread, {versions}. The benchmark describes the problems."
+    lines = ["# All methods side by side", "", text]
     if "comparison" in found:
-        lines += ["", "## Error at one point", "", "Error and cosine are those to the exact hypergradient of the unrolled inner loop, at the first φ and from the first θ. Methods for streams begin there without a past. Random methods: root mean square over their draws."]  # fmt: skip  # noqa: E501
-        for name, part in found["comparison"].items():
-            lines += ["", f"### {name}: {part['sizes']}", ""]
-            lines += ["| method | error | cosine | units | seconds | MB |", "| --- | --- | --- | --- | --- | --- |"]
-            for row in part["rows"]:
-                memory = row["peak_memory_bytes"]
-                shown = "–" if memory is None else f"{memory / 1e6:.0f}"
-                lines.append(
-                    f"| `{row['estimator']}` | {row['relative_error']:.2g} | {row['cosine']:.3f} | {row['units']:.1f} | "
-                    f"{row['seconds']:.2f} | {shown} |"
-                )
-            if part["unseen"]:
-                names = ", ".join(f"`{name}`" for name in part["unseen"])
-                lines += ["", f"These methods see no dependence on φ here, or diverge: {names}."]
+        lines += comparison_lines(found["comparison"])
     if "training" in found:
-        lines += [
-            "", "## The outer loss after equal compute", "",
-            f"Every method gets {UNITS} units by its own formula. Outer Adam; the learning rate is chosen among three on "
-            "two other seeds, and (edge) marks the smallest or largest of them. *100 steps* is the loss on unseen digits "
-            f"after a new inner loop of 100 steps, and decides about the rate; *{T} steps* after one of {T}. Means over "
-            "five seeds with 95 % intervals.",
-        ]  # fmt: skip
-        for name, part in found["training"].items():
-            lines += ["", f"### {name}: at the start {cell(part['start']['long'])}, {cell(part['start']['short'])}", ""]
-            lines += [f"| method | outer steps | rate | 100 steps | {T} steps |", "| --- | --- | --- | --- | --- |"]
-            for row in part["rows"]:
-                rate = f"{row['rate']:g}{' (edge)' if row['edge'] else ''}"
-                lines.append(f"| `{row['method']}` | {row['outer_steps']} | {rate} | {cell(row['long'])} | {cell(row['short'])} |")  # fmt: skip  # noqa: E501
+        lines += training_lines(found["training"])
     if "truncation" in found:
-        lines += ["", "## Truncation", "", "The relative error against the gradient at the inner solution. *Warm* loops begin where 500 steps at a φ close by ended."]  # fmt: skip  # noqa: E501
-        for name, rows in found["truncation"].items():
-            keys = list(rows[0])[1:]
-            lines += ["", f"### {name}", "", f"| T | {' | '.join(keys)} |", "| --- " * (1 + len(keys)) + "|"]
-            lines += [f"| {row['steps']} | {' | '.join(f'{row[key]:.2g}' for key in keys)} |" for row in rows]
+        lines += truncation_lines(found["truncation"])
     return "\n".join(lines) + "\n"
+
+
+def comparison_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        *("", "## Error at one point", ""),
+        "Error and cosine are those to the exact hypergradient of the unrolled inner loop, at the first φ and from the "
+        "first θ. Methods for streams begin there without a past. The error of random methods is the root mean square "
+        "over their draws. *Units* are process time over that of the plain inner loop.",
+    ]
+    for name, part in found.items():
+        lines += ["", f"### {name}: {part['sizes']}", ""]
+        lines += ["| method | error | cosine | units | seconds | MB |", "| --- | --- | --- | --- | --- | --- |"]
+        for row in part["rows"]:
+            memory = "–" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:.0f}"
+            cells = [f"{row['relative_error']:.2g}", f"{row['cosine']:.3f}", f"{row['units']:.1f}"]
+            cells += [f"{row['seconds']:.2f}", memory]
+            lines.append(f"| `{row['estimator']}` | {' | '.join(cells)} |")
+        if part["unseen"]:
+            names = ", ".join(f"`{name}`" for name in part["unseen"])
+            lines += ["", f"These methods see no dependence on φ here, or diverge: {names}."]
+    return lines
+
+
+def training_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        *("", "## The outer loss after equal compute", ""),
+        f"Every method gets {UNITS} units by its own formula. Outer Adam; the learning rate is chosen among three on two "
+        "other seeds, and (edge) marks the smallest or largest of them. *100 steps* is the loss on unseen digits after a "
+        f"new inner loop of 100 steps, by which the rate is chosen; *{T} steps* is that after {T}. Means over five "
+        "seeds with 95 % intervals.",
+    ]
+    for name, part in found.items():
+        start = part["start"]
+        lines += ["", f"### {name}: at the start {cell(start['long'])}, and {cell(start['short'])} after {T} steps", ""]
+        lines += [f"| method | outer steps | rate | 100 steps | {T} steps |", "| --- | --- | --- | --- | --- |"]
+        for row in part["rows"]:
+            rate = f"{row['rate']:g}{' (edge)' if row['edge'] else ''}"
+            cells = [str(row["outer_steps"]), rate, cell(row["long"]), cell(row["short"])]
+            lines.append(f"| `{row['method']}` | {' | '.join(cells)} |")
+    return lines
+
+
+def truncation_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        *("", "## Truncation", ""),
+        "The relative error against the gradient at the inner solution, with all derivative steps, with the last half "
+        "and with the last quarter of them. *Warm* loops begin where 500 steps at a φ close by ended.",
+    ]
+    for name, rows in found.items():
+        keys = list(rows[0])[1:]
+        lines += ["", f"### {name}", "", f"| T | {' | '.join(keys)} |", "| --- " * (1 + len(keys)) + "|"]
+        lines += [f"| {row['steps']} | {' | '.join(f'{row[key]:.2g}' for key in keys)} |" for row in rows]
+    return lines
 
 
 def cell(value: dict[str, float]) -> str:
@@ -464,17 +487,17 @@ def cell(value: dict[str, float]) -> str:
 
 def picture(found: dict[str, Any]) -> bytes:
     """Error over units, one panel for each problem."""
-    figure, _ = page.figure(figsize=(11, 8))
+    figure, _ = page.figure(figsize=(11, 9))
     figure.clear()
     axes = figure.subplots(2, 2).flatten()
     names = list(dict.fromkeys(row["estimator"] for part in found.values() for row in part["rows"]))
     for axis, (name, part) in zip(axes, found.items(), strict=True):
         for row in part["rows"]:
-            number = names.index(row["estimator"])
-            axis.plot([row["units"]], [max(row["relative_error"], 1e-4)], "osv^DP*X"[number % 8], color=f"C{number % 10}",
-                      label=row["estimator"])  # fmt: skip
-        axis.set(xscale="log", yscale="log", title=f"{name}: {part['sizes']}", xlabel="units: time over that of the inner loop")  # fmt: skip  # noqa: E501
-        axis.set_ylabel("relative error (1e-4 and less at the bottom)")
+            number, error = names.index(row["estimator"]), max(row["relative_error"], 1e-4)
+            look = {"marker": "osv^DP*X"[number % 8], "color": f"C{number % 10}", "linestyle": ""}
+            axis.plot([row["units"]], [error], label=row["estimator"], **look)
+        axis.set(xscale="log", yscale="log", title=f"{name}: {part['sizes']}")
+        axis.set(xlabel="units: time over that of the inner loop", ylabel="relative error; at most 1e-4 at the bottom")
         axis.spines[["top", "right"]].set_visible(False)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=7, loc="lower center", ncol=3)
@@ -482,22 +505,26 @@ def picture(found: dict[str, Any]) -> bytes:
     return page.as_png(figure)
 
 
+def keep(part: str, measured: dict[str, Any]) -> None:
+    """Write what is measured beside what is there of the other parts."""
+    stored = ROOT / "results" / "methods.json"
+    found: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+    found[part] = {**found.get(part, {}), **measured}
+    write_json(stored, found)
+
+
 def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(1)
-    measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "truncation": truncation,
-        "training": lambda: training(options),
-        "comparison": lambda: comparison(options),
-    }
-    stored = ROOT / "results" / "methods.json"
-    found: dict[str, Any] = {}
-    for part in options.parts:
-        measured = measures[part]()
-        found = json.loads(stored.read_text()) if stored.exists() else {}
-        found[part] = measured
-        write_json(stored, found)
-        write_text(ROOT / "results" / "methods.md", as_markdown(found))
+    if "truncation" in options.parts:
+        keep("truncation", truncation())
+    if "training" in options.parts:
+        for name, small in SMALL.items():
+            keep("training", {name: training(name, small, options)})
+    if "comparison" in options.parts:
+        keep("comparison", comparison(options))
+    found = json.loads((ROOT / "results" / "methods.json").read_text())
+    write_text(ROOT / "results" / "methods.md", as_markdown(found))
     if "comparison" in found:
         write_bytes(ROOT.parent / "docs" / "pictures" / "methods.png", picture(found["comparison"]))
 
