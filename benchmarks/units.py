@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bilevel
 from bilevel import (
     ConjugateGradient,
+    EmpiricalFisher,
     Forward,
     ForwardGradient,
     HessianFree,
@@ -93,6 +94,7 @@ CASES = [
     ),
     Case(Implicit(Neumann(iterations=5)), "T + 3 + 2·products", lambda T, N: T + 3 + 2 * 6),
     Case(Implicit(Nystrom(rank=5, damping=10.0)), "T + 3 + 2·products", lambda T, N: T + 3 + 2 * 6),
+    Case(Implicit(EmpiricalFisher(rank=5, damping=10.0)), "T + 3 + 2·products", lambda T, N: T + 3 + 2),
     Case(HessianFree(), "T + 3", lambda T, N: T + 3),
     Case(HessianFree(preconditioner="optimizer"), "T + 4", lambda T, N: T + 4),
     Case(HessianFree(mixed="difference"), "T + 2", lambda T, N: T + 2),

@@ -30,6 +30,7 @@ from bilevel import (
     Auto,
     CoarserProblem,
     ConjugateGradient,
+    EmpiricalFisher,
     Forward,
     ForwardGradient,
     HessianFree,
@@ -369,6 +370,7 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
             Implicit(ConjugateGradient(iterations=30)),
             Implicit(Neumann(5, step_size=0.1), batches=2),
             Implicit(Nystrom(rank=10, damping=1.0)),
+            Implicit(EmpiricalFisher(rank=3, damping=4.0)),
         ],
         small={"implicit": Implicit(), "implicit-neumann": Implicit(Neumann(20, step_size=0.5))},
         formula={
@@ -418,6 +420,7 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
             Implicit(ConjugateGradient(iterations=7, tolerance=1e-12, damping=0.5)),
             Implicit(Neumann(), batches=2),
             Implicit(Nystrom(rank=3, damping=0.5)),
+            Implicit(EmpiricalFisher(rank=3, damping=0.5, scale=32.0)),
             Implicit(Neumann(iterations=3, step_size=math.pi)),
         ],
         needs_inner_loss=True,

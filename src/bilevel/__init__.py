@@ -34,7 +34,7 @@ from bilevel.optim.update_rule import optimizer
 from bilevel.planning.auto import Auto
 from bilevel.planning.planner import Plan, plan, plan_from_sizes
 from bilevel.problem import BlackBox, GradientDescent, Problem
-from bilevel.solvers import ConjugateGradient, Neumann, Nystrom
+from bilevel.solvers import ConjugateGradient, EmpiricalFisher, Neumann, Nystrom
 from bilevel.training.fit import FitResult, fit
 from bilevel.training.phases import Phase
 from bilevel.training.settings import OuterUpdate, RunFolder
@@ -48,6 +48,7 @@ __all__ = [
     "CoarserProblem",
     "ConjugateGradient",
     "Constant",
+    "EmpiricalFisher",
     "Estimate",
     "Estimator",
     "FitResult",

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -299,6 +299,7 @@ class GradientDescent(BilevelProblem):
         self._builds_params = makes_params
         self._make_params: Callable[[Any], Any] = params if makes_params else lambda meta: params  # type: ignore[assignment]
         self._discovered = Discovered()
+        self._see_gradient: Callable[[list[Tensor | None]], None] | None = None
         self._compile_by(backend_named(compile))
 
     def _compile_by(self, backend: str | None) -> None:
@@ -562,7 +563,18 @@ class GradientDescent(BilevelProblem):
     def step(self, state: Descent, meta: Tree, batch: Any) -> Descent:
         """Compute one step of the optimiser."""
         found = self.evaluate(state.params, meta, batch, state.buffers)
+        if self._see_gradient is not None:
+            self._see_gradient(found.gradient)
         return self.apply(state, found.gradient, meta, found.buffers)
+
+    @contextmanager
+    def gradients_seen_by(self, function: Callable[[list[Tensor | None]], None]) -> Iterator[None]:
+        """Context manager in which a function is given the inner gradient of each step."""
+        before, self._see_gradient = self._see_gradient, function
+        try:
+            yield
+        finally:
+            self._see_gradient = before
 
     def apply(
         self, state: Descent, gradient: Sequence[Tensor | None], meta: Tree, buffers: Tree | None = None

@@ -27,6 +27,9 @@ DOCUMENTED = {
     "ZerothOrder(b, μ)": "zeroth-order(directions=4)",
     "Implicit(solver)": "implicit(solver=neumann(iterations=5))",
     "HessianFree(α)": "hessian-free",
+    "PersistentES(b, σ)": "persistent-es(directions=4)",
+    "Penalty(λ)": "penalty",
+    "SingleLoop(ρ)": "single-loop(solver_steps=5)",
 }
 """The methods in the README's table, and a case of each."""
 

@@ -112,7 +112,7 @@ class HessianFree(Estimator):
                 "HessianFree(lookahead=True) judges the parameters one step beyond the state that bilevel.solve "
                 "returns; take lookahead=False"
             )
-        return StationaryPoint(run, lambda state, d, c: self._through(run, state, d, c))
+        return StationaryPoint(run, run.final_state(), lambda state, d, c: self._through(run, state, d, c))
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -34,8 +35,8 @@ class Implicit(Estimator):
     where that acts through the gradient.
 
     Args:
-        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)`, `Neumann(...)` or
-            `Nystrom(...)`.
+        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)`, `Neumann(...)`, `Nystrom(...)`, or
+            `EmpiricalFisher(...)`, which is made from the gradients of the inner steps.
         batches: g is the mean over the last so many inner batches.
 
     Cost: T + 3 + 2·products units: T for the inner loop, 1 for a gradient with its graph, 2 for each of the solver's
@@ -79,13 +80,14 @@ class Implicit(Estimator):
 
     def reverse_pass(self, run: Unroll) -> ReversePass:
         self._problem_of(run)
-        return StationaryPoint(run, lambda state, d, c: self._through(run, state, d, c)[0])
+        solver, final = self._after_inner_loop(run)
+        return StationaryPoint(run, final, lambda state, d, c: self._through(run, solver, state, d, c)[0])
 
     def _estimate(self, run: Unroll) -> Estimate:
         self._problem_of(run)
-        state: Descent = run.final_state()
+        solver, state = self._after_inner_loop(run)
         value, d, c = run.outer_cotangents(state)
-        grad, diagnostics = self._through(run, state, d, c)
+        grad, diagnostics = self._through(run, solver, state, d, c)
         return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
 
     def _problem_of(self, run: Unroll) -> GradientDescent:
@@ -97,8 +99,17 @@ class Implicit(Estimator):
             )
         return problem
 
+    def _after_inner_loop(self, run: Unroll) -> tuple[LinearSolver, Descent]:
+        """Return θ_T, and the solver, made from the gradients on the way if it needs them."""
+        if not self.solver.gradients_wanted:
+            return self.solver, run.final_state()
+        last: deque[list[Tensor | None]] = deque(maxlen=self.solver.gradients_wanted)
+        state: Descent = run.final_state(seen=last.append)
+        gradients = [trees.detach(autodiff.fill_zeros(gradient, state.params)) for gradient in last]
+        return self.solver.with_gradients(gradients), state
+
     def _through(
-        self, run: Unroll, state: Descent, d: Sequence[Tensor], c: list[Tensor]
+        self, run: Unroll, solver: LinearSolver, state: Descent, d: Sequence[Tensor], c: list[Tensor]
     ) -> tuple[list[Tensor], dict[str, float]]:
         """Return c − λᵀY with Hλ = d, and what the solver observed."""
         problem, reached = self._problem_of(run), list[bool]()
@@ -111,7 +122,7 @@ class Implicit(Estimator):
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
 
         with trees.without_autocast():
-            solution = self.solver.solve(hessian, d)
+            solution = solver.solve(hessian, d)
         if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
             raise NonFiniteError(
                 f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, or a "
@@ -135,12 +146,13 @@ class StationaryPoint(ReversePass):
     def __init__(
         self,
         run: Unroll,
+        state: Descent,
         through: Callable[[Descent, Sequence[Tensor], list[Tensor]], list[Tensor]],
     ) -> None:
         """`through(state, d, c)` returns c + d · dθ_T/dφ."""
         self._run, self._through = run, through
         self.from_start = False
-        self.state: Descent = run.final_state()
+        self.state = state
 
     def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
         return self._through(last, d, [torch.zeros_like(leaf) for leaf in trees.leaves(self._run.meta)])

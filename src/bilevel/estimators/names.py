@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.variates import CoarserProblem, RunningMean, Variate
-from bilevel.solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
+from bilevel.solvers import ConjugateGradient, EmpiricalFisher, LinearSolver, Neumann, Nystrom
 
-SOLVERS: tuple[type[LinearSolver], ...] = (ConjugateGradient, Neumann, Nystrom)
+SOLVERS: tuple[type[LinearSolver], ...] = (ConjugateGradient, Neumann, Nystrom, EmpiricalFisher)
 """The solvers that a text may name."""
 VARIATES: tuple[type[Variate], ...] = (CoarserProblem, RunningMean)
 """The control variates, besides estimators, that a text may name."""

@@ -41,6 +41,15 @@ class LinearSolver(ABC):
     def products(self) -> int:
         """The largest number of products with H that one solution takes; the planner uses it."""
 
+    @property
+    def gradients_wanted(self) -> int:
+        """How many of the last inner gradients the solver is made from; most are made from none."""
+        return 0
+
+    def with_gradients(self, gradients: Sequence[Vector]) -> LinearSolver:  # noqa: ARG002
+        """Return the solver made from inner gradients, the newest last."""
+        return self
+
     @abstractmethod
     def solve(self, product: MatrixProduct, b: Sequence[Tensor]) -> Solution:
         """Compute x with Hx ≈ b.

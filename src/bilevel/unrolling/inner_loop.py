@@ -226,17 +226,21 @@ class InnerLoop:
             state = trees.detach(self.step(t, state, self.meta))
         return state
 
-    def final_state(self) -> Tree:
+    def final_state(self, seen: Callable[[list[Tensor | None]], None] | None = None) -> Tree:
         """Compute θ_T, without a graph.
 
         At the first call for each problem, the first and the last step are computed twice and compared.
 
+        `seen` is given the inner gradient of each step, if the problem has an inner loss.
+
         Raises:
             ReplayError: a step gave another state when it was computed again.
         """
-        state = self.start()
+        state, descent = self.start(), self.problem.as_gradient_descent
         for t in range(self.steps):
-            before, state = state, self.descend(state, t, t + 1)
+            watched = nullcontext() if seen is None or descent is None else descent.gradients_seen_by(seen)
+            with watched:
+                before, state = state, self.descend(state, t, t + 1)
             require_repeatable(self, t, before, state)
         return state
 
