@@ -33,6 +33,15 @@ def parse(program: str, description: str, arguments: Sequence[str], **defaults: 
     return [type(default)(**vars(getattr(parsed, name))) for name, default in defaults.items()]
 
 
+def flag(name: str) -> str:
+    """Return the flag of a field.
+
+    >>> flag("outer_steps")
+    '--outer-steps'
+    """
+    return "--" + name.replace("_", "-")
+
+
 def choice(name: str, options: Sequence[str], default: str, title: str, help_text: str) -> Any:
     """Return an instance of a dataclass with one field, whose value is one of several words."""
     import tyro

@@ -1,4 +1,4 @@
-"""The command `bilevel`: list, run, compare, check, plan, report."""
+"""The command `bilevel`: list, run, compare, check, plan, report, completion."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from bilevel import __version__, distributed, trees
+from bilevel import __version__, checks, distributed, trees
 from bilevel.checking.check import check
-from bilevel.cli import arguments
+from bilevel.cli import arguments, completion
 from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
@@ -39,11 +39,14 @@ _USAGE = """usage: bilevel COMMAND ...
   plan TASK [options]     memory and time of every estimator, and which one to take
   plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
   report DIR              make the report of a finished run again
+  completion bash         print a script that completes commands and options in a shell
 
 Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
 the run goes on from its checkpoint when one of them dies.
-`bilevel run TASK --help` shows a task's options, `bilevel --version` the version."""
+`bilevel run TASK --help` shows all options of a task, `bilevel --version` the version."""
 
+_BROKEN_PIPE = 141
+"""128 and the number of SIGPIPE, the exit code that a shell reports for a program whose reader has gone."""
 _OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "scipy", "tensorboard"}
 _LANGUAGE_PACKAGES = {"transformers", "tokenizers", "peft"}
 
@@ -89,6 +92,17 @@ class CheckOptions:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. What a user can put right ends with one message and exit code 1 (2 for a wrong command)."""
+    try:
+        try:
+            _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        raise SystemExit(_BROKEN_PIPE) from None
+
+
+def _main(argv: Sequence[str] | None) -> None:
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if command == "--version":
         print(f"bilevel {__version__}")
@@ -100,13 +114,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "check": _check,
         "plan": _plan,
         "report": _report,
+        "completion": _completion,
     }
     helps = ("-h", "--help")
-    if command in (*helps, "help") or (command in commands and rest[:1] in ([h] for h in helps)):
+    if command in (*helps, "help") or (command in commands and command != "run" and rest[:1] in ([h] for h in helps)):
         print(_USAGE)
         return
     if command not in commands:
-        _fail(f"there is no command {command!r}\n\n{_USAGE}", code=2)
+        _fail(f"there is no command {command!r}{checks.did_you_mean(command, commands)}\n\n{_USAGE}", code=2)
     rank = distributed.rank_in_environment()
     if rank and command != "run":  # only a run has anything to share
         return
@@ -120,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             extra = "lm" if package in _LANGUAGE_PACKAGES else "tasks"
             _fail(f"this needs the package {package}: pip install 'bilevel[{extra}]'", code=1)
+        except BrokenPipeError:
+            raise
         except (BilevelError, ValueError, OSError) as error:
             _fail(str(error), code=1)
         except KeyboardInterrupt as error:
@@ -163,6 +180,9 @@ def _run(rest: list[str]) -> None:
     from bilevel.tasks import run_folder, running
     from bilevel.tasks.options import RunOptions
 
+    if rest[:1] in (["-h"], ["--help"]):
+        print(f"{_USAGE}\n\nOptions that all tasks share:\n\n{_common_options()}")
+        return
     task, preset = _task_and_preset("run", rest)
     _, options, config, settings = arguments.parse(
         f"bilevel run {task.name}",
@@ -305,7 +325,10 @@ def _with_interval(row: compare.ComparisonRow, name: str) -> str:
 def _plan(rest: list[str]) -> None:
     from bilevel.cli import plan_command
 
-    if not rest or rest[0].startswith("-"):
+    if not rest:
+        print(plan_command.USAGE)
+        return
+    if rest[0].startswith("-"):
         (sizes,) = arguments.parse("bilevel plan", plan_command.FROM_SIZES, rest, sizes=plan_command.SizeOptions())
         plan_command.show(plan_command.plan_from_sizes(sizes), "from sizes", in_units=True)
         return
@@ -336,6 +359,29 @@ def _report(rest: list[str]) -> None:
     print(f"report: {running.write_report(TASKS[name], folder)}")
 
 
+def _completion(rest: list[str]) -> None:
+    if rest != ["bash"]:
+        raise ValueError("usage: bilevel completion bash; zsh takes the same script after bashcompinit")
+    print(completion.bash_script())
+
+
+def _common_options() -> str:
+    """Return a line or two for each option that `bilevel run` has for every task."""
+    from docstring_parser import parse_from_object
+
+    from bilevel.tasks.options import RunOptions
+
+    lines = ["  --preset NAME\n      The configuration to start from; `bilevel list` names them."]
+    kinds = {"int": " INT", "float": " FLOAT", "Path": " DIR", "bool": ""}
+    texts = {found.arg_name: found.description for found in parse_from_object(RunOptions).params}
+    for option in fields(RunOptions):
+        kind = str(option.type).removesuffix(" | None")
+        flag = arguments.flag(option.name) + (f" {name}" if (name := option.metadata.get("metavar")) else kinds[kind])
+        default = "" if option.default is None or option.default is False else f" (default: {option.default})"
+        lines.append(f"  {flag}\n      {texts[option.name]}{default}")
+    return "\n".join(lines)
+
+
 def _task_and_preset(command: str, rest: list[str]) -> tuple[Task[Any], str]:
     """The task that the first argument names, and the preset that --preset names among the others.
 
@@ -344,7 +390,7 @@ def _task_and_preset(command: str, rest: list[str]) -> tuple[Task[Any], str]:
     from bilevel.tasks.registry import TASKS
 
     if not rest or rest[0] not in TASKS:
-        wrong = f"there is no task {rest[0]!r}" if rest else "a task is needed"
+        wrong = f"there is no task {rest[0]!r}{checks.did_you_mean(rest[0], TASKS)}" if rest else "a task is needed"
         raise ValueError(f"{wrong}; there are {', '.join(TASKS)}: bilevel {command} {next(iter(TASKS))} [options]")
     task = TASKS[rest[0]]
     preset = next(iter(task.presets))
@@ -354,7 +400,8 @@ def _task_and_preset(command: str, rest: list[str]) -> tuple[Task[Any], str]:
         elif flag.startswith("--preset="):
             preset = flag.removeprefix("--preset=")
     if preset not in task.presets:
-        raise ValueError(f"{task.name} has no preset {preset!r}; there are {', '.join(task.presets)}")
+        meant = checks.did_you_mean(preset, task.presets)
+        raise ValueError(f"{task.name} has no preset {preset!r}{meant}; there are {', '.join(task.presets)}")
     return task, preset
 
 

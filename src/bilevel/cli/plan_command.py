@@ -17,6 +17,18 @@ from bilevel.planning import planner
 if TYPE_CHECKING:
     from bilevel.tasks.task import Setup
 
+USAGE = """usage: bilevel plan TASK [--memory 4GB] [options]
+       bilevel plan --params M --meta-params N --steps T [--memory 80GB] [options]
+
+The first form measures one inner step of a task and predicts the memory and the time of every estimator on it. The
+second form needs no task and no machine: it counts from the number of inner parameters M, of meta parameters N and of
+inner steps T. Both recommend an estimator and say why. For example:
+
+  bilevel plan condensation --memory 20MB
+  bilevel plan --params 1.5e9 --meta-params 8e7 --steps 48 --workers 64 --memory 80GB
+
+`bilevel list` names the tasks; `bilevel plan --params 1 --help` and `bilevel plan TASK --help` show all options. In a
+program, bilevel.plan(problem, meta, inner_batches, outer_batch, memory="8GB") does the same for your own problem."""
 FROM_SIZES = "Memory and time of every estimator from sizes alone; times in units of one inner gradient."
 
 
@@ -40,11 +52,11 @@ class PlanOptions:
 class SizeOptions:
     """Options of `bilevel plan` without a task."""
 
-    params: float = 1e6
+    params: float | None = None
     """M, inner parameters, such as 1.5e9."""
-    meta_params: float = 1e3
+    meta_params: float | None = None
     """N, meta parameters."""
-    steps: int = 100
+    steps: int | None = None
     """T, inner steps."""
     memory: str = "80GB"
     """Memory that a worker may use beyond the model and the data."""
@@ -76,14 +88,19 @@ def plan_task(setup: Setup, options: PlanOptions) -> planner.Plan:
 
 def plan_from_sizes(options: SizeOptions) -> planner.Plan:
     """Return the plan that follows from sizes alone."""
-    for name in ("params", "meta_params"):
-        if not 1 <= getattr(options, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: a number of at least 1 is needed")
-    whole_number(options.steps, "steps")
+    params, meta_params, steps = options.params, options.meta_params, options.steps
+    if params is None or meta_params is None or steps is None:
+        sizes = {"--params": params, "--meta-params": meta_params, "--steps": steps}
+        missing = ", ".join(flag for flag, size in sizes.items() if size is None)
+        raise ValueError(f"{missing} missing: a plan from sizes needs --params, --meta-params and --steps\n\n{USAGE}")
+    for flag, size in (("--params", params), ("--meta-params", meta_params)):
+        if not 1 <= size < float("inf"):
+            raise ValueError(f"{flag} {size}: a number of at least 1 is needed")
+    whole_number(steps, "steps")
     return planner.plan_from_sizes(
-        options.params,
-        options.meta_params,
-        options.steps,
+        params,
+        meta_params,
+        steps,
         memory=options.memory,
         directions=options.directions,
         workers=options.workers,

@@ -1,0 +1,95 @@
+"""The pages: their code runs and prints what they say, every public name has a place, and the site builds strictly."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pages
+import pytest
+
+import bilevel
+
+NUMBER = re.compile(r"[-+]?\d+\.\d+(?:e[-+]\d+)?")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages.with_code())
+def test_the_code_of_a_page_runs_and_prints_what_the_page_says(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for block in pages.blocks(page):
+        out = StringIO()
+        with redirect_stdout(out):
+            exec(compile("\n" * (block.line - 1) + block.code, str(pages.DOCS / page), "exec"), names)
+        if block.printed is not None:
+            assert_same_but_for_rounding(out.getvalue(), block.printed)
+
+
+def assert_same_but_for_rounding(printed: str, shown: str) -> None:
+    """Words and whole numbers are equal; other numbers agree within a tenth, since machines round differently."""
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
+    found, expected = ([float(number) for number in NUMBER.findall(text)] for text in (printed, shown))
+    assert found == pytest.approx(expected, rel=0.1, abs=0.02)
+
+
+def test_a_page_that_shows_another_number_is_found() -> None:
+    assert_same_but_for_rounding("loss 0.5012 of 3", "loss 0.49 of 3")
+    for shown in ("loss 0.6 of 3", "loss 0.5 of 4", "error 0.5 of 3"):
+        with pytest.raises(AssertionError):
+            assert_same_but_for_rounding("loss 0.5012 of 3", shown)
+
+
+def test_the_pages_with_code_are_found() -> None:
+    assert {"start.md", "choose.md", "coming_from.md", "guides/troubleshooting.md"} <= set(pages.with_code())
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (pages.DOCS / "reference").glob("*.md"))
+    shown = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    modules = ((bilevel, "bilevel"), (bilevel.experimental, "bilevel.experimental"))
+    public = {f"{name}.{each}" for module, name in modules for each in module.__all__}
+    public -= {"bilevel.errors", "bilevel.experimental"}
+    errors = {
+        f"bilevel.errors.{n}"
+        for n, e in vars(bilevel.errors).items()
+        if isinstance(e, type) and e.__module__ == "bilevel.errors"
+    }
+    stable = re.findall(
+        r"^\| `(\w+)` \| `(bilevel[\w.]*)` \|", (pages.DOCS / "stability.md").read_text(), flags=re.MULTILINE
+    )
+    received = {f"{module}.{name}" for name, module in stable}
+    assert received
+    assert public | errors | received == set(shown)
+
+
+def test_every_picture_has_a_text() -> None:
+    for page in [pages.ROOT / "README.md", *pages.DOCS.rglob("*.md")]:
+        for alternative in re.findall(r"!\[([^\]]*)\]\(", page.read_text(encoding="utf-8")):
+            assert len(alternative) > 10, page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is in the extra docs")
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=pages.ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site" / "reference" / "estimators" / "index.html").read_text(encoding="utf-8")
+    assert 'id="bilevel.ForwardGradient"' in reference
+    assert "standard_error" in reference
