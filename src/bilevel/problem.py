@@ -288,7 +288,7 @@ class GradientDescent(BilevelProblem):
         checks.a_function(outer_loss, "outer_loss", "outer_loss(params, meta, batch)")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"optimizer is {described(optimizer)}; every solve binds it to parameters anew, so name the class and "
+                f"optimizer is {described(optimizer)}; every solve binds it to new parameters, so name the class and "
                 "its settings: optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1)"
             )
         optimizer.require_differentiable()

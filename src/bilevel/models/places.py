@@ -253,7 +253,7 @@ def _observing(layer: nn.Module) -> OrderedDict[int, Any]:
             if hook(*args) is not None:
                 raise ValueError(
                     f"a hook from register_full_backward_hook on a {type(layer).__name__} changes gradients, and the "
-                    "derivative of what it does is not known; it may look at them and return None. To change the "
+                    "derivative of what it does is not known; it may read gradients and return None. To change the "
                     "gradient of a parameter write parameter.register_hook with a differentiable function"
                 )
 

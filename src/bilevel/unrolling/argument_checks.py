@@ -21,7 +21,7 @@ def outside_of_inference_mode() -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "called inside torch.inference_mode(), where nothing has a derivative; call estimators outside of it "
-            "(torch.no_grad() does no harm)"
+            "(torch.no_grad() has no effect on them)"
         )
 
 
