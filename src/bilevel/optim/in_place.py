@@ -21,6 +21,7 @@ from bilevel.trees import Tree
 class InPlaceOptimizer:
     """An optimiser bound to leaf tensors, whose settings may depend on the meta parameters and the step.
 
+    >>> import torch
     >>> from bilevel.optim.update_rule import optimizer
     >>> theta = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> bound = InPlaceOptimizer(optimizer(torch.optim.SGD, lr=0.5), [theta], theta)
