@@ -150,7 +150,7 @@ class ChangesInPlace:
 
     def _note(self, value: Any) -> None:
         if isinstance(value, Tensor):
-            if not value.is_inference():  # those have no version
+            if not value.is_inference():  # inference tensors have no version count
                 self._tensors.append((value, value._version))
         elif isinstance(value, np.ndarray):
             self._arrays.append((value, value.copy()))
@@ -162,7 +162,7 @@ class ChangesInPlace:
                 self._note(each)
 
     def found(self) -> dict[str, Tensor | np.ndarray]:
-        """What was changed in place, by name."""
+        """Return the tensors and arrays that were changed in place since, by name."""
         changed: list[Any] = [tensor for tensor, version in self._tensors if tensor._version != version]
         for array, before in self._arrays:
             if not np.array_equal(array, before, equal_nan=array.dtype.kind in "fc"):
@@ -177,12 +177,12 @@ class ChangesInPlace:
                 yield from self._named(each, name + place, wanted)
 
     def memory(self) -> set[int]:
-        """The addresses of all tensors and arrays."""
+        """Return the addresses in memory of all tensors and arrays."""
         return {address(data) for data, _ in (*self._tensors, *self._arrays)}
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
-    """What a container of a batch holds, or the data in the attributes of an object, each with how it is reached."""
+    """Return the items of a container of a batch, or the data in an object's attributes, each with its expression."""
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", each) for key, each in value.items()]
     if isinstance(value, list | tuple):

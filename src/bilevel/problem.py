@@ -288,7 +288,7 @@ class GradientDescent(BilevelProblem):
         checks.a_function(outer_loss, "outer_loss", "outer_loss(params, meta, batch)")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"optimizer is {described(optimizer)}; every solve binds it to parameters anew, so name the class and "
+                f"optimizer is {described(optimizer)}; every solve binds it to new parameters, so name the class and "
                 "its settings: optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1)"
             )
         optimizer.require_differentiable()
@@ -529,11 +529,11 @@ class GradientDescent(BilevelProblem):
         return found
 
     def objective_by_meta(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
-        """Compute ∂/∂φ of what the inner loop descends on, at fixed parameters.
+        """Compute ∂/∂φ of the function that the inner loop minimises, at fixed parameters.
 
         The objective is ±inner_loss (minus for `maximize=True`), plus λ‖θ‖²/2 for coupled weight decay λ;
         `stationarity` is its gradient with respect to θ. First derivatives are enough, so fused kernels and activation
-        checkpointing work. An entry is `None` where the objective does not reach the leaf of φ.
+        checkpointing work. An entry is `None` if the objective does not reach the leaf of φ.
         """
         self.require_no_hooks(state.params)
         parts, tensors = trees.split(meta), trees.split(state.params).differentiable
@@ -604,7 +604,10 @@ class GradientDescent(BilevelProblem):
             return self._outer_loss(params, presented(meta), batch)
 
     def presented(self, state: Descent) -> Descent:
-        """A state as users see it: its parameters in the form in which they were passed, modules with their buffers."""
+        """Return a state as users see it, with parameters in the form in which they were passed.
+
+        Modules have the buffers of the state.
+        """
         return state._replace(params=with_buffers(state.params, state.buffers, is_final=True)[0])
 
     def _inner(self, params: Tree, meta: Tree, batch: Any, buffers: Tree) -> tuple[Tensor, Tree]:

@@ -68,7 +68,10 @@ class Split:
     _kinds: str
 
     def without_differentiable(self) -> Split:
-        """The same without the tensors that `rebuild` takes in any case, so that they are not held."""
+        """Return a copy without the differentiable tensors, which are then not kept in memory.
+
+        `rebuild` receives these tensors as an argument in any case.
+        """
         return replace(self, differentiable=[])
 
     def rebuild(self, differentiable: Sequence[Tensor], other: Sequence[Tensor] | None = None) -> Tree:

@@ -55,7 +55,7 @@ def _advice(error: Exception, directions: int) -> str | None:
         return (
             "activation checkpointing (torch.utils.checkpoint, gradient_checkpointing_enable) computes layers again in "
             "the backward pass, and that can't be differentiated; switch it off (Reverse('sqrt') and ForwardGradient "
-            "keep the activations of one inner step alone), wrap layers in bilevel.experimental.Recomputed(layer) to "
+            "keep only the activations of one inner step), wrap layers in bilevel.experimental.Recomputed(layer) to "
             "keep less, or take ForwardGradient(..., tangents='difference') or ZerothOrder(...)"
         )
     if "nference tensor" in message:
@@ -75,9 +75,9 @@ def _advice(error: Exception, directions: int) -> str | None:
         )
     if function is not None and "setup_context" in message:
         return (
-            f"the custom autograd.Function {function.__name__!r} saves for its derivative in forward(ctx, ...), which "
-            "function transforms do not take; give it a static method setup_context(ctx, inputs, output), and forward "
-            "without ctx"
+            f"the custom autograd.Function {function.__name__!r} saves tensors for its derivative in forward(ctx, "
+            "...), which function transforms do not support; give it a static method setup_context(ctx, inputs, "
+            "output), and a forward without ctx"
         )
     if function is not None and lacks_jvp and ("jvp function" in message or "vmap" in message):
         return (
@@ -86,8 +86,8 @@ def _advice(error: Exception, directions: int) -> str | None:
         )
     if directions > 1 and ("vmap" in message or "atching rule not implemented" in message):
         return (
-            f"{directions} directions are carried at once by torch.vmap, which does not take this model ({message}); "
-            "take them one by one with chunk_size=1"
+            f"{directions} directions are carried at once by torch.vmap, which does not support this model "
+            f"({message}); take them one by one with chunk_size=1"
         )
     return None
 

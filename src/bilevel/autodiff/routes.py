@@ -56,7 +56,7 @@ def push_forward_or_refuse(
     except RuntimeError as error:
         first_line = (str(error).splitlines() or [repr(error)])[0]
         raise MissingDerivativeError(
-            f"forward mode does not take this loss ({first_line}), {FORWARD_MODE}, or Reverse()"
+            f"forward mode does not support this loss ({first_line}), {FORWARD_MODE}, or Reverse()"
         ) from error
 
 

@@ -269,7 +269,7 @@ def _watched_hook(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[
         if hook(gradient) is not None:
             raise MissingDerivativeError(
                 f"the hook {_name(hook)!r}, registered on a tensor inside a loss, changes the gradient, and a second "
-                "backward pass would go through it again; take ForwardGradient(..., tangents='difference') or "
+                "backward pass would call it again; take ForwardGradient(..., tangents='difference') or "
                 "ZerothOrder(...), or leave the hook out"
             )
 

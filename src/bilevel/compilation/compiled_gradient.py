@@ -230,7 +230,7 @@ class CompiledGradient:
             raise CompileError(
                 f"the backend {self.backend!r} of torch.compile failed on inner_loss: {type(error).__name__}: "
                 f"{_first_line(error)}. On a CPU, inductor needs a C++ compiler (g++ or clang++ on PATH, or the "
-                "variable CXX), on a GPU Triton; compile='aot_eager' does without, at no gain in speed; or leave "
+                "variable CXX), on a GPU Triton; compile='aot_eager' needs neither and is not faster; or leave "
                 "compile=False"
             ) from error
         return lambda inputs: made(*inputs)
@@ -306,7 +306,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise MissingDerivativeError(
-                "a compiled inner gradient is differentiated once, and a second derivative of it was asked for; "
+                "a compiled inner gradient can be differentiated only once, and a second derivative is needed; "
                 "take compile=False"
             )
         case: _Case = ctx.case

@@ -114,8 +114,8 @@ def _outline(module: nn.Module) -> Hashable:
     for layer in module.modules():
         if isinstance(layer, Recomputed):
             raise CompileError(
-                "a Recomputed layer has no effect in a compiled gradient, which decides itself what to keep; use the "
-                "layer without it, or leave compile=False"
+                "a Recomputed layer has no effect in a compiled gradient, because the compiler decides what to keep; "
+                "use the layer without it, or leave compile=False"
             )
         found.append((type(layer), layer.training, layer.extra_repr()))
     return tuple(found)

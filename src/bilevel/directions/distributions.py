@@ -236,5 +236,5 @@ class Directions:
         if self.distribution.by_leaf and self.count % len(self.like):
             raise ValueError(
                 f'directions={self.count} with distribution="{self.name}": each of the {len(self.like)} tensors in '
-                f"meta takes its turn, so take a multiple of {len(self.like)}"
+                f"meta needs as many directions, so take a multiple of {len(self.like)}"
             )

@@ -167,9 +167,15 @@ def _view(module: nn.Module, prefix: str, memory: Memory | None, initial: Initia
 def with_buffers(
     tree: Tree, buffers: Mapping[str, Tensor] | tuple[()], is_final: bool = False
 ) -> tuple[Tree, dict[str, Cell]]:
-    """The tree as the user wrote it, its modules with copies of an inner state's buffers, and the cells of these.
+    """Return the tree as the user wrote it, with copies of an inner state's buffers in its modules.
 
-    `is_final` marks views that are called outside of losses.
+    Args:
+        tree: the tree of views and tensors.
+        buffers: the buffers of an inner state by name.
+        is_final: whether the views are called outside of losses.
+
+    Returns:
+        The tree, and the cells of the copies by name.
     """
     tree = presented(tree)
     if not buffers:

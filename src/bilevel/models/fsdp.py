@@ -81,8 +81,8 @@ def uncalled(module: nn.Module) -> Iterator[None]:
     def refuse(layer: nn.Module, *_: Any) -> None:
         raise ValueError(
             f"a method or property of {type(module).__name__} calls its layer {type(layer).__name__}, to which "
-            "fully_shard was applied; with a sharded module, losses call the module itself, model(...), and its "
-            "forward does the rest"
+            "fully_shard was applied; with a sharded module, a loss must call the module itself, "
+            "model(...), and the module's forward must contain that method's computation"
         )
 
     hooks = [layer.register_forward_pre_hook(refuse, prepend=True) for layer in _sharded_layers(module)]

@@ -52,9 +52,9 @@ _HELD = _Held()
 
 
 class held:  # noqa: N801  (a context manager, named like a function)
-    """Context in which other threads that use one of the modules, or a layer of it, wait.
+    """Context during which other threads that use one of the modules, or a layer of it, wait.
 
-    Locks are taken in the order of their numbers, so that two threads never wait for each other. Entered once.
+    Locks are acquired in the order of their numbers, so that two threads cannot block each other. Entered once.
     """
 
     __slots__ = ("_before", "_locks", "_taken")
@@ -90,5 +90,5 @@ class held:  # noqa: N801  (a context manager, named like a function)
 
 
 def locked(module: nn.Module) -> held:
-    """Context in which no other thread uses the module, or a layer of it."""
+    """Context during which no other thread uses the module, or a layer of it."""
     return held([ModuleLock(module)])

@@ -56,7 +56,7 @@ class ModuleView:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._layout.sharded:
-            fsdp.reshard(self.module)  # a loss may have called it too, past this view
+            fsdp.reshard(self.module)  # a loss may also have called the module itself
             tensors = {parameter: self.named_tensors[name] for parameter, name in self._layout.names.items()}
             return fsdp.call(self.module, tensors, args, kwargs)
         with self.standing_in():
@@ -98,7 +98,7 @@ class ModuleView:
         return f"ModuleView({type(self.module).__name__}{', ' * bool(shapes)}{shapes})"
 
     def standing_in(self) -> AbstractContextManager[Any]:
-        """Context in which the view's tensors stand in the places of the module's own."""
+        """Context in which the module holds the view's tensors in place of its own."""
         there = standing(self._layout, self.named_tensors, self._cells)
         if not (self._is_final and any(cell.value.requires_grad for cell in self._cells.values())):
             return there
@@ -162,7 +162,7 @@ class _Iterated:
 def view_of(
     layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell], is_final: bool = False
 ) -> ModuleView:
-    """A view whose places were found before.
+    """Return a view with a layout that is already known.
 
     With `is_final`, it belongs to a final state, and is called outside of losses. Running statistics with a derivative
     are then updated as in a loss, since PyTorch's own kernels do not take them.

@@ -156,9 +156,10 @@ def _places_of(module: nn.Module, parameters: Mapping[nn.Parameter, str]) -> lis
 
 
 class standing:  # noqa: N801  (a context manager, named like a function)
-    """Context in which tensors stand in the places of a module; on leaving, its own tensors stand there again.
+    """Context in which a module holds other tensors. Its own tensors are restored at the end.
 
-    What the module assigned to its memory meanwhile (`self.average = ...`) is then the value of the cell. Entered once.
+    A value that the module assigns to its memory meanwhile (`self.average = ...`) becomes the value of the cell.
+    Entered once.
     """
 
     __slots__ = ("_as_written", "_cells", "_held", "_layout", "_swaps", "_tensors")
@@ -253,7 +254,7 @@ def _observing(layer: nn.Module) -> OrderedDict[int, Any]:
             if hook(*args) is not None:
                 raise ValueError(
                     f"a hook from register_full_backward_hook on a {type(layer).__name__} changes gradients, and the "
-                    "derivative of what it does is not known; it may look at them and return None. To change the "
+                    "derivative of what it does is not known; it may read gradients and return None. To change the "
                     "gradient of a parameter write parameter.register_hook with a differentiable function"
                 )
 
@@ -267,13 +268,13 @@ def _observing(layer: nn.Module) -> OrderedDict[int, Any]:
 
 
 class ModulesInUse:
-    """A context manager for losses, one after the other: modules are locked, and keep their modes.
+    """A context manager for losses, which can be used several times. It locks modules and restores their modes.
 
-    Steps are computed more than once, in any order, so nothing that a loss does to its modules may outlast it.
-    On leaving, the modules are switched to the modes that they had when this object was made.
+    Steps are computed more than once and in any order, so no change that a loss makes to its modules may remain. At the
+    end of the context, the modules have the training modes that they had when this object was made.
 
     Raises:
-        ValueError: on leaving, if a loss changed a tensor of a module that is no part of the inner state.
+        ValueError: a loss changed a tensor of a module that is not part of the inner state. It is raised at the end.
     """
 
     def __init__(self, layouts: Sequence[Layout]) -> None:

@@ -1,7 +1,7 @@
 """An optimiser that updates parameters in place, as in a training loop without this library.
 
-Where nobody asks for a derivative, the class's own `step` on ordinary leaf tensors is faster than an update that leaves
-its arguments as they were. The numbers are those of `Optimizer.update` but for rounding.
+If no derivative is needed, the class's own `step` on ordinary leaf tensors is faster than an update that does not
+change its arguments. The numbers are those of `Optimizer.update` up to rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bilevel.trees import Tree
 class InPlaceOptimizer:
     """An optimiser bound to leaf tensors, whose settings may depend on the meta parameters and the step.
 
+    >>> import torch
     >>> from bilevel.optim.update_rule import optimizer
     >>> theta = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> bound = InPlaceOptimizer(optimizer(torch.optim.SGD, lr=0.5), [theta], theta)
@@ -30,7 +31,13 @@ class InPlaceOptimizer:
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], params: Tree) -> None:
-        """`parameters` are leaf tensors, updated in place; `params` is the tree whose leaves they are."""
+        """Bind an optimiser to parameters.
+
+        Args:
+            optimizer: the optimiser.
+            parameters: leaf tensors, which are updated in place.
+            params: the tree whose leaves they are.
+        """
         self._optimizer, self._parameters, self._params = optimizer, list(parameters), params
         self._updates = [0] * len(self._parameters)
         self._steps = 0
@@ -41,7 +48,7 @@ class InPlaceOptimizer:
         self._bound = optimizer.bound_to(groups)
 
     def step(self, gradients: Sequence[Tensor | None], meta: Tree) -> None:
-        """Make the next step. A parameter whose gradient is `None` is left alone."""
+        """Make the next step. A parameter whose gradient is `None` is left unchanged."""
         optimizer = self._optimizer
         if optimizer.clipping.is_on:
             gradients = optimizer.clipping(gradients, meta)
@@ -66,7 +73,7 @@ class InPlaceOptimizer:
             group.update(settings)
 
     def state(self) -> OptimizerState:
-        """Return what the optimiser remembers, as `Optimizer.update` does; every parameter is a bucket of its own."""
+        """Return the optimiser's memory in the form of `Optimizer.update`. Every parameter has its own bucket."""
         memories = [dict(self._bound.state.get(parameter, {})) for parameter in self._parameters]
         return [
             BucketState((number,), updates, self._optimizer.memory_of(parameter, memory, updates))

@@ -28,12 +28,12 @@ from bilevel.unrolling.unroll import Unroll, unroll
 _TRUNCATION = 10
 _FEW = 16
 _USABLE = 0.1
-"""The signal-to-noise ratio from which on a random estimate is preferred to a biased one. An outer optimiser with the
-usual momentum of 0.9 averages some ten estimates, and ten of this ratio have as much signal as noise."""
+"""The signal-to-noise ratio above which a random estimate is preferred to a biased one. An outer optimiser with the
+usual momentum of 0.9 averages about ten estimates. Ten estimates with this ratio have as much signal as noise."""
 _BIASED = (TruncatedReverse, HessianFree, Implicit, Penalty)
-"""Biased methods in the order of recommendation. Truncation needs neither convergence nor curvature, and its bias falls
-with its steps; `HessianFree` needs neither either; `Implicit` is wrong unless the inner loop has come to rest, and
-`Penalty` besides by O(1/λ)."""
+"""Biased methods in the order of recommendation. Truncation needs neither convergence nor curvature, and its bias
+decreases with its number of steps. `HessianFree` needs neither of them. `Implicit` is wrong unless the inner loop has
+converged. `Penalty` also needs convergence, and has a further error of O(1/λ)."""
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 

@@ -65,7 +65,9 @@ def claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[N
         yield
         return
     if _has_begun(folder):
-        raise FileExistsError(f"{folder} holds a run without {CONFIG}, so not one of this command; take another --out")
+        raise FileExistsError(
+            f"{folder} holds a run without {CONFIG}, which this command did not write; take another --out"
+        )
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         write_json(path, config)

@@ -70,7 +70,8 @@ class Draws:
     outer_batch: Any
     seed: int
     stream: bool | int = False
-    """Whether the inner loop goes on from estimate to estimate; a whole number starts it over after so many."""
+    """Whether each estimate continues the inner loop of the estimate before. With a whole number n, the inner loop
+    starts again after every n estimates."""
     draws: int = 0
     """The number of estimates made so far."""
     carried: WindowEnd | None = None

@@ -57,12 +57,12 @@ def state(loop: OuterLoop) -> dict[str, Any]:
 
 
 def restore(loop: OuterLoop, content: Mapping[str, Any]) -> None:
-    """Restore a loop to a `state`."""
+    """Restore an outer loop from the result of `state`."""
     with torch.no_grad():
         for parameter, value in zip(loop.parameters, content["meta"], strict=True):
             parameter.copy_(value)
     loop.torch_optimizer.load_state_dict(content["optimizer"])
-    # PyTorch casts what it loads to the parameter's dtype; but NAdam's running product, for one, has its own.
+    # PyTorch casts loaded tensors to the parameter's dtype, but some of them (NAdam's running product) have another.
     for index, remembered in content["optimizer"]["state"].items():
         memory = loop.torch_optimizer.state[loop.parameters[index]]
         for name, value in remembered.items():
@@ -104,8 +104,9 @@ def _as_dict(carried: WindowEnd) -> dict[str, Any]:
 
 
 def _carried_from(loop: OuterLoop, content: Mapping[str, Any]) -> WindowEnd:
-    """Return what `_as_dict` stored, with the inner state on the devices where this problem has it, and the memory on
-    the device of the inner state.
+    """Return the end of a window from the result of `_as_dict`. This is its inverse.
+
+    The inner state is on the devices on which this problem has it, and the memory is on the device of the inner state.
     """
     draws = loop.draws
     inner, outer = draws.batches(draws.draws)

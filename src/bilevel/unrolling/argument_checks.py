@@ -21,7 +21,7 @@ def outside_of_inference_mode() -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "called inside torch.inference_mode(), where nothing has a derivative; call estimators outside of it "
-            "(torch.no_grad() does no harm)"
+            "(torch.no_grad() has no effect on them)"
         )
 
 
@@ -129,7 +129,7 @@ def _versioned(tree: Tree) -> list[Tensor]:
 
 
 def changed_in_place(what: str) -> str:
-    """Return the message for a loss or step that writes into what it was given."""
+    """Return the message for a loss or step that writes into its arguments."""
     return (
         f"a step or loss changes {what} in place; states are kept and steps are computed more than once, so nothing "
         "that is passed in may change: return a new tensor (state * 0.9 instead of state.mul_(0.9)), or work on a copy "
@@ -138,7 +138,11 @@ def changed_in_place(what: str) -> str:
 
 
 class nothing_kept:  # noqa: N801  (a context manager, named like a function)
-    """Context manager that names the cause where a tensor of an earlier step was kept, and PyTorch fails at it."""
+    """Context manager that explains PyTorch's error about a tensor that was kept from an earlier step.
+
+    Raises:
+        ReplayError: a step uses a tensor of an earlier step whose graph was freed.
+    """
 
     __slots__ = ("_number",)
 

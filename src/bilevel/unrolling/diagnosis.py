@@ -40,7 +40,7 @@ def require_finite_solution(run: InnerLoop, state: Tree, derivatives: Tree = ())
 
 @torch.enable_grad()
 def non_finite(run: InnerLoop, what: str, value: Tensor | None, state: Tree) -> NonFiniteError:
-    """The error for a result that is not finite: the inner loop is run again to find the step where it began.
+    """Return the error for a result that is not finite. The inner loop is run again to find the first such step.
 
     `value` is the outer loss, if there is one.
     """

@@ -59,8 +59,8 @@ def _watched(what: str, meta: Tree, arguments: Sequence[Tree]) -> Iterator[None]
         warnings.warn(
             f"{what} reads {mode.found[0]}{more} from outside of its arguments. There it is a constant, so its "
             "derivative is not part of the hypergradient. Read it from the argument meta (or make it one of the meta "
-            "parameters); if a constant is meant, write .detach() after it or read it under torch.no_grad(), and this "
-            "warning goes away",
+            "parameters). If a constant is meant, write .detach() after it or read it under torch.no_grad(), which "
+            "also removes this warning",
             stacklevel=8,
         )
 

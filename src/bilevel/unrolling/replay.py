@@ -130,8 +130,8 @@ def compare_values(run: Repeatable, seen: list[tuple[str, Tensor]], kind: str, v
     _require_same_steps(run)
     if kind == kind_before and value.device.type == "cpu":  # on other devices, kernels may add up in arbitrary order
         raise ReplayError(
-            f"the inner loop was run twice, and led to an outer loss of {float(before):.9g} first and of "
-            f"{float(value):.9g} then, though each step gives the same when it is computed twice in a row; {_CAUSES}"
+            f"the inner loop was run twice, and gave an outer loss of {float(before):.9g} and then of "
+            f"{float(value):.9g}, although each step gives the same when it is computed twice in a row; {_CAUSES}"
         )
 
 

@@ -97,7 +97,7 @@ class OnlineLM:
             raise ValueError(f"learning_rates={self.learning_rates}: positive numbers are needed, at least one")
         if self.lora_rank and self.precision == "bfloat16":
             raise ValueError(
-                "lora_rank with precision=bfloat16: the frozen weights would stay float32; take one of both"
+                "lora_rank with precision=bfloat16: the frozen weights would stay float32; use only one of the two"
             )
         if self.context < 16:
             raise ValueError(f"context={self.context}: at least 16 tokens are needed for a question and its answer")

@@ -37,7 +37,7 @@ def warn_if_off(config: OnlineLM, model: Any, setup: Setup, seed: int) -> float 
     if not error <= TOLERANCE:
         warnings.warn(
             f"directional derivatives in bfloat16 are {error:.1%} off those in float32, more than {TOLERANCE:.0%}: the "
-            "hypergradient is that wrong, whatever estimates it; take precision=float32",
+            "hypergradient has an error of this size with every estimator; take precision=float32",
             stacklevel=2,
         )
     return error

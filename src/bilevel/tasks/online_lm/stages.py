@@ -66,7 +66,7 @@ def report_truncation(config: OnlineLM, corpus: Corpus, tokenizer: Any) -> None:
     if cut:
         warnings.warn(
             f"{cut} of {len(everything)} documents are longer than context={config.context} tokens and are cut there; "
-            "what is asked about the rest cannot be learnt",
+            "answers to questions about the rest cannot be learnt",
             stacklevel=2,
         )
 
