@@ -161,6 +161,21 @@ def test_biased_estimators_are_shown_and_not_judged() -> None:
     assert report.passed
 
 
+def test_differences_that_move_stopped_gradients_are_not_called_wrong() -> None:
+    described = bilevel.GradientDescent(
+        lambda theta, meta, batch: (meta * (0.7 * theta - theta.detach() - 1.0).square()).sum(),
+        outer,
+        torch.zeros(2, dtype=DOUBLE),
+        bilevel.optimizer(torch.optim.SGD, lr=0.1),
+    )
+    estimators = [bilevel.Reverse(), bilevel.ZerothOrder(1, 1e-4), bilevel.ForwardGradient(1, tangents="difference")]
+    report = bilevel.check(described, META, 4, estimators=estimators, progress=False)
+    reverse, *others = rows(report, "the whole loop")
+    assert reverse.verdict is Verdict.RIGHT
+    assert [f.verdict for f in others] == [Verdict.UNJUDGED] * 2, str(report)
+    assert all("move the stopped gradients" in f.found for f in others)
+
+
 def test_parts_that_do_not_fit_the_budget_are_not_checked() -> None:
     report = bilevel.check(problem(), META, 4, budget=1e-9, progress=False)
     assert report.exit_code == 3

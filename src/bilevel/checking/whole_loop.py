@@ -131,6 +131,11 @@ def _row(
     if worst.verdict is Verdict.WRONG and any(tape.not_replayed for tape in subject.tapes):
         found += "; numbers without a derivative are used, see stopped gradients"
         return Finding(PART, name, Verdict.UNJUDGED, found, "", numbers)
+    takes_differences = estimator.first_order or not estimator.needs_derivatives
+    if worst.verdict is Verdict.WRONG and takes_differences and any(tape.replayed for tape in subject.tapes):
+        found += "; it takes differences, which move the stopped gradients, too"
+        advice = "take Reverse() or ForwardGradient() if the stopped gradients are meant"
+        return Finding(PART, name, Verdict.UNJUDGED, found, advice, numbers)
     advice = "do not use this estimator here; report this with Report.save" if worst.verdict is Verdict.WRONG else ""
     return Finding(PART, name, worst.verdict, found, advice, numbers)
 
