@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from bilevel.models.module_view import ModuleView, views_in
 from bilevel.models.sharing import presented
 from bilevel.optim.optimizer_state import OptimizerState
 from bilevel.optim.update_rule import Optimizer, described
+from bilevel.optim.update_rule import optimizer as make_optimizer
 from bilevel.trees import Tree
 
 
@@ -242,7 +244,8 @@ class GradientDescent(BilevelProblem):
             is one parameter. What a module updates in its forward pass (BatchNorm's running statistics, an average of
             its own) is part of the inner state, with its derivative. Hooks from `register_hook` change the
             parameter's gradient as in a backward pass. The module itself is never changed.
-        optimizer: from `bilevel.optimizer`; learning rates and weight decay may be functions of meta.
+        optimizer: from `bilevel.optimizer`, or `functools.partial(torch.optim.SGD, lr=0.1)`; settings may be functions
+            of meta and of the step.
         compile: `True` compiles the gradient of `inner_loss` and that gradient's derivatives by `torch.compile`'s
             backend inductor, or by the backend of that name, for every set of shapes once (seconds to minutes; see
             `Estimate.compile_seconds`). Estimators give the same but for rounding. `inner_loss` has to be a fixed
@@ -268,11 +271,13 @@ class GradientDescent(BilevelProblem):
         inner_loss: Callable[[Any, Any, Any], Tensor],
         outer_loss: Callable[[Any, Any, Any], Tensor],
         params: nn.Module | Tree | Callable[[Any], nn.Module | Tree],
-        optimizer: Optimizer,
+        optimizer: Optimizer | functools.partial[Any],
         compile: bool | str = False,
     ) -> None:
         checks.a_function(inner_loss, "inner_loss", "inner_loss(params, meta, batch)")
         checks.a_function(outer_loss, "outer_loss", "outer_loss(params, meta, batch)")
+        if isinstance(optimizer, functools.partial):
+            optimizer = make_optimizer(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer is {described(optimizer)}; every solve binds it to parameters anew, so name the class and "
@@ -494,7 +499,9 @@ class GradientDescent(BilevelProblem):
                 "ForwardGradient, or remove the hooks"
             )
         tensors = trees.split(state.params).differentiable
-        decay = self.optimizer.coupled_decay(tensors, meta, state.params) or [0.0] * len(tensors)
+        decay = self.optimizer.coupled_decay(tensors, meta, state.params, max(state.steps - 1, 0)) or [0.0] * len(
+            tensors
+        )
         found = []
         gradient = self.gradient(state.params, meta, batch, state.buffers)
         for g, d, p in zip(gradient, decay, tensors, strict=True):
