@@ -57,7 +57,9 @@ bars = np.sqrt(np.diag(np.linalg.inv(scipy.jac.T @ scipy.jac)) * 2 * scipy.cost 
 
 def minimized(guess):
     bounds = [(each - 0.75, each + 0.75) for each in guess]
-    return minimize(lambda p: exact(problem, p), guess, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40})
+    return minimize(
+        lambda p: exact(problem, p), guess, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40}
+    )
 
 
 ours = minimized(guess)

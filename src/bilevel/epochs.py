@@ -219,7 +219,8 @@ def _source_of(dataset: Any, collate_fn: Callable[[list[Any]], Any] | None) -> _
     if (column := _column(dataset, "dataset")) is not None:
         found: Any = column
     elif _is_frame(dataset):
-        found = {name: _column(dataset[name], f"column {name!r}") for name in dataset.columns}
+        frame: Any = dataset
+        found = {name: _column(frame[name], f"column {name!r}") for name in frame.columns}
     elif isinstance(dataset, Mapping) or (isinstance(dataset, tuple) and any(_is_array(each) for each in dataset)):
         named = dataset.items() if isinstance(dataset, Mapping) else enumerate(dataset)
         columns = {name: _column(each, f"dataset[{name!r}]") for name, each in named}

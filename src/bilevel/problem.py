@@ -8,8 +8,14 @@
 from __future__ import annotations
 
 import copy
+<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+=======
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+>>>>>>> verbs
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -29,6 +35,7 @@ from bilevel.models.module_view import ModuleView, views_in
 from bilevel.models.sharing import presented
 from bilevel.optim.optimizer_state import OptimizerState
 from bilevel.optim.update_rule import Optimizer, described
+from bilevel.optim.update_rule import optimizer as make_optimizer
 from bilevel.trees import Tree
 
 
@@ -238,6 +245,29 @@ class Evaluated(NamedTuple):
 class GradientDescent(BilevelProblem):
     """A bilevel problem whose inner loop is a `torch.optim` optimiser on an inner loss.
 
+<<<<<<< HEAD
+=======
+    Args:
+        inner_loss: `inner_loss(params, meta, batch) -> scalar`, descended on.
+        outer_loss: `outer_loss(params, meta, batch) -> scalar`, evaluated at the final parameters.
+        params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that makes either: afresh for every
+            solve, from torch's (reproducibly seeded) generator, or from the meta parameters. With a module, both
+            losses receive it as a `ModuleView`, called as the module itself: `model(x)`, `model(input_ids=ids)`.
+            Parameters with `requires_grad=False` are constants; so are plain tensors in a tree that also holds an
+            `nn.Parameter` which requires gradients. Otherwise plain tensors are trained. A tensor in several places
+            is one parameter. What a module updates in its forward pass (BatchNorm's running statistics, an average of
+            its own) is part of the inner state, with its derivative. Hooks from `register_hook` change the
+            parameter's gradient as in a backward pass. The module itself is never changed.
+        optimizer: from `bilevel.optimizer`, or `functools.partial(torch.optim.SGD, lr=0.1)`; settings may be functions
+            of meta and of the step.
+        compile: `True` compiles the gradient of `inner_loss` and that gradient's derivatives by `torch.compile`'s
+            backend inductor, or by the backend of that name, for every set of shapes once (seconds to minutes; see
+            `Estimate.compile_seconds`). Estimators give the same but for rounding. `inner_loss` has to be a fixed
+            sequence of operations, without branches on tensors' values; what it reads besides its arguments must not
+            change, and is checked at the first step of each estimate. The optimiser's update, the outer loss and
+            `init` are not compiled. What it brings: `benchmarks/results/compile.md`.
+
+>>>>>>> verbs
     Meta parameters may be a tensor, a tree of tensors, or an `nn.Module` (or a tree with modules in it).
 
     Args:
@@ -281,11 +311,13 @@ class GradientDescent(BilevelProblem):
         inner_loss: Callable[[Any, Any, Any], Tensor],
         outer_loss: Callable[[Any, Any, Any], Tensor],
         params: nn.Module | Tree | Callable[[Any], nn.Module | Tree],
-        optimizer: Optimizer,
+        optimizer: Optimizer | functools.partial[Any],
         compile: bool | str = False,
     ) -> None:
         checks.a_function(inner_loss, "inner_loss", "inner_loss(params, meta, batch)")
         checks.a_function(outer_loss, "outer_loss", "outer_loss(params, meta, batch)")
+        if isinstance(optimizer, functools.partial):
+            optimizer = make_optimizer(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer is {described(optimizer)}; every solve binds it to new parameters, so name the class and "
@@ -520,7 +552,9 @@ class GradientDescent(BilevelProblem):
         """
         self.require_no_hooks(state.params)
         tensors = trees.split(state.params).differentiable
-        decay = self.optimizer.coupled_decay(tensors, meta, state.params) or [0.0] * len(tensors)
+        decay = self.optimizer.coupled_decay(tensors, meta, state.params, max(state.steps - 1, 0)) or [0.0] * len(
+            tensors
+        )
         found = []
         gradient = self.gradient(state.params, meta, batch, state.buffers)
         for g, d, p in zip(gradient, decay, tensors, strict=True):

@@ -102,7 +102,9 @@ class _StepByStep(ReversePass):
     """Goes back through all steps from kept states, each of which is used up."""
 
     def __init__(self, run: Unroll, checkpoints: Checkpoints, offload: Offload) -> None:
-        self._run, self._checkpoints, self._offload = run, checkpoints, offload
+        self._run = run
+        self._checkpoints: Checkpoints = checkpoints
+        self._offload: Offload = offload
         self._trail: Trail | None = None
         self.state = self._descend()
 

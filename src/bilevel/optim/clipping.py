@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel import trees
+from bilevel.optim.settings import of_meta_and_step
 from bilevel.trees import Tree
 
 _EPSILON = 1e-6
@@ -67,6 +68,7 @@ class Clipping:
         """Whether there is any bound."""
         return self.norm is not None or self.value is not None
 
+<<<<<<< HEAD
     def __call__(self, gradients: Sequence[Tensor | None], meta: Tree) -> list[Tensor | None]:
         """Return the clipped gradients. The arguments are not changed.
 
@@ -77,14 +79,18 @@ class Clipping:
         Raises:
             ValueError: a function gives a tensor that is not a scalar, or no number of at least 0.
         """
+=======
+    def __call__(self, gradients: Sequence[Tensor | None], meta: Tree, step: int = 0) -> list[Tensor | None]:
+        """Clip the gradients of a step, out of place; `None` stays."""
+>>>>>>> verbs
         found = list(gradients)
         if self.value is not None:
-            bound = _evaluated(self.value, meta, "clip_value")
+            bound = _evaluated(self.value, meta, step, "clip_value")
             found = [None if g is None else _clamped(g, bound) for g in found]
         reached = [g for g in found if g is not None]
         if self.norm is None or not reached:
             return found
-        bound, first = _evaluated(self.norm, meta, "clip_norm"), reached[0]
+        bound, first = _evaluated(self.norm, meta, step, "clip_norm"), reached[0]
         norms = [torch.linalg.vector_norm(g, float(self.norm_type)).to(first.device) for g in reached]
         total = torch.linalg.vector_norm(torch.stack(norms), float(self.norm_type))
         factor = torch.clamp(bound / (total + _EPSILON), max=1.0)
@@ -111,8 +117,8 @@ def require_whole(clipping: Clipping, parameters: Sequence[Tensor]) -> None:
         )
 
 
-def _evaluated(bound: Any, meta: Tree, name: str) -> Any:
-    value: Any = bound(meta) if callable(bound) else bound
+def _evaluated(bound: Any, meta: Tree, step: int, name: str) -> Any:
+    value: Any = of_meta_and_step(bound)(meta, step) if callable(bound) else bound
     if isinstance(value, Tensor):
         if value.ndim:
             raise ValueError(f"{name} gave a tensor of shape {tuple(value.shape)}; a scalar is needed")

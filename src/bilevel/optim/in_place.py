@@ -51,7 +51,7 @@ class InPlaceOptimizer:
         """Make the next step. A parameter whose gradient is `None` is left unchanged."""
         optimizer = self._optimizer
         if optimizer.clipping.is_on:
-            gradients = optimizer.clipping(gradients, meta)
+            gradients = optimizer.clipping(gradients, meta, self._steps)
         for number, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
             parameter.grad = gradient
             self._updates[number] += gradient is not None

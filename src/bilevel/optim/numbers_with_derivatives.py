@@ -29,7 +29,11 @@ class TensorNumber(float):
     def __new__(cls, tensor: Tensor) -> TensorNumber:
         with torch._C.DisableTorchFunction():
             number = super().__new__(cls, tensor.detach().item())
+<<<<<<< HEAD
         number.tensor = tensor.reshape(()).double()
+=======
+            number.tensor = tensor.reshape(()).double().clone()  # a view would look like the meta parameter itself
+>>>>>>> verbs
         return number
 
     def __neg__(self) -> TensorNumber:

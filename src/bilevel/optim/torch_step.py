@@ -141,7 +141,11 @@ class TorchStep:
     ) -> list[dict[str, Any]]:
         """Run the step on the clones, in place. Return the new memories."""
         instance = self.timetable.blank()
+        has_tensors = any(isinstance(leaf, Tensor) for leaf in trees.leaves(dict(settings)))
         settings = self._with_flags(settings)
+        if has_tensors and "differentiable" in settings:
+            # PyTorch's differentiable code hands some settings to kernels as plain numbers; the mode below does not.
+            settings["differentiable"] = False
         instance.param_groups = [
             {**settings, **special, "params": [clones[number] for number in numbers]}
             for numbers, special in self._groups(state, settings)
@@ -150,11 +154,11 @@ class TorchStep:
             clone.grad = gradient
             instance.state[clone] = self._thawed(bucket.memory)
         step = inspect.unwrap(self.algorithm.step)  # without hooks, and without the no_grad around it
-        if self.is_pytorchs_own:
+        if self.is_pytorchs_own and not has_tensors:
             step(instance)
         else:
             for group in instance.param_groups:
-                group.update({n: SettingNumber(v) for n, v in group.items() if isinstance(v, Tensor) and v.ndim == 0})
+                group.update({n: _as_numbers(v) for n, v in group.items() if n != "params"})
             with DifferentiableStep([clone for clone, g in zip(clones, gradients, strict=True) if g is None]):
                 step(instance)
         found = [self._frozen(instance.state[clone]) for clone in clones]
@@ -267,6 +271,13 @@ def _thawed_entry(name: str, value: Any) -> Any:
     if name in SECOND_MOMENTS:
         return value.clamp(min=100 * torch.finfo(value.dtype).tiny)
     return value.clone()
+
+
+def _as_numbers(value: Any) -> Any:
+    """A setting with numbers that have derivatives in place of its scalar tensors."""
+    if isinstance(value, tuple):
+        return tuple(_as_numbers(each) for each in value)
+    return SettingNumber(value) if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def _may_be_nonzero(value: Any) -> bool:

@@ -25,7 +25,7 @@ from bilevel import trees
 from bilevel.optim import verification
 from bilevel.optim.clipping import Bound, Clipping, require_whole
 from bilevel.optim.optimizer_state import OptimizerState
-from bilevel.optim.settings import one_each, settings_of
+from bilevel.optim.settings import of_meta_and_step, one_each, settings_of
 from bilevel.optim.torch_step import SECOND_MOMENTS, SPEED_ONLY, TorchStep
 from bilevel.trees import Tree
 
@@ -70,15 +70,22 @@ class Optimizer:
         of_pytorch = self.algorithm.__module__.startswith("torch.optim.")
         return f"torch.optim.{self.algorithm.__name__}" if of_pytorch else self.algorithm.__name__
 
+<<<<<<< HEAD
     @property
     def meta_settings(self) -> dict[str, Callable[[Tree], Any]]:
         """The settings that are functions of the meta parameters or have one value for each parameter."""
+=======
+    @functools.cached_property
+    def meta_settings(self) -> dict[str, Callable[[Tree, int], Any]]:
+        """The settings that depend on the meta parameters and the step, or have a value for each parameter."""
+>>>>>>> verbs
         several = {
             name: functools.partial(_constant, value)
             for name in ("lr", "weight_decay")
             if isinstance(value := self.settings.get(name), Mapping | list | tuple)
         }
-        return {**{name: value for name, value in self.settings.items() if callable(value)}, **several}
+        functions = {name: of_meta_and_step(value) for name, value in self.settings.items() if callable(value)}
+        return {**functions, **several}
 
     def _constants(self) -> dict[str, Any]:
         """Return settings for PyTorch's constructor, with placeholders for values from the meta parameters."""
@@ -131,7 +138,7 @@ class Optimizer:
     def settings_at(self, step: int, meta: Tree) -> dict[str, Any]:
         """Return all settings in force at a step, counted from 0; a schedule multiplies a rate that depends on meta."""
         settings = self._step.timetable(step)
-        special = {name: function(meta) for name, function in self.meta_settings.items()}
+        special = {name: function(meta, step) for name, function in self.meta_settings.items()}
         if "lr" in special:
             factor = settings["lr"]
             rates = special["lr"]
@@ -222,8 +229,8 @@ class Optimizer:
                 not part of PyTorch are wrong.
         """
         settings = self._step.timetable(step)
-        special = {name: function(meta) for name, function in self.meta_settings.items()}
-        gradients = self.clipping(gradients, meta) if self.clipping.is_on else gradients
+        special = {name: function(meta, step) for name, function in self.meta_settings.items()}
+        gradients = self.clipping(gradients, meta, step) if self.clipping.is_on else gradients
         if not self._step.is_pytorchs_own:
             settings = {**settings, **self._inside(special, settings, parameters, params)}
             self._verify(parameters, gradients, settings)
@@ -361,12 +368,21 @@ class Optimizer:
         """Whether weight decay acts on the parameters rather than through the gradient (AdamW)."""
         return bool(self._step.timetable.defaults.get("decoupled_weight_decay", False))
 
+<<<<<<< HEAD
     def coupled_decay(self, parameters: Sequence[Tensor], meta: Tree, params: Tree) -> list[Tensor | float] | None:
         """Return λ for each parameter if the optimiser descends on ±g + λ‖θ‖²/2 and not on ±g alone; else `None`."""
+=======
+    def coupled_decay(
+        self, parameters: Sequence[Tensor], meta: Tree, params: Tree, step: int
+    ) -> list[Tensor | float] | None:
+        """λ of a step for each parameter if the optimiser descends on ±g + λ‖θ‖²/2; `None` if on ±g alone."""
+>>>>>>> verbs
         value = self.settings.get("weight_decay", 0.0)
         if self.decay_is_decoupled or (isinstance(value, float | int) and value == 0):
             return None
-        return one_each(value(meta) if callable(value) else value, parameters, params, "weight_decay")
+        if "weight_decay" in self.meta_settings:
+            value = self.meta_settings["weight_decay"](meta, step)
+        return one_each(value, parameters, params, "weight_decay")
 
 
 def optimizer(
@@ -397,12 +413,25 @@ def optimizer(
             `torch.nn.utils.clip_grad_value_`. It is applied before `clip_norm`. A number, or a function of the meta
             parameters.
         clip_norm_type: p of the p-norm that `clip_norm` bounds; at least 1, or `math.inf`.
+<<<<<<< HEAD
         settings: the settings of the class. For an inner optimiser a setting may be a function of the meta
             parameters: `lr=lambda meta: meta["log_lr"].exp()`. `lr` and `weight_decay` may also be a list with one
             value for each parameter (per-layer rates), or a tree that matches the parameters (for a module, a dict
             by parameter name), either given directly or returned by such a function. A schedule multiplies these
             rates by the rate that it makes from a rate of 1. `foreach`, `fused`, `capturable` and `differentiable`
             are accepted and have no effect in an inner loop, because they change only the speed.
+=======
+        settings: what the class itself takes. For an inner optimiser a setting may be a function of the meta
+            parameters, `lr=lambda meta: meta["log_lr"].exp()`, or of the meta parameters and the number of the step
+            from 0, `lr=lambda meta, step: meta["rates"][step]`: a function with two required positional parameters
+            gets both. This holds for every number, such as momentum, dampening, eps, and `betas` as a pair; a setting
+            whose derivative PyTorch would drop is refused. `lr` and `weight_decay` may also be a list with one value
+            for each parameter, or a tree that matches the parameters, in which one value may stand for a whole branch:
+            for a module, a dict by parameter name. It may be given as it is, or by a function. No decay on biases and
+            norms: `weight_decay={name: 0.1 * (p.ndim > 1) for name, p in net.named_parameters()}`. A
+            schedule multiplies such a rate by what it makes of a rate of one. `foreach`, `fused`, `capturable` and
+            `differentiable` are accepted and have no effect in an inner loop, because they change only the speed.
+>>>>>>> verbs
 
     Returns:
         The description, for `bilevel.GradientDescent` or for `fit`.
@@ -435,7 +464,7 @@ def described(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _constant(value: Any, meta: Tree) -> Any:
+def _constant(value: Any, meta: Tree, step: int) -> Any:
     return value
 
 
@@ -468,7 +497,10 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
             f"parameter; write {name}=True or {name}=False"
         )
     points = [torch.tensor(float(v), dtype=torch.float64, device="cpu") for v in trees.leaves(default)]
-    rebuild = functools.partial(trees.unflatten, trees.flatten(default)[1])
+
+    def rebuild(values: list[Tensor]) -> Any:
+        return trees.unflatten(trees.flatten(default)[1], values)
+
     subject = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1, name: rebuild})
 
     def trajectory(*values: Tensor) -> Tensor:

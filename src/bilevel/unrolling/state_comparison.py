@@ -83,7 +83,8 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     if left.shape != right.shape or not (left.is_contiguous() and right.is_contiguous()):
         return torch.equal(left, right)
     # NumPy compares integers about four times as fast as torch.equal compares floats.
-    return np.array_equal(*(t.detach().reshape(-1).view(_INTEGERS[t.itemsize]).numpy() for t in (left, right)))
+    a, b = (t.detach().reshape(-1).view(_INTEGERS[t.itemsize]).numpy() for t in (left, right))
+    return np.array_equal(a, b)
 
 
 def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor:
