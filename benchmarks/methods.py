@@ -67,6 +67,8 @@ class Options:
 
     parts: tuple[str, ...] = ("truncation", "training", "comparison")
     """What to measure; the results of other parts stay as they are."""
+    problems: tuple[str, ...] = ("mixture of sources", "noisy labels", "condensation")
+    """The problems of the training part."""
     seeds: int = 5
     """Seeds on which the methods are judged after equal compute."""
     repeats: int = 3
@@ -162,7 +164,7 @@ def minibatches(count: int, size: int) -> Callable[[int], Tensor]:
 
 
 SMALL = {
-    "mixture of sources": Small(sources, (0.03, 0.1, 0.3)),
+    "mixture of sources": Small(sources, (0.3, 1.0, 3.0)),
     "noisy labels": Small(weights, (0.1, 0.3, 1.0)),
     "condensation": Small(images_of_classes, (0.01, 0.03, 0.1), lambda images: images.clamp(0, 1)),
 }
@@ -523,8 +525,8 @@ def main() -> None:
     if "truncation" in options.parts:
         keep("truncation", truncation())
     if "training" in options.parts:
-        for name, small in SMALL.items():
-            keep("training", {name: training(name, small, options)})
+        for name in options.problems:
+            keep("training", {name: training(name, SMALL[name], options)})
     if "comparison" in options.parts:
         keep("comparison", comparison(options))
     found = json.loads((ROOT / "results" / "methods.json").read_text())
