@@ -8,14 +8,9 @@
 from __future__ import annotations
 
 import copy
-<<<<<<< HEAD
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-=======
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
->>>>>>> verbs
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -245,29 +240,6 @@ class Evaluated(NamedTuple):
 class GradientDescent(BilevelProblem):
     """A bilevel problem whose inner loop is a `torch.optim` optimiser on an inner loss.
 
-<<<<<<< HEAD
-=======
-    Args:
-        inner_loss: `inner_loss(params, meta, batch) -> scalar`, descended on.
-        outer_loss: `outer_loss(params, meta, batch) -> scalar`, evaluated at the final parameters.
-        params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that makes either: afresh for every
-            solve, from torch's (reproducibly seeded) generator, or from the meta parameters. With a module, both
-            losses receive it as a `ModuleView`, called as the module itself: `model(x)`, `model(input_ids=ids)`.
-            Parameters with `requires_grad=False` are constants; so are plain tensors in a tree that also holds an
-            `nn.Parameter` which requires gradients. Otherwise plain tensors are trained. A tensor in several places
-            is one parameter. What a module updates in its forward pass (BatchNorm's running statistics, an average of
-            its own) is part of the inner state, with its derivative. Hooks from `register_hook` change the
-            parameter's gradient as in a backward pass. The module itself is never changed.
-        optimizer: from `bilevel.optimizer`, or `functools.partial(torch.optim.SGD, lr=0.1)`; settings may be functions
-            of meta and of the step.
-        compile: `True` compiles the gradient of `inner_loss` and that gradient's derivatives by `torch.compile`'s
-            backend inductor, or by the backend of that name, for every set of shapes once (seconds to minutes; see
-            `Estimate.compile_seconds`). Estimators give the same but for rounding. `inner_loss` has to be a fixed
-            sequence of operations, without branches on tensors' values; what it reads besides its arguments must not
-            change, and is checked at the first step of each estimate. The optimiser's update, the outer loss and
-            `init` are not compiled. What it brings: `benchmarks/results/compile.md`.
-
->>>>>>> verbs
     Meta parameters may be a tensor, a tree of tensors, or an `nn.Module` (or a tree with modules in it).
 
     Args:
@@ -282,8 +254,8 @@ class GradientDescent(BilevelProblem):
             forward pass (BatchNorm's running statistics, or its own averages) are part of the inner state, with their
             derivatives. Hooks from `register_hook` change the parameter's gradient as in a backward pass. The module
             itself is never changed.
-        optimizer: the inner optimiser, from `bilevel.optimizer`. Learning rates and weight decay may be functions of
-            meta.
+        optimizer: the inner optimiser, from `bilevel.optimizer`, or `functools.partial(torch.optim.SGD, lr=0.1)`.
+            Settings may be functions of meta and of the step.
         compile: whether to compile the gradient of `inner_loss` and the gradient's derivatives. `True` selects the
             backend inductor of `torch.compile`, and a string selects the backend with that name. The code is compiled
             once for every set of shapes, which takes seconds to minutes (see `Estimate.compile_seconds`). The estimates
@@ -552,9 +524,8 @@ class GradientDescent(BilevelProblem):
         """
         self.require_no_hooks(state.params)
         tensors = trees.split(state.params).differentiable
-        decay = self.optimizer.coupled_decay(tensors, meta, state.params, max(state.steps - 1, 0)) or [0.0] * len(
-            tensors
-        )
+        last = max(state.steps - 1, 0)
+        decay = self.optimizer.coupled_decay(tensors, meta, state.params, last) or [0.0] * len(tensors)
         found = []
         gradient = self.gradient(state.params, meta, batch, state.buffers)
         for g, d, p in zip(gradient, decay, tensors, strict=True):
@@ -571,11 +542,12 @@ class GradientDescent(BilevelProblem):
         """
         self.require_no_hooks(state.params)
         parts, tensors = trees.split(meta), trees.split(state.params).differentiable
+        last = max(state.steps - 1, 0)
 
         def objective(leaves: Sequence[Tensor]) -> Tensor:
             there = parts.rebuild(leaves)
             value = self.optimizer.sign * self._inner(state.params, there, batch, state.buffers)[0]
-            decay = self.optimizer.coupled_decay(tensors, there, state.params) or []
+            decay = self.optimizer.coupled_decay(tensors, there, state.params, last) or []
             return sum((0.5 * (d * p.square()).sum() for d, p in zip(decay, tensors, strict=False)), value)
 
         def during(leaves: Sequence[Tensor]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from bilevel import autodiff, trees
 from bilevel.checking.subject import Subject, described
 from bilevel.models.module_view import modules_in
+from bilevel.optim.settings import of_meta_and_step
 from bilevel.optim.update_rule import Optimizer
 from bilevel.problem import GradientDescent
 from bilevel.report.findings import Finding, Verdict
-from bilevel.trees import Tree
 from bilevel.unrolling.derivative_checks import directions_like
 from bilevel.unrolling.step_products import push_step
 from bilevel.unrolling.unroll import Unroll
@@ -132,8 +132,8 @@ def with_rates_times(optimizer: Optimizer, multiple: float) -> Optimizer:
         return trees.map_leaves(lambda v: v * multiple, value)
 
     if callable(lr):
-        function: Callable[[Tree], Any] = lr
-        scaled: Any = lambda meta: times(function(meta))  # noqa: E731
+        function = of_meta_and_step(lr)
+        scaled: Any = lambda meta, step: times(function(meta, step))  # noqa: E731
     else:
         scaled = times(lr)
     return Optimizer(optimizer.algorithm, {**optimizer.settings, "lr": scaled}, optimizer.schedule, optimizer.clipping)

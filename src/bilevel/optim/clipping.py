@@ -68,21 +68,17 @@ class Clipping:
         """Whether there is any bound."""
         return self.norm is not None or self.value is not None
 
-<<<<<<< HEAD
-    def __call__(self, gradients: Sequence[Tensor | None], meta: Tree) -> list[Tensor | None]:
+    def __call__(self, gradients: Sequence[Tensor | None], meta: Tree, step: int = 0) -> list[Tensor | None]:
         """Return the clipped gradients. The arguments are not changed.
 
         Args:
             gradients: the gradient of each parameter; `None`, for a parameter without a gradient, stays `None`.
             meta: the meta parameters, for bounds that are functions of them.
+            step: the number of the step, for bounds that are functions of it too.
 
         Raises:
             ValueError: a function gives a tensor that is not a scalar, or no number of at least 0.
         """
-=======
-    def __call__(self, gradients: Sequence[Tensor | None], meta: Tree, step: int = 0) -> list[Tensor | None]:
-        """Clip the gradients of a step, out of place; `None` stays."""
->>>>>>> verbs
         found = list(gradients)
         if self.value is not None:
             bound = _evaluated(self.value, meta, step, "clip_value")

@@ -29,11 +29,7 @@ class TensorNumber(float):
     def __new__(cls, tensor: Tensor) -> TensorNumber:
         with torch._C.DisableTorchFunction():
             number = super().__new__(cls, tensor.detach().item())
-<<<<<<< HEAD
-        number.tensor = tensor.reshape(()).double()
-=======
-            number.tensor = tensor.reshape(()).double().clone()  # a view would look like the meta parameter itself
->>>>>>> verbs
+        number.tensor = tensor.reshape(()).double().clone()  # a view would look like the meta parameter itself
         return number
 
     def __neg__(self) -> TensorNumber:

@@ -70,15 +70,9 @@ class Optimizer:
         of_pytorch = self.algorithm.__module__.startswith("torch.optim.")
         return f"torch.optim.{self.algorithm.__name__}" if of_pytorch else self.algorithm.__name__
 
-<<<<<<< HEAD
-    @property
-    def meta_settings(self) -> dict[str, Callable[[Tree], Any]]:
-        """The settings that are functions of the meta parameters or have one value for each parameter."""
-=======
     @functools.cached_property
     def meta_settings(self) -> dict[str, Callable[[Tree, int], Any]]:
         """The settings that depend on the meta parameters and the step, or have a value for each parameter."""
->>>>>>> verbs
         several = {
             name: functools.partial(_constant, value)
             for name in ("lr", "weight_decay")
@@ -368,15 +362,10 @@ class Optimizer:
         """Whether weight decay acts on the parameters rather than through the gradient (AdamW)."""
         return bool(self._step.timetable.defaults.get("decoupled_weight_decay", False))
 
-<<<<<<< HEAD
-    def coupled_decay(self, parameters: Sequence[Tensor], meta: Tree, params: Tree) -> list[Tensor | float] | None:
-        """Return λ for each parameter if the optimiser descends on ±g + λ‖θ‖²/2 and not on ±g alone; else `None`."""
-=======
     def coupled_decay(
         self, parameters: Sequence[Tensor], meta: Tree, params: Tree, step: int
     ) -> list[Tensor | float] | None:
-        """λ of a step for each parameter if the optimiser descends on ±g + λ‖θ‖²/2; `None` if on ±g alone."""
->>>>>>> verbs
+        """Return λ of a step for each parameter if it descends on ±g + λ‖θ‖²/2 and not on ±g alone, else `None`."""
         value = self.settings.get("weight_decay", 0.0)
         if self.decay_is_decoupled or (isinstance(value, float | int) and value == 0):
             return None
@@ -413,14 +402,6 @@ def optimizer(
             `torch.nn.utils.clip_grad_value_`. It is applied before `clip_norm`. A number, or a function of the meta
             parameters.
         clip_norm_type: p of the p-norm that `clip_norm` bounds; at least 1, or `math.inf`.
-<<<<<<< HEAD
-        settings: the settings of the class. For an inner optimiser a setting may be a function of the meta
-            parameters: `lr=lambda meta: meta["log_lr"].exp()`. `lr` and `weight_decay` may also be a list with one
-            value for each parameter (per-layer rates), or a tree that matches the parameters (for a module, a dict
-            by parameter name), either given directly or returned by such a function. A schedule multiplies these
-            rates by the rate that it makes from a rate of 1. `foreach`, `fused`, `capturable` and `differentiable`
-            are accepted and have no effect in an inner loop, because they change only the speed.
-=======
         settings: what the class itself takes. For an inner optimiser a setting may be a function of the meta
             parameters, `lr=lambda meta: meta["log_lr"].exp()`, or of the meta parameters and the number of the step
             from 0, `lr=lambda meta, step: meta["rates"][step]`: a function with two required positional parameters
@@ -431,7 +412,6 @@ def optimizer(
             norms: `weight_decay={name: 0.1 * (p.ndim > 1) for name, p in net.named_parameters()}`. A
             schedule multiplies such a rate by what it makes of a rate of one. `foreach`, `fused`, `capturable` and
             `differentiable` are accepted and have no effect in an inner loop, because they change only the speed.
->>>>>>> verbs
 
     Returns:
         The description, for `bilevel.GradientDescent` or for `fit`.

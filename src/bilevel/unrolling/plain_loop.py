@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from bilevel import autodiff, randomness, trees
 from bilevel.batches import with_own_containers
 from bilevel.models.module_view import modules_in
-from bilevel.optim.settings import one_each
+from bilevel.optim.settings import of_meta_and_step, one_each
 from bilevel.optim.torch_step import SPEED_ONLY
 from bilevel.problem import GradientDescent, require_scalar
 from bilevel.trees import Tree
@@ -58,7 +58,6 @@ class PlainLoop:
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: LRScheduler | None = None
         self._timetable: torch.optim.Optimizer | None = None
-        self._rates: list[float] = []
         self._scheduled = 0
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -94,8 +93,8 @@ class PlainLoop:
             with self._modes():
                 loss = self._inner_loss(params, batch)
                 loss.backward()
-            self._clip(params.tensors)
-            self._set_rates()
+            self._clip(params.tensors, t)
+            self._set_settings(t)
             optimizer.step()
         self._advance_schedule()
 
@@ -201,17 +200,12 @@ class PlainLoop:
     def _bind(self) -> None:
         """Make the optimiser and the scheduler that the user named, over the copied parameters."""
         ours, params = self.problem.optimizer, self._started()
-        special = {name: function(self.meta.value) for name, function in ours.meta_settings.items()}
+        common, each = self._settings_at(0)
+        special = ours.meta_settings.keys()
         settings = {n: v for n, v in ours.settings.items() if n not in SPEED_ONLY and n not in special}
-        each: dict[str, list[float]] = {}
-        for name in ("lr", "weight_decay"):
-            if name in special:
-                each[name] = [_number(v, name) for v in self._one_each(special.pop(name), params, name)]
-        settings.update({name: trees.map_leaves(lambda v: _number(v, ""), value) for name, value in special.items()})
-        for name, values in each.items():
-            settings[name] = values[0]
+        settings.update(common, **{name: values[0] for name, values in each.items()})
         groups: Any = params.tensors
-        if any(len(set(values)) > 1 for values in each.values()):
+        if each:
             groups = [
                 {"params": [tensor], **{name: values[i] for name, values in each.items()}}
                 for i, tensor in enumerate(params.tensors)
@@ -220,19 +214,33 @@ class PlainLoop:
         self._optimizer = scheduled = make(groups, **settings)
         if ours.schedule is not None and "lr" in each:
             # Both φ and the schedule decide on the rate. The library multiplies φ's by the schedule of a rate of one.
-            self._rates = [group["lr"] for group in self._optimizer.param_groups]
             constants = {name: value for name, value in ours._constants().items() if name not in SPEED_ONLY}
             self._timetable = scheduled = make([torch.zeros(1)], **constants)
         self._scheduler = None if ours.schedule is None else ours.schedule(scheduled)
 
-    def _set_rates(self) -> None:
-        """Set the settings of this step, where they are φ's multiplied by a schedule."""
-        if self._timetable is None or self._optimizer is None:
+    def _settings_at(self, t: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+        """Return the settings of step t that are functions: those of all parameters, and those of each."""
+        params, common, each = self._started(), dict[str, Any](), dict[str, list[float]]()
+        for name, function in self.problem.optimizer.meta_settings.items():
+            value = function(self.meta.value, t)
+            if name in ("lr", "weight_decay"):
+                each[name] = [_number(v, name) for v in self._one_each(value, params, name)]
+            else:
+                common[name] = trees.map_leaves(lambda v, name=name: _number(v, name), value)
+        return common, each
+
+    def _set_settings(self, t: int) -> None:
+        """Set the settings of step t that are functions, multiplied by the schedule if there is one."""
+        if self._optimizer is None or not self.problem.optimizer.meta_settings:
             return
-        scheduled = self._timetable.param_groups[0]
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            others = {name: value for name, value in scheduled.items() if name in ("momentum", "betas")}
-            group.update(others, lr=rate * scheduled["lr"])
+        common, each = self._settings_at(t)
+        scheduled = {} if self._timetable is None else self._timetable.param_groups[0]
+        factor = scheduled.get("lr", 1.0)
+        others = {name: value for name, value in scheduled.items() if name in ("momentum", "betas")}
+        for i, group in enumerate(self._optimizer.param_groups):
+            group.update(others, **common)
+            for name, values in each.items():
+                group[name] = values[i] * (factor if name == "lr" else 1.0)
 
     def _one_each(self, value: Any, params: PlainCopy, name: str) -> list[Any]:
         if isinstance(value, Mapping) and set(value) == set(params.names):
@@ -245,10 +253,11 @@ class PlainLoop:
         except ValueError as error:
             raise NoPlainLoopError(str(error)) from error
 
-    def _clip(self, tensors: Sequence[Tensor]) -> None:
+    def _clip(self, tensors: Sequence[Tensor], t: int) -> None:
         clipping = self.problem.optimizer.clipping
         value, norm = (
-            bound(self.meta.value) if callable(bound) else bound for bound in (clipping.value, clipping.norm)
+            of_meta_and_step(bound)(self.meta.value, t) if callable(bound) else bound
+            for bound in (clipping.value, clipping.norm)
         )
         if value is not None:
             nn.utils.clip_grad_value_(tensors, float(value))
