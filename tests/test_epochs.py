@@ -153,7 +153,7 @@ PHI = torch.linspace(-1, 1, N, dtype=torch.float64)
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_estimators_solve_and_a_loop_by_hand_see_the_same_batches(workers: int) -> None:
-    described = bilevel.epochs(Pairs(), 4, steps=5, workers=workers)
+    described: Any = bilevel.epochs(Pairs(), 4, steps=5, workers=workers)
     estimate = bilevel.Reverse("sqrt")(PROBLEM, PHI, described, (X, Y), seed=4)
     phi = PHI.clone().requires_grad_()
     theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)

@@ -156,7 +156,7 @@ class OwnSGD(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
 
-    def step(self, closure: Any = None) -> None:  # noqa: ARG002
+    def step(self, closure: Any = None) -> Any:  # noqa: ARG002
         with torch.no_grad():
             for group in self.param_groups:
                 for p in group["params"]:
@@ -193,7 +193,7 @@ def test_activation_checkpoints_see_the_trained_parameters(reentrant: bool) -> N
     def loss(model: Any, phi: Tensor, batch: Any) -> Tensor:
         return inner_loss(model, phi, (batch[0].clone(), batch[1]))
 
-    settings = {"lr": 0.1}
+    settings: dict[str, Any] = {"lr": 0.1}
     subject = problem(bilevel.optimizer(torch.optim.SGD, **settings), Checkpointed(), loss)
     if reentrant:
         with pytest.raises(MissingDerivativeError, match="use_reentrant=False"):

@@ -120,7 +120,7 @@ def test_a_rate_for_every_step_and_layer() -> None:
 
     optimizer = bilevel.optimizer(torch.optim.SGD, lr=rate, momentum=0.5)
 
-    def groups(rates: Tensor, module: nn.Module, step: int) -> list[dict[str, Any]]:
+    def groups(rates: Tensor, module: Any, step: int) -> list[dict[str, Any]]:
         layers = [[*module[0].parameters(), *module[1].parameters()], [*module[3].parameters()]]
         return [{"params": each, "lr": rates[step, k].item()} for k, each in enumerate(layers)]
 
@@ -196,7 +196,8 @@ def test_numbers_inside_of_the_update_have_their_derivative(
     def value(meta: Tensor, step: int) -> Any:
         return (meta[0], meta[1]) if len(at) == 2 else meta[0]
 
-    optimizer = bilevel.optimizer(algorithm, **settings, **{name: value})
+    functions: dict[str, Any] = {name: value}
+    optimizer = bilevel.optimizer(algorithm, **settings, **functions)
 
     def plain(numbers: Tensor) -> dict[str, Any]:
         constant = tuple(numbers.tolist()) if len(at) == 2 else numbers.item()

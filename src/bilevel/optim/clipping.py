@@ -23,7 +23,7 @@ from bilevel.trees import Tree
 _EPSILON = 1e-6
 """The number added to the norm before dividing by it, as in `torch.nn.utils.clip_grads_with_norm_`."""
 
-Bound = float | Callable[[Tree], Any] | None
+Bound = float | Callable[..., Any] | None
 
 
 @dataclass(frozen=True)

@@ -375,7 +375,7 @@ class Optimizer:
 
 
 def optimizer(
-    algorithm: type[torch.optim.Optimizer] | functools.partial[torch.optim.Optimizer],
+    algorithm: type[torch.optim.Optimizer] | functools.partial[Any],
     *,
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     clip_norm: Bound = None,
