@@ -14,7 +14,6 @@ Three measurements, one thread, written to `benchmarks/results/methods.json` and
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import platform
@@ -69,6 +68,8 @@ class Options:
     """What to measure; the results of other parts stay as they are."""
     problems: tuple[str, ...] = ("mixture of sources", "noisy labels", "condensation")
     """The problems of the training part."""
+    points: tuple[str, ...] = ("condensation", "noisy labels", "learning rates", "mixture of sources")
+    """The problems of the comparison."""
     seeds: int = 5
     """Seeds on which the methods are judged after equal compute."""
     repeats: int = 3
@@ -165,7 +166,7 @@ def minibatches(count: int, size: int) -> Callable[[int], Tensor]:
 
 SMALL = {
     "mixture of sources": Small(sources, (0.3, 1.0, 3.0)),
-    "noisy labels": Small(weights, (0.1, 0.3, 1.0)),
+    "noisy labels": Small(weights, (0.5, 2.0, 8.0)),
     "condensation": Small(images_of_classes, (0.01, 0.03, 0.1), lambda images: images.clamp(0, 1)),
 }
 
@@ -182,27 +183,21 @@ def at_start(small: Small) -> tuple[Any, ...]:
     return problem, meta, [batch(t) for t in range(50)], None
 
 
-def comparison(options: Options) -> dict[str, Any]:
-    points: dict[str, Callable[[], tuple[Any, ...]]] = {
-        **{name: functools.partial(at_start, small) for name, small in SMALL.items()},
-        "learning rates": learning_rates,
-    }
-    found: dict[str, Any] = {}
-    for name, make in points.items():
-        problem, meta, inner, outer = make()
-        steps, rows, unseen = len(inner), [], []
-        for estimator in one_point_methods(steps, meta.numel()):
-            try:
-                rows += bilevel.compare(
-                    problem, meta, inner, outer, estimators=[estimator], exact=Reverse(), repeats=options.repeats
-                )
-            except NoDependenceError:
-                unseen.append(describe(estimator))
-            except NonFiniteError:
-                unseen.append(describe(estimator) + " (diverged)")
-        sizes = f"N = {meta.numel():,}, T = {steps}"
-        found[name] = {"sizes": sizes, "rows": as_dicts(rows), "unseen": unseen}
-    return found
+def comparison(name: str, options: Options) -> dict[str, Any]:
+    problem, meta, inner, outer = learning_rates() if name == "learning rates" else at_start(SMALL[name])
+    seen, unseen = [], []
+    for estimator in one_point_methods(len(inner), meta.numel()):
+        try:
+            estimator(problem, meta, inner, outer)
+            seen.append(estimator)
+        except NoDependenceError:
+            unseen.append(describe(estimator))
+        except NonFiniteError:
+            unseen.append(describe(estimator) + " (diverged)")
+    rows = bilevel.compare(
+        problem, meta, inner, outer, estimators=seen, exact=Reverse(), repeats=options.repeats, progress=True
+    )
+    return {"sizes": f"N = {meta.numel():,}, T = {len(inner)}", "rows": as_dicts(rows), "unseen": unseen}
 
 
 def one_point_methods(steps: int, meta_size: int) -> list[bilevel.Estimator]:
@@ -528,7 +523,8 @@ def main() -> None:
         for name in options.problems:
             keep("training", {name: training(name, SMALL[name], options)})
     if "comparison" in options.parts:
-        keep("comparison", comparison(options))
+        for name in options.points:
+            keep("comparison", {name: comparison(name, options)})
     found = json.loads((ROOT / "results" / "methods.json").read_text())
     write_text(ROOT / "results" / "methods.md", as_markdown(found))
     if "comparison" in found:
