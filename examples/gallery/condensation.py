@@ -64,9 +64,10 @@ def accuracy(ten_images):  # the mean over five new networks
 
 sets = {"one example each": examples, "class means": means, "learned": learned}
 results = {f"test accuracy, {name}": accuracy(ten) for name, ten in sets.items()}
-drawing, axes = style.figure(3, height=3.0)
+drawing, axes = style.figure(3, height=2.0)
 for plot, (name, ten) in zip(axes, sets.items(), strict=True):
-    rows = torch.cat([torch.cat(list(ten[i : i + 2].view(2, 8, 8)), 1) for i in range(0, 10, 2)])
+    framed = torch.nn.functional.pad(ten.view(10, 8, 8), (1, 1, 1, 1), value=float(ten.max()))
+    rows = torch.cat([torch.cat(list(framed[i : i + 5]), 1) for i in (0, 5)])
     plot.imshow(rows, cmap="gray")
     plot.set(title=f"{name}\n{100 * results[f'test accuracy, {name}']:.0f} %", xticks=[], yticks=[])
 style.finish(drawing, __file__, results)

@@ -76,9 +76,9 @@ for name, (rates, losses, price, color) in curves.items():
     left.plot(range(price, 4 * OUTER + 1, price), losses, label=name, color=color)
     for part, there in (("validation", valid), ("test", test)):
         results[f"{part} loss, {name}"] = float(loss(trained(rates), there))
-left.set(xlabel="inner loops", ylabel="validation loss", ylim=(0, 2.5))
+left.set(xlabel="inner loops", ylabel="validation loss", ylim=(0.3, 1.0))
 left.legend()
 right.plot(range(1, STEPS + 1), best[0].exp(), label=["layer 1", "layer 2", "layer 3"])
 right.set(xlabel="inner step", ylabel="learned rate", yscale="log")
-right.legend()
+right.legend(fontsize=9, loc="lower left")
 style.finish(drawing, __file__, results)

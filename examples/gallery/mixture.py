@@ -63,7 +63,7 @@ left.bar(torch.arange(SOURCES) + 0.2, learned.meta.softmax(0), 0.38, color=style
 left.set(xlabel="source (wrong labels: k/7)", ylabel="proportion")
 left.legend()
 right.bar(
-    list(mixtures),
+    [name.replace(" ", "\n") for name in mixtures],
     [results[f"test accuracy, {name}"] for name in mixtures],
     color=[style.GREY, style.OTHER, style.OURS],
 )

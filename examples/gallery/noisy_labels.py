@@ -68,6 +68,6 @@ left.set(xlabel="learned weight", ylabel="examples")
 for shift, kind in ((-0.2, "area under ROC"), (0.2, "test accuracy")):
     heights = [results[f"{kind}, {name}"] for name in models]
     middle.bar([i + shift for i in range(3)], heights, 0.38, label=kind, color=style.OURS if shift < 0 else style.OTHER)
-middle.set(xticks=range(3), xticklabels=[name.replace(" ", "\n") for name in models], ylim=(0.5, 1))
-middle.legend(loc="lower left")
+middle.set(xticks=range(3), xticklabels=[name.replace(" ", "\n") for name in models], ylim=(0.5, 1.15))
+middle.legend(loc="upper center", ncols=2, fontsize=9)
 style.finish(drawing, __file__, results)

@@ -67,7 +67,7 @@ for name, (settings, losses, color) in curves.items():
     left.plot(np.linspace(1, used, len(losses)), losses, label=name, color=color)
     results[f"validation loss, {name}"] = float(losses[-1])
     results[f"test accuracy, {name}"] = accuracy(settings)
-left.set(xlabel="fits", ylabel="validation loss")
+left.set(xlabel="fits", ylabel="validation loss", ylim=(0.4, 1.0))
 left.legend()
 right.imshow(learned.meta[2:].exp().view(4, 4), cmap="Purples")
 right.set(title="learned scales of the pixels", xticks=[], yticks=[])

@@ -1,6 +1,6 @@
 """A hypergradient with a closed form, taken with the installed package: what a release must be able to do.
 
-    python tests/packaging/first_hypergradient.py
+    python tests/release/first_hypergradient.py
 
 The optional packages are not needed. Prints where the package lies.
 """
