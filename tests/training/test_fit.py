@@ -1010,7 +1010,7 @@ def interrupted(folder: Path, **changes: Any) -> None:
 # What is changed; and under which names the message reports it, with what words.
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "seed": ({"seed": 1}, {"seed": "0 there, 1 here"}),
-    "steps": ({"phases": [LONG_RUN[0], Phase(ZerothOrder(2), 5, accumulate=2)]}, {"phases": "steps=5"}),
+    "steps": ({"phases": [LONG_RUN[0], Phase(ZerothOrder(2), 6, accumulate=3)]}, {"phases": "accumulate=3"}),
     "estimator": ({"phases": [LONG_RUN[0], Phase(ZerothOrder(3), 4, accumulate=2)]}, {"phases": "directions=3"}),
     "accumulate": ({"phases": [LONG_RUN[0], Phase(ZerothOrder(2), 4)]}, {"phases": "accumulate=1"}),
     "patience": ({"phases": [Phase(TruncatedReverse(2), 9), LONG_RUN[1]]}, {"phases": "patience=None"}),
@@ -1232,7 +1232,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "whole numbers": ({"meta": {"x": torch.tensor([1, 2])}}, TypeError, r"meta\['x'\] has dtype torch.int64"),
     "complex numbers": ({"meta": torch.tensor([1j])}, TypeError, "meta has dtype torch.complex64"),
-    "a number": ({"meta": {"lr": 0.1, "x": START}}, TypeError, r"meta\['lr'\] is 0.1 \(float\)"),
+    "a number": ({"meta": {"lr": 1, "x": START}}, TypeError, r"meta\['lr'\] is 1 \(int\)"),
     "no tensor": ({"meta": {}}, ValueError, "meta is {}, without a single number"),
     "nothing": ({"meta": None}, ValueError, "meta is None"),
     "a path in config": (
@@ -1245,7 +1245,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a shape that differs": ({"project": lambda phi: phi[:2]}, ValueError, r"project returned .*\(2,\).*\(3,\)"),
     "a projection of nothing": ({"project": lambda phi: None}, ValueError, "project returned None"),
     "a projection that broadcasts": ({"project": torch.sum}, ValueError, r"project returned {'meta': \(\)}"),
-    "a projection to a number": ({"project": lambda phi: 3.0}, ValueError, "project returned .*float"),
+    "a projection to a number": ({"project": lambda phi: 3.0}, ValueError, "project returned .*meta"),
 }
 
 
