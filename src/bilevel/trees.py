@@ -51,6 +51,16 @@ def named_leaves(tree: Tree, name: str) -> list[tuple[str, Any]]:
     return [(accessor.codify(name), value) for accessor, value in zip(accessors, values, strict=True)]
 
 
+def leaves_with_paths(tree: Tree) -> list[tuple[tuple[Any, ...], Any]]:
+    """Leaves with the keys and numbers that lead to each of them.
+
+    >>> leaves_with_paths({"lr": 1.0, "layers": [2.0]})
+    [(('layers', 0), 2.0), (('lr',), 1.0)]
+    """
+    paths, values, _ = optree.tree_flatten_with_path(tree, namespace=NAMESPACE)
+    return list(zip(paths, values, strict=True))
+
+
 def is_differentiable(leaf: Any) -> bool:
     """Whether derivatives with respect to this leaf exist, which holds for floating-point and complex tensors."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())

@@ -531,6 +531,9 @@ def test_settings_without_effect_are_refused(algorithm: Algorithm, name: str) ->
 def test_every_setting_is_differentiable_or_refused_by_name(algorithm: Algorithm) -> None:
     """Those in neither table above are switches."""
     tested = {name for a, _, at, _ in SETTINGS_AS_META if a is algorithm for name in at}
+    tested |= (
+        {"lambd"} if algorithm is ASGD else {"betas"} if algorithm is not NAdam else set()
+    )  # test_settings_of_meta_and_step.py
     refused = {name for a, _, name in REFUSED if a is algorithm}
     without_effect = {"initial_accumulator_value", "t0"}
     for name in set(inspect.signature(algorithm).parameters) - {"params"} - tested - refused - without_effect:

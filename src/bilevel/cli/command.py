@@ -24,6 +24,7 @@ from bilevel.errors import BilevelError, Terminated
 from bilevel.estimators import names
 from bilevel.planning import registry
 from bilevel.report.files import write_json
+from bilevel.training import metrics, run_page
 from bilevel.training.run_record import CHECKPOINT
 from bilevel.unrolling import freed_memory
 
@@ -38,7 +39,7 @@ _USAGE = """usage: bilevel COMMAND ...
   check TASK [options]    the task's problem beside a plain PyTorch loop, and its derivatives beside differences
   plan TASK [options]     memory and time of every estimator, and which one to take
   plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
-  report DIR              make the report of a finished run again
+  report DIR              make the report of a finished run again, or that of a fit in your own script
   completion bash         print a script that completes commands and options in a shell
 
 Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
@@ -353,6 +354,9 @@ def _report(rest: list[str]) -> None:
     if len(rest) != 1 or rest[0].startswith("-"):
         raise ValueError("usage: bilevel report DIR, the folder of a finished run")
     folder = Path(rest[0])
+    if not (folder / run_folder.CONFIG).exists() and metrics.exist(folder):  # fit in a script of the user's
+        print(f"report: {run_page.write_run_page(folder)}")
+        return
     name = run_folder.read_json(folder / run_folder.CONFIG).get("task")
     if name not in TASKS:
         raise ValueError(f"{folder} holds a run of task {name!r}; there are {', '.join(TASKS)}")

@@ -133,6 +133,13 @@ class Draws:
         assert estimate is not None
         return Estimates(sums, losses, errors, estimate)
 
+    def value(self, number: int, meta: Tree, outer_step: int) -> float:
+        """Return the outer loss that the estimate of this number would have."""
+        inner, outer = self.batches(self.draws + number)
+        seed = randomness.derive(self.seed, randomness.DRAW, outer_step, number)
+        with randomness.preserved():
+            return float(unroll(self.problem, meta, inner, outer, seed).value()[0])
+
     def _estimate(self, number: int, estimator: Estimator, meta: Tree, outer_step: int) -> Estimate:
         draw = self.draws + number
         inner, outer = self.batches(draw)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,15 @@ from bilevel.optim.update_rule import optimizer as make_optimizer
 from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.report.progress import bar
 from bilevel.training.accumulation import Draws
-from bilevel.training.metrics import Row
+from bilevel.training.kept import Keep, check_keep
 from bilevel.training.outer_loop import OuterLoop, OuterStep
 from bilevel.training.outer_state import identity
 from bilevel.training.phases import Phase, phases_of
+from bilevel.training.result import FitResult
 from bilevel.training.run_record import RunRecord
 from bilevel.training.settings import OuterUpdate, RunFolder, as_run_folder
 from bilevel.training.termination import Stop, stopping_raises
 from bilevel.unrolling.short_check import fitting
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """The result of `fit`."""
-
-    meta: Any
-    """The trained meta parameters, in the form `fit` was given; an `nn.Module` is trained in place."""
-    history: list[Row]
-    """One dict for each outer step: `outer_step`, `phase`, `outer_loss`, `grad_norm`, `standard_error`,
-    `signal_to_noise`, `seconds`; with `OuterUpdate(max_backtracks=…)` also `backtracks`, with
-    `OuterUpdate(clip_norm=…)` also `clipped_to`; with `compile=True` also `compile_seconds`, which `seconds` does not
-    include."""
 
 
 def fit(
@@ -60,6 +47,7 @@ def fit(
     callbacks: Sequence[Callable[[OuterStep], None]] = (),
     progress: bool = True,
     workers: Workers | None = None,
+    keep: Keep = "last",
 ) -> FitResult:
     """Train the meta parameters: φ ← Ψ(φ, estimate of ∇h(φ)), where Ψ is any `torch.optim` optimiser.
 
@@ -85,12 +73,19 @@ def fit(
             `StreamingForwardGradient`, `PersistentES`, `SingleLoop` and `Penalty` also carry something of their own. A
             whole number K starts the inner loop over after every K estimates, with other random numbers.
         out: the folder into which the run is written, with checkpoints: a path, or a `RunFolder` with its settings.
-        callbacks: functions that are called after each outer step, with a `bilevel.training.outer_loop.OuterStep`.
+        callbacks: functions that are called after each outer step, with a `bilevel.training.outer_loop.OuterStep`. A
+            callback ends the run by `step.stop()`.
         progress: show a progress bar.
         workers: the processes that share the work. By default these are the processes that torchrun started
             (`bilevel.experimental.join_workers()`). Each of them calls `fit` with the same arguments. The first worker
             writes the files, shows the progress and calls the callbacks. A group that torchrun restarts resumes by
             itself.
+        keep: which meta parameters are returned: the `"last"` ones; the `"best"` ones by the outer loss of their
+            estimate, the last ones included (which costs T units more, except in a stream); or a function from the
+            `OuterStep` to a number, the smaller the better, which is called after each step and is the `kept_by` of the
+            row: `keep=lambda step: -accuracy(step.meta)`.
+
+    A run in a folder can be made longer: resume it with more `steps`, or with a longer last phase.
 
     Returns:
         The trained meta parameters and a row of numbers for each outer step.
@@ -125,13 +120,14 @@ def fit(
     phases = phases_of(estimator, steps, phases)
     randomness.check_seed(seed)
     _require_update(update)
+    check_keep(keep)
     _require_stream(problem, stream, update)
     if optimizer is None:
         optimizer = make_optimizer(torch.optim.Adam, lr=1e-2)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
     workers = distributed.join_workers() if workers is None else workers
-    loop = OuterLoop(Draws(problem, inner_batches, outer_batch, seed, stream), meta, phases, optimizer, update)
+    loop = OuterLoop(Draws(problem, inner_batches, outer_batch, seed, stream), meta, phases, optimizer, update, keep)
     _require_same_start(workers, loop, folder)
     resumes = folder is not None and workers.any("resuming", folder.resume or distributed.restarted())
     record = workers.together(
@@ -151,6 +147,7 @@ def fit(
         raise
     finally:
         record.close()
+    loop.offer_last()
     return FitResult(loop.user_meta(write_modules=True), record.rows)
 
 
@@ -185,13 +182,15 @@ def _to_the_end(
     """Take all remaining outer steps. All workers take and record each step together."""
     phases = len(loop.progress.phases)
     with bar("outer steps", loop.progress.total_steps, loop.progress.outer_step, progress and workers.first) as shown:
-        while not loop.progress.finished:
+        stopped = False
+        while not (loop.progress.finished or stopped):
             step = workers.together(
                 f"outer step {loop.progress.outer_step}",
                 lambda: _outer_step(loop, record, callbacks if workers.first else (), checkpoint_every, stop),
             )
             numbers = struct.pack("dd", step.row["outer_loss"], step.row["grad_norm"])
             workers.require_same(f"the numbers of outer step {loop.progress.outer_step - 1}", numbers)
+            stopped = workers.any("stopping", step.stops) if callbacks else step.stops
             shown.advance(
                 f"outer loss {step.row['outer_loss']:.4g}",
                 f"phase {step.row['phase'] + 1} of {phases}" if phases > 1 else None,
@@ -208,10 +207,13 @@ def _outer_step(
 ) -> OuterStep:
     with stop.as_such():
         step = loop.advance()
+    if (value := loop.kept.measure(step)) is not None:
+        step.row["kept_by"] = value
+        loop.kept.offer(value, loop.parameters)
     for callback in callbacks:
         callback(step)
     record.add(step.row)
-    if loop.progress.outer_step % checkpoint_every == 0 or loop.progress.finished:
+    if step.stops or loop.progress.outer_step % checkpoint_every == 0 or loop.progress.finished:
         record.save()
     return step
 

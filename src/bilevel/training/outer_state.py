@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bilevel import trees
 from bilevel.training.outer_loop import OuterLoop
+from bilevel.training.phases import Phase
 from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.kept_states import restored, stored, without_optimizer
 from bilevel.unrolling.unroll import unroll
@@ -30,10 +32,11 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
     leaves = trees.named_leaves(loop.meta_tree(), "meta")
     return {
         "seed": loop.draws.seed,
-        "phases": [_without_addresses(phase) for phase in loop.progress.phases],
+        "phases": [_without_addresses(phase) for phase in _of_any_length(loop.progress.phases)],
         "optimizer": _without_addresses(loop.optimizer),
         "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
         "config": dict(config),
+        **({} if loop.kept.keep == "last" else {"keep": _without_addresses(loop.kept.keep)}),
         **({"stream": loop.draws.stream} if loop.draws.stream else {}),
         **({} if loop.update.clip_norm is None else {"clip_norm": loop.update.clip_norm}),
         **({} if loop.draws.backend is None else {"compile": loop.draws.backend}),
@@ -51,6 +54,7 @@ def state(loop: OuterLoop) -> dict[str, Any]:
             "past": loop.past.past,
             "carried": None if loop.draws.carried is None else _as_dict(loop.draws.carried),
             "before": loop.before,
+            "kept": loop.kept.state(),
             "counters": {**counters, "seconds": loop.seconds},
         }
     )
@@ -77,6 +81,8 @@ def restore(loop: OuterLoop, content: Mapping[str, Any]) -> None:
         for name in names:
             setattr(getattr(loop, part), name, content["counters"][name])
     loop.seconds = content["counters"]["seconds"]
+    loop.kept.restore(content["kept"], loop.parameters)
+    loop.progress.go_on()
 
 
 def _placed_like(loop: OuterLoop, tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
@@ -115,6 +121,11 @@ def _carried_from(loop: OuterLoop, content: Mapping[str, Any]) -> WindowEnd:
     device = next(leaf.device for leaf in trees.leaves(without_optimizer(start)) if trees.is_differentiable(leaf))
     memory = trees.map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, content["memory"])
     return WindowEnd(state, content["steps"], memory, agreed=True)
+
+
+def _of_any_length(phases: Sequence[Phase]) -> list[Phase]:
+    """The phases, the last of which may be made longer when a run is resumed."""
+    return [*phases[:-1], replace(phases[-1], steps=1)]
 
 
 def _without_addresses(value: Any) -> str:

@@ -96,6 +96,8 @@ class Progress:
     @property
     def total_steps(self) -> int:
         """The number of outer steps taken, plus the largest number of steps that are left."""
+        if self.finished:
+            return self.outer_step
         return self.outer_step - self.phase_step + sum(phase.steps for phase in self.phases[self.phase :])
 
     def count(self, outer_loss: float) -> None:
@@ -108,4 +110,21 @@ class Progress:
         else:
             self.stalled += 1
         if self.phase_step == phase.steps or self.stalled == phase.patience:
-            self.phase, self.phase_step, self.best, self.stalled = self.phase + 1, 0, None, 0
+            self.phase += 1
+            if not self.finished:  # the last phase may be made longer
+                self.phase_step, self.best, self.stalled = 0, None, 0
+
+    def go_on(self) -> None:
+        """Go on with a last phase that was finished, and has more steps now.
+
+        Raises:
+            ValueError: it has fewer steps than were done.
+        """
+        last = self.phases[-1]
+        if self.phase >= len(self.phases) - 1 and self.phase_step > last.steps:
+            raise ValueError(
+                f"{self.phase_step} steps of the last phase are done, and it has {last.steps} now; pass at least as "
+                "many, or take another folder"
+            )
+        if self.finished and self.phase_step < last.steps and self.stalled != last.patience:
+            self.phase -= 1

@@ -184,6 +184,7 @@ PAIRS: list[tuple[Any, dict[str, Any], str, list[float]]] = [
     (torch.optim.SGD, {"lr": 0.05, "momentum": 0.8}, "dampening", [0.3]),
     (torch.optim.SGD, {"lr": 0.05, "dampening": 0.2}, "momentum", [0.7]),
     (torch.optim.Adam, {"lr": 0.05}, "eps", [0.1]),
+    (torch.optim.ASGD, {"lr": 0.05}, "lambd", [0.2]),
 ]
 
 
