@@ -22,7 +22,7 @@ PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures" / "gallery"
 
 def figure(columns: int = 2, height: float = 3.2) -> tuple[Any, Any]:
     """Return a figure and its axes, with text that is legible on a phone."""
-    look = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    look: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     plt.rcParams.update({**look, "grid.alpha": 0.25, "lines.linewidth": 2, "legend.frameon": False})
     return plt.subplots(1, columns, figsize=(7.2, height), layout="constrained")
 
