@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from bilevel import __version__, checks, distributed, trees
 from bilevel.cli import arguments, completion
+from bilevel.cli.compare_options import CompareOptions
 from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
@@ -47,27 +48,6 @@ _BROKEN_PIPE = 141
 """128 and the number of SIGPIPE, the exit code that a shell reports for a program whose reader has gone."""
 _OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "scipy", "tensorboard"}
 _LANGUAGE_PACKAGES = {"transformers", "tokenizers", "peft"}
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """What `bilevel compare` is told besides the task's own settings."""
-
-    estimators: tuple[str, ...] = field(
-        default=tuple(name for name in registry.by_name() if name != "forward"),
-        metadata={"metavar": "NAME [NAME ...]"},
-    )
-    """Estimators, such as reverse or "forward-gradient(directions=32)"."""
-    seed: int = 0
-    """Determines every random number."""
-    data_dir: Path | None = None
-    """Folder with the data files, for presets that need any."""
-    repeats: int = 1
-    """Draws of random directions for each estimator that has any; with more than one, bias and variance are shown."""
-    compile: str | None = field(default=None, metadata={"metavar": "BACKEND"})
-    """Compile the inner gradient and its derivatives with a backend of torch.compile, such as inductor."""
-    out: Path | None = None
-    """Also write the table to this JSON file, and a plot of error against units beside it (.png)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from bilevel.cli import arguments
+from bilevel.cli.compare_options import CompareOptions
 from bilevel.cli.plan_command import PlanOptions, SizeOptions
 
 COMMANDS = ("list", "run", "compare", "plan", "report", "completion")
@@ -33,7 +34,6 @@ complete -o default -F _bilevel bilevel
 
 def bash_script() -> str:
     """Return a script that completes commands, tasks and options; file names are completed where none of them fits."""
-    from bilevel.cli.command import CompareOptions
     from bilevel.tasks.options import RunOptions
     from bilevel.tasks.registry import TASKS
 
