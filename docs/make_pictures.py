@@ -47,7 +47,7 @@ def main() -> None:
     axes[0].set(xlabel="extra memory, MiB", xscale="log", xlim=(5, 6000))
     axes[1].set(xlabel="time, in plain inner loops", xlim=(0, 8.5))
     axes[1].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=9)
-    drawing.savefig(ROOT / "docs" / "pictures" / "peers.png", dpi=110, metadata={"Software": None})
+    style.save(drawing, ROOT / "docs" / "pictures" / "peers.png")
 
 
 if __name__ == "__main__":

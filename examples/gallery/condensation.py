@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 import bilevel
 
 torch.manual_seed(0)
-digits = load_digits()
-order = torch.randperm(len(digits.target))
-images, labels = torch.tensor(digits.data / 16, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
+pixels, targets = load_digits(return_X_y=True)
+order = torch.randperm(len(targets))
+images, labels = torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(targets)[order]
 train, test = slice(0, 1200), slice(1200, None)
 classes, STEPS = torch.arange(10), 30
 

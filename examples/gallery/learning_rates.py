@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 import bilevel
 
 torch.manual_seed(0)
-digits, order = load_digits(), torch.randperm(1797)
-images, labels = torch.tensor(digits.data / 16, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
+(pixels, targets), order = load_digits(return_X_y=True), torch.randperm(1797)
+images, labels = torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(targets)[order]
 train, valid, test = slice(0, 300), slice(300, 900), slice(900, None)
 start = [0.3 * torch.randn(64, 32), 0.3 * torch.randn(32, 32), 0.3 * torch.randn(32, 10)]
 STEPS, OUTER = 20, 60

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 import bilevel
 
 torch.manual_seed(0)
-digits = load_digits()
-order = torch.randperm(len(digits.target))
-images, labels = torch.tensor(digits.data / 16, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
+pixels, targets = load_digits(return_X_y=True)
+order = torch.randperm(len(targets))
+images, labels = torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(targets)[order]
 SOURCES, STEPS, OUTER = 8, 40, 40
 valid, test = slice(800, 1000), slice(1000, None)
 x = images[:800].view(SOURCES, 100, 64)

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 import bilevel
 
 torch.manual_seed(0)
-digits = load_digits()
-order = torch.randperm(len(digits.target))
-images = torch.tensor(digits.data / 16, dtype=torch.float32)[order]
-right = torch.tensor(digits.target)[order]
+pixels, targets = load_digits(return_X_y=True)
+order = torch.randperm(len(targets))
+images = torch.tensor(pixels / 16, dtype=torch.float32)[order]
+right = torch.tensor(targets)[order]
 train, trusted, test = slice(0, 600), slice(600, 700), slice(700, None)
 wrong = torch.rand(600) < 0.4
 labels = torch.where(wrong, (right[train] + torch.randint(1, 10, (600,))) % 10, right[train])

@@ -50,8 +50,8 @@ start = torch.tensor([[1.0, 0.5]]).expand(STEPS + 1, 2)
 problem = bilevel.Problem(lambda log_p: start.clone(), recorded_step, outer_loss)
 season = 1.1 + 0.4 * torch.sin(2 * torch.pi * torch.arange(KNOTS) / KNOTS)
 noise = 0.03 * torch.randn(STEPS, 2, generator=torch.Generator().manual_seed(0))
-rest, guess = np.log([0.4, 0.4, 0.3]), np.log([0.8, 0.6, 0.6, 0.5])
-observed = path(np.log([1.1, 0.4, 0.4, 0.3])) + noise
+truth, guess = np.log([1.1, 0.4, 0.4, 0.3]), np.log([0.8, 0.6, 0.6, 0.5])
+observed = path(truth) + noise
 scipy = least_squares(lambda p: (path(p) - observed).flatten().numpy(), guess)
 bars = np.sqrt(np.diag(np.linalg.inv(scipy.jac.T @ scipy.jac)) * 2 * scipy.cost / (2 * STEPS - 4))
 
@@ -68,23 +68,17 @@ results = {
     "solves, 4 parameters, least_squares": scipy.nfev + 4 * scipy.njev,
     "gradients, 4 parameters, L-BFGS-B": ours.nfev,
     "distance of the two minima in error bars": float(np.abs((scipy.x - ours.x) / bars).max()),
-    "error of least_squares in error bars": float(np.abs((scipy.x - [np.log(1.1), *rest]) / bars).max()),
+    "error of least_squares in error bars": float(np.abs((scipy.x - truth) / bars).max()),
 }
-observed = path(np.concatenate([season.log(), rest])) + noise
+observed = path(np.concatenate([season.log(), truth[1:]])) + noise
 varying = minimized([guess[0]] * KNOTS + [*guess[1:]])
 results["gradients, 43 parameters, L-BFGS-B"] = varying.nfev
 results["largest error of the growth rate"] = float(np.abs(np.exp(varying.x[:KNOTS]) - season.numpy()).max())
 drawing, (left, right) = style.figure()
-truth = np.array([np.log(1.1), *rest])
 left.errorbar(100 * (scipy.x - truth), range(4), xerr=200 * bars, fmt="o", color=style.OTHER, label="least_squares")
 left.plot(100 * (ours.x - truth), np.arange(4) + 0.15, "s", color=style.OURS, label="exact gradient")
-left.set(
-    yticks=range(4),
-    yticklabels=["growth", "eaten", "death", "birth"],
-    ylim=(-0.5, 5),
-    xlabel="error, %",
-    xticks=[-1, -0.5, 0, 0.5],
-)
+left.set(yticks=range(4), yticklabels=["growth", "eaten", "death", "birth"], ylim=(-0.5, 5))
+left.set(xlabel="error, %", xticks=[-1, -0.5, 0, 0.5])
 left.legend(loc="upper right", fontsize=9)
 times = H * STEPS / KNOTS * np.arange(KNOTS)
 right.plot(times, season, color="k", label="truth")

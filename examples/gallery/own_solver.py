@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 import bilevel
 
-digits = load_digits()
-order = np.random.default_rng(0).permutation(len(digits.target))
-x, y = digits.data[order] / 16, digits.target[order]
+pixels, targets = load_digits(return_X_y=True)
+order = np.random.default_rng(0).permutation(len(targets))
+x, y = pixels[order] / 16, targets[order]
 train, valid, test = slice(0, 150), slice(150, 500), slice(500, None)
 fits = 0
 

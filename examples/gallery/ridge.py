@@ -14,10 +14,11 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 import bilevel
 
 torch.manual_seed(0)
-data = load_diabetes()
-features = StandardScaler().fit_transform(PolynomialFeatures(2, include_bias=False).fit_transform(data.data))
-order = torch.randperm(len(data.target))
-x, y = torch.tensor(features)[order], torch.tensor((data.target - data.target.mean()) / data.target.std())[order]
+inputs, outputs = load_diabetes(return_X_y=True)
+features = StandardScaler().fit_transform(PolynomialFeatures(2, include_bias=False).fit_transform(inputs))
+order = torch.randperm(len(outputs))
+x = torch.tensor(features)[order]
+y = torch.tensor(StandardScaler().fit_transform([[output] for output in outputs]))[order, 0]
 train, valid, test = slice(0, 150), slice(150, 300), slice(300, None)
 
 

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +18,8 @@ from rich.text import Text
 from bilevel import __version__, checks, distributed, trees
 from bilevel.checking.check import check
 from bilevel.cli import arguments, completion
+from bilevel.cli.check_options import CheckOptions
+from bilevel.cli.compare_options import CompareOptions
 from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
@@ -50,45 +52,6 @@ _BROKEN_PIPE = 141
 """128 and the number of SIGPIPE, the exit code that a shell reports for a program whose reader has gone."""
 _OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "scipy", "tensorboard"}
 _LANGUAGE_PACKAGES = {"transformers", "tokenizers", "peft"}
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """What `bilevel compare` is told besides the task's own settings."""
-
-    estimators: tuple[str, ...] = field(
-        default=tuple(name for name in registry.by_name() if name != "forward"),
-        metadata={"metavar": "NAME [NAME ...]"},
-    )
-    """Estimators, such as reverse or "forward-gradient(directions=32)"."""
-    seed: int = 0
-    """Determines every random number."""
-    data_dir: Path | None = None
-    """Folder with the data files, for presets that need any."""
-    repeats: int = 1
-    """Draws of random directions for each estimator that has any; with more than one, bias and variance are shown."""
-    compile: str | None = field(default=None, metadata={"metavar": "BACKEND"})
-    """Compile the inner gradient and its derivatives with a backend of torch.compile, such as inductor."""
-    out: Path | None = None
-    """Also write the table to this JSON file, and a plot of error against units beside it (.png)."""
-
-
-@dataclass(frozen=True)
-class CheckOptions:
-    """What `bilevel check` is told besides the task's own settings."""
-
-    estimators: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME [NAME ...]"})
-    """Estimators that are compared with differences of whole solves; by default reverse and forward-gradient."""
-    seed: int = 0
-    """Determines every random number."""
-    data_dir: Path | None = None
-    """Folder with the data files, for presets that need any."""
-    stable: bool = False
-    """Also examine whether tangents grow from step to step, with at most eight further solves."""
-    budget: float | None = field(default=None, metadata={"metavar": "SECONDS"})
-    """Seconds; parts that would not fit are reported as not checked."""
-    out: Path | None = None
-    """Also write the report to this JSON file."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,15 +9,17 @@ from dataclasses import fields
 from typing import Any
 
 from bilevel.cli import arguments
+from bilevel.cli.check_options import CheckOptions
+from bilevel.cli.compare_options import CompareOptions
 from bilevel.cli.plan_command import PlanOptions, SizeOptions
 
-COMMANDS = ("list", "run", "compare", "plan", "report", "completion")
+COMMANDS = ("list", "run", "compare", "check", "plan", "report", "completion")
 _SCRIPT = """# Completion of the command bilevel in bash: source this file in ~/.bashrc.
 _bilevel() {
     local words="" current="${COMP_WORDS[COMP_CWORD]}"
     case "$COMP_CWORD:${COMP_WORDS[1]}" in
         1:*) words="@commands" ;;
-        2:run|2:compare) words="@tasks" ;;
+        2:run|2:compare|2:check) words="@tasks" ;;
         2:plan) words="@tasks @sizes" ;;
         2:completion) words="bash" ;;
         *) case "${COMP_WORDS[1]} ${COMP_WORDS[2]}" in
@@ -33,11 +35,10 @@ complete -o default -F _bilevel bilevel
 
 def bash_script() -> str:
     """Return a script that completes commands, tasks and options; file names are completed where none of them fits."""
-    from bilevel.cli.command import CompareOptions
     from bilevel.tasks.options import RunOptions
     from bilevel.tasks.registry import TASKS
 
-    options = {"run": RunOptions(), "compare": CompareOptions(), "plan": PlanOptions()}
+    options = {"run": RunOptions(), "compare": CompareOptions(), "check": CheckOptions(), "plan": PlanOptions()}
     cases = []
     for command, shared in options.items():
         for task in TASKS.values():
