@@ -166,7 +166,7 @@ def minibatches(count: int, size: int) -> Callable[[int], Tensor]:
 
 
 SMALL = {
-    "mixture of sources": Small(sources, (0.3, 1.0, 3.0)),
+    "mixture of sources": Small(sources, (0.03, 0.1, 0.3)),
     "noisy labels": Small(weights, (0.1, 0.3, 1.0)),
     "condensation": Small(images_of_classes, (0.01, 0.03, 0.1), lambda images: images.clamp(0, 1)),
 }
