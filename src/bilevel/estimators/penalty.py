@@ -76,6 +76,7 @@ class Penalty(Estimator):
     growth: float = 0.0
     steps: int | None = None
     batches: int = 1
+    is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

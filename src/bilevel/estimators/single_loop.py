@@ -69,6 +69,7 @@ class SingleLoop(Estimator):
     solver_steps: int = 1
     order: Literal["alternating", "simultaneous"] = "alternating"
     average: float = 1.0
+    is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
