@@ -71,6 +71,17 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert public | errors | received == set(shown)
 
 
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    page = (site_pages.DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [row.split("`")[1] for row in re.findall(r"^\| `.*$", page, flags=re.MULTILINE)]
+    assert len(quoted) > 8
+    source = "".join(path.read_text(encoding="utf-8") for path in (site_pages.ROOT / "src").rglob("*.py"))
+    joined = re.sub(r"[\"']\s*\n\s*f?[\"']", "", source)  # literals that are continued on the next line
+    for message in quoted:
+        for fragment in filter(None, (each.strip() for each in message.split("…"))):
+            assert fragment in joined, message
+
+
 def test_every_picture_has_a_text() -> None:
     for page in [site_pages.ROOT / "README.md", *site_pages.DOCS.rglob("*.md")]:
         for alternative in re.findall(r"!\[([^\]]*)\]\(", page.read_text(encoding="utf-8")):
