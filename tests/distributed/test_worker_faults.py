@@ -24,6 +24,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **more}
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments() -> None:
     """The benchmark, with a few kills."""
     command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "3", "--seed", "1"]
@@ -44,6 +45,7 @@ def workers_of(agent: int) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the hypergradient estimates are noise")  # four directions for 640 pixels
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the workers are found in /proc")
 def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
