@@ -71,7 +71,7 @@ def main() -> None:
     }
     print("# The inner loop alone\n")
     print(
-        "A step of `bilevel.solve` costs a fixed number of microseconds more than a step by hand, whatever the model.\n"
+        "A step of `bilevel.solve` costs some microseconds more than a step by hand, so small models lose the most.\n"
     )
     print(f"`python benchmarks/solve.py`, torch {torch.__version__}, {platform.machine()}, one thread, process time.\n")
     print("| inner loop | optimiser | by hand, ms | solve, ms | ratio | µs a step more | with `Reverse()`, ms |")

@@ -1,4 +1,4 @@
-"""An inner loop without derivatives, about as fast as a training loop that is written by hand.
+"""An inner loop without derivatives, in which an optimiser updates leaf tensors as in a training loop by hand.
 
 `InnerLoop.descend` computes each step as a pure function, since estimators compute steps again from states that they
 kept. Here each step is computed once, so the parameters are leaf tensors that the optimiser updates in place. Batches,
