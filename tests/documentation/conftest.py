@@ -14,12 +14,15 @@ import site_pages
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the site. Building it is strict, so a warning of mkdocs fails the tests that ask for it."""
+    """The folder of the site. Building it is strict, so a warning of mkdocs fails the tests that ask for it.
+
+    Without --quiet, with which mkdocs does not count warnings.
+    """
     if importlib.util.find_spec("mkdocs") is None:
         pytest.skip("mkdocs is in the extra docs")
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=site_pages.ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,

@@ -187,6 +187,6 @@ def test_results_are_printed_in_one_short_line() -> None:
 @pytest.mark.parametrize("kind", [bilevel.Estimate, bilevel.FitResult, OuterStep], ids=lambda k: k.__name__)
 def test_help_explains_every_field(kind: Any) -> None:
     fields = getattr(kind, "__dataclass_fields__", {})
-    text = pydoc.render_doc(kind, renderer=pydoc.plaintext)
+    text = pydoc.render_doc(kind, renderer=pydoc.plaintext)  # pyright: ignore[reportAttributeAccessIssue]
     explained = text.split("Attributes:")[1]
     assert all(f"{name}: " in explained for name in fields if not name.startswith("_"))

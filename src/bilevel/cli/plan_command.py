@@ -92,7 +92,10 @@ def plan_from_sizes(options: SizeOptions) -> planner.Plan:
     if params is None or meta_params is None or steps is None:
         sizes = {"--params": params, "--meta-params": meta_params, "--steps": steps}
         missing = ", ".join(flag for flag, size in sizes.items() if size is None)
-        raise ValueError(f"{missing} missing: a plan from sizes needs --params, --meta-params and --steps\n\n{USAGE}")
+        raise ValueError(
+            f"{missing} missing: a plan from sizes needs --params, --meta-params and --steps; `bilevel plan` without "
+            "arguments explains both kinds of plans"
+        )
     for flag, size in (("--params", params), ("--meta-params", meta_params)):
         if not 1 <= size < float("inf"):
             raise ValueError(f"{flag} {size}: a number of at least 1 is needed")
