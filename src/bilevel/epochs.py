@@ -65,8 +65,8 @@ def epochs(
     >>> import torch
     >>> x, y = torch.arange(5.0), torch.arange(5)
     >>> batches = epochs((x, y), batch_size=2, steps=4, shuffle=False).at(seed=0)
-    >>> [batch[1].tolist() for batch in batches]
-    [[0, 1], [2, 3], [4], [0, 1]]
+    >>> torch.cat([labels for _, labels in batches])
+    tensor([0, 1, 2, 3, 4, 0, 1])
     """
     loader = dataset if isinstance(dataset, DataLoader) else None
     if loader is not None:

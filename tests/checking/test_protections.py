@@ -115,7 +115,7 @@ def clipped() -> Case:
 def clip_under_no_grad(patch: pytest.MonkeyPatch) -> None:
     own = clipping.Clipping.__call__
 
-    def call(self: Any, gradients: Any, meta: Any) -> Any:
+    def call(self: Any, gradients: Any, meta: Any, step: int) -> Any:
         constant = [None if g is None else g.detach() for g in gradients]
         found = own(self, constant, meta)
         return [None if g is None else g * (f / g.detach()).detach() for g, f in zip(gradients, found, strict=True)]
@@ -124,7 +124,7 @@ def clip_under_no_grad(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_clipping(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(clipping.Clipping, "__call__", lambda self, gradients, meta: list(gradients))
+    patch.setattr(clipping.Clipping, "__call__", lambda self, gradients, meta, step: list(gradients))
 
 
 def tied() -> Case:

@@ -346,11 +346,11 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "no effect in any phase": (
         1,
-        ["--phases", "reverse:1", "hessian-free:1", "--step-size", "0.1"],
+        ["--phases", "reverse:1", "implicit:1", "--step-size", "0.1"],
         [
             "--step-size has no effect",
             "reverse has",
-            "hessian-free has no such setting (it has: scale, preconditioner)",
+            "implicit has no such setting (it has: solver, batches)",
         ],
     ),
     "said already": (

@@ -47,8 +47,8 @@ def test_the_help_of_run_shows_the_options_that_all_tasks_share(capsys: Capture)
     shown = capsys.readouterr().out.split("Options that all tasks share:")[1]
     flags = re.findall(r"^  (--[a-z-]+)", shown, flags=re.MULTILINE)
     assert flags == ["--preset", *("--" + field.name.replace("_", "-") for field in fields(RunOptions))]
-    assert "Determines every random number of the run. (default: 0)" in shown
-    assert "Outer steps between two checkpoints. (default: 50)" in shown
+    assert "Seed that determines every random number of the run. (default: 0)" in shown
+    assert "Number of outer steps between two checkpoints. (default: 50)" in shown
     assert not re.search(r"^ {6}$", shown, flags=re.MULTILINE)
 
 
