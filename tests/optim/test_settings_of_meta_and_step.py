@@ -184,7 +184,6 @@ PAIRS: list[tuple[Any, dict[str, Any], str, list[float]]] = [
     (torch.optim.SGD, {"lr": 0.05, "momentum": 0.8}, "dampening", [0.3]),
     (torch.optim.SGD, {"lr": 0.05, "dampening": 0.2}, "momentum", [0.7]),
     (torch.optim.Adam, {"lr": 0.05}, "eps", [0.1]),
-    (torch.optim.ASGD, {"lr": 0.05}, "lambd", [0.2]),
 ]
 
 
@@ -224,3 +223,12 @@ def test_a_partial_is_the_class_with_its_settings() -> None:
     problem = bilevel.GradientDescent(loss, loss, net(), partial)
     wanted = trained(torch.optim.SGD, lambda module, step: [{"params": [*module.parameters()]}], lr=0.1, momentum=0.5)
     torch.testing.assert_close(bilevel.solve(problem, torch.tensor(0.0), T).params.state_dict(), wanted)
+
+
+def test_a_setting_that_pytorch_would_round_is_refused() -> None:
+    """ASGD keeps its rate, which depends on lambd, as a number: the parameters would be others than with a constant."""
+    optimizer = bilevel.optimizer(torch.optim.ASGD, lr=0.05, lambd=lambda meta: meta[0])
+    with pytest.raises(ValueError, match=r"lambd of torch\.optim\.ASGD cannot be a meta parameter"):
+        bilevel.Reverse()(
+            bilevel.GradientDescent(loss, loss, net(), optimizer), torch.tensor([0.2], dtype=torch.float64), T
+        )

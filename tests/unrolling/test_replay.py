@@ -378,3 +378,21 @@ def test_a_growing_factor_is_noticed_though_adam_hides_it_in_the_parameters(step
     adam = bilevel.optimizer(torch.optim.Adam, lr=0.1, eps=0.0)
     with pytest.raises(bilevel.errors.ReplayError, match="step 0"):
         bilevel.Reverse()(descent(growing, adam), WEIGHTS, [None] * steps)
+
+
+def test_a_memory_is_noticed_in_a_step_in_which_the_optimiser_begins_to_keep_something() -> None:
+    """Adam has no moments of a head before the step that reaches it first."""
+    calls: list[int] = []
+    heads = {name: torch.linspace(0.5, 1.0, 3, dtype=D) for name in "ab"}
+
+    def growing(theta: Any, meta: Tensor, batch: str) -> Tensor:
+        calls.append(1)
+        return len(calls) * weighted(theta[batch], meta)
+
+    def judged(theta: Any, meta: Tensor, batch: Any) -> Tensor:
+        return outer(theta["a"], meta, batch) + outer(theta["b"], meta, batch)
+
+    problem = bilevel.GradientDescent(growing, judged, heads, bilevel.optimizer(torch.optim.Adam, lr=0.1))
+    for estimator in (bilevel.Reverse(), bilevel.ForwardGradient(2, tangents="difference")):
+        with pytest.raises(bilevel.errors.ReplayError):
+            estimator(problem, WEIGHTS, list("abab"))

@@ -458,7 +458,8 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
 
     Several settings of `torch.optim` reach kernels as plain numbers, which drops their derivative silently. This
     function differentiates eight steps on two numbers in both modes and compares the derivatives with central
-    differences. It takes eight steps because RAdam adapts only from the sixth step on.
+    differences, and the result with that of a constant setting. It takes eight steps because RAdam adapts only from the
+    sixth step on.
 
     Raises:
         ValueError: the setting cannot be a meta parameter.
@@ -481,9 +482,10 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
     def rebuild(values: list[Tensor]) -> Any:
         return trees.unflatten(trees.flatten(default)[1], values)
 
-    subject = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1, name: rebuild})
+    constant = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1})
+    subject = Optimizer(optimizer.algorithm, {**constant.settings, name: rebuild})
 
-    def trajectory(*values: Tensor) -> Tensor:
+    def trajectory(*values: Tensor, subject: Optimizer = subject) -> Tensor:
         theta = [torch.tensor([1.0, -2.0], dtype=torch.float64, device="cpu")]
         state = subject.init(theta)
         for step in range(8):
@@ -507,6 +509,9 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
             for found in (forward, reverse):
                 if not torch.isclose(found, difference, rtol=1e-4, atol=1e-7):
                     raise RuntimeError(f"derivative {found.item():.6g}, central difference {difference.item():.6g}")
+        value, plain = trajectory(*points), trajectory(subject=constant)
+        if not torch.isclose(value, plain, rtol=1e-10, atol=0):
+            raise RuntimeError(f"the parameters are {value.item():.12g} instead of {plain.item():.12g}")
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"{name} of torch.optim.{optimizer.algorithm.__name__} cannot be a meta parameter: torch "

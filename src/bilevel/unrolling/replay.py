@@ -146,7 +146,7 @@ def require_repeatable(run: Repeatable, t: int, state: Tree, after: Tree) -> Non
     if t not in (0, run.steps - 1) or _is_known(run):
         return
     again = run.descend(state, t, t + 1)
-    if _differ(parts_of(state), state, after, again):
+    if _differ(parts_of(after), state, after, again):
         raise _changed(run, t, state, after, again)
     if t == run.steps - 1:
         _remember(run)

@@ -84,7 +84,7 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
         return torch.equal(left, right)
     # NumPy compares integers about four times as fast as torch.equal compares floats.
     a, b = (t.detach().reshape(-1).view(_INTEGERS[t.itemsize]).numpy() for t in (left, right))
-    return np.array_equal(a, b)
+    return np.array_equal(a, b) or torch.equal(left, right)  # 0 and −0 are equal
 
 
 def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor:
@@ -99,8 +99,8 @@ def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor
         first: the first result of the step.
         again: the second result of the step.
     """
-    start, kept, new = _tensors(before), _tensors(first), _tensors(again)
-    off, moved = _foreach_sub(new, kept), _foreach_sub(kept, start)
+    kept, new = _tensors(first), _tensors(again)
+    off, moved = _foreach_sub(new, kept), _moved(before, first)
     norms = [_foreach_norm(tensors) for tensors in (off, moved, kept)]
     device = norms[0][0].device
     squares = torch.stack([torch.stack([n.to(device, torch.float64) for n in each]) for each in norms]).square()
@@ -112,12 +112,20 @@ def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor
     return torch.stack([over.any(), over[1:].any() | (over[0] & others_agree)])
 
 
+def _moved(before: Tree, first: Tree) -> list[Tensor]:
+    """Return by how much a step moved each tensor. What an optimiser keeps may begin in that step, at zero."""
+    start, kept = _tensors(before), _tensors(first)
+    if len(start) != len(kept) and isinstance(before, Descent):
+        start = _tensors(before.params)
+    count = len(start)
+    return [*_foreach_sub(kept[:count], start), *kept[count:]]
+
+
 def distances(before: Tree, first: Tree, again: Tree) -> tuple[float, float]:
     """Return the distance between the two results, and the distance by which the step moved the state."""
-    start, kept, new = _tensors(before), _tensors(first), _tensors(again)
+    kept, new = _tensors(first), _tensors(again)
     off = [b.double() - a.double() if not a.is_complex() else b - a for a, b in zip(kept, new, strict=True)]
-    moved = [b.double() - a.double() if not a.is_complex() else b - a for a, b in zip(start, kept, strict=True)]
-    return _norm(off), _norm(moved)
+    return _norm(off), _norm(_moved(before, first))
 
 
 def _norm(tensors: list[Tensor]) -> float:

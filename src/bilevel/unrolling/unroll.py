@@ -107,7 +107,11 @@ class Unroll(InnerLoop):
         Raises:
             ReplayError: a step gave another state when it was computed again.
         """
-        check = GoingBack(self, lambda t, state: self.pull_back_step(t, state, list(d)).after)
+
+        def again(t: int, state: Tree) -> Tree:
+            return autodiff.Transpose(lambda state, meta: self.step(t, state, meta), [state, self.meta]).value
+
+        check = GoingBack(self, again)
         total = [torch.zeros_like(leaf) for leaf in trees.leaves(self.meta)]
         for t, state in trail:
             pulled = self.pull_back_step(t, state, d)
