@@ -4,3 +4,5 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported
 os.environ["COLUMNS"] = "160"  # tables are read whole, whatever the terminal
+
+collect_ignore_glob = ["*conftest.py"]  # pytest loads them; collected for doctests as well, those of one name collide

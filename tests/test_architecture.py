@@ -175,3 +175,9 @@ def test_the_page_on_stability_names_what_there_is() -> None:
         assert name not in bilevel.__all__
     first_cells = re.findall(r"^\| (`.*?) \|", unstable, flags=re.MULTILINE)
     assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} == set(experimental.__all__)
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Pytest imports them by name alone, and refuses to collect two of one name."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

@@ -176,7 +176,7 @@ def test_exact_reverse_and_forward_gradients_have_one_objective(corpus: Corpus, 
         squared = float(trees.squared_norm(trees.leaves(estimate.grad))) / count
         along = float(trees.dot(trees.leaves(exact.grad), trees.leaves(estimate.grad)))
         assert along == pytest.approx(squared, rel=1e-6, abs=1e-6 * norm * abs(squared) ** 0.5)
-        assert float(estimate.value) == pytest.approx(float(exact.value), rel=1e-12)
+        assert estimate.value.item() == pytest.approx(exact.value.item(), rel=1e-12)
 
 
 def test_against_finite_differences_of_plain_training(corpus: Corpus, tokenizer: Any) -> None:
@@ -197,7 +197,7 @@ def test_against_finite_differences_of_plain_training(corpus: Corpus, tokenizer:
             return float(losses.answer_nll(asked, outer.questions.labels) + SMALL.kl_weight * divergence)
 
     estimate = bilevel.Reverse()(made.problem, made.meta, made.inner_batches_of(1), outer)
-    assert float(estimate.value) == pytest.approx(after(), rel=1e-10)
+    assert estimate.value.item() == pytest.approx(after(), rel=1e-10)
     entry, step = weight_model.weight.bias, 1e-4
     values = []
     for sign in (1, -1):

@@ -125,11 +125,11 @@ def test_no_random_numbers_are_consumed_and_nothing_is_changed() -> None:
 
 
 def no_clipping(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(clipping.Clipping, "__call__", lambda self, gradients, meta: list(gradients))
+    patch.setattr(clipping.Clipping, "__call__", lambda self, gradients, meta, step: list(gradients))
 
 
 def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
-    def call(self: Any, gradients: Any, meta: Any) -> Any:
+    def call(self: Any, gradients: Any, meta: Any, step: int) -> Any:
         found = [g for g in gradients if g is not None]
         total = torch.stack([g.detach().square().sum() for g in found]).sum().sqrt()
         factor = (self.norm / (total + 1e-6)).clamp(max=1.0)

@@ -285,10 +285,11 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
     for name in ("all", "sqrt", "log"):
         kept = checkpoint_schedules.slots(name, T)
         made = checkpoint_schedules.steps_computed(T, kept)
-        held = kept if kept == T else kept + 1  # the last state but one is not among the kept states
+        # With fewer, the last state but one is not among the kept states, nor the one that a step is compared with.
+        held = kept if kept == T else kept + 2
         price = Price(made * p.plain.seconds + T * p.back.seconds + outer, held * S + one_back)
         yield _priced(p, Reverse(name), 0.0, T, price)
-    price = Price(T * (p.plain.seconds + p.back.seconds) + outer, 2 * S + one_back)
+    price = Price(T * (p.plain.seconds + p.back.seconds) + outer, 3 * S + one_back)
     yield _priced(p, Reverse("all", offload="disk"), 0.0, T, price)
     there = T * p.plain.seconds + outer
     few = min(_TRUNCATION, T)
