@@ -126,7 +126,7 @@ class Problem(BilevelProblem):
         init: `init(meta) -> state`, the inner state θ_0; it may depend on meta, and may draw random numbers.
         step: `step(state, meta, batch) -> state`, one inner step Ω_t. The new state has the structure, shapes and
             dtypes of the old one.
-        outer_loss: `outer_loss(state, meta, batch) -> scalar`.
+        outer_loss: `outer_loss(state, meta, batch) -> scalar`, or a vector `[m]` of m outer losses (see `Estimate`).
 
     Random numbers drawn with torch's global generator (dropout, random initialisation) are reproducible: they are a
     function of the estimator's seed and the number of the step.
@@ -158,7 +158,7 @@ class BlackBox(BilevelProblem):
     Args:
         solve: `solve(meta) -> state`: a simulator, a subprocess, another library. It raises
             `SolverError` where it fails.
-        outer_loss: `outer_loss(state, meta, batch) -> scalar`.
+        outer_loss: `outer_loss(state, meta, batch) -> scalar`, or a vector `[m]` of m outer losses (see `Estimate`).
         solve_all: `solve_all(metas) -> states`, the same for a list of points, in parallel for instance (see
             `OutsideProgram`). An estimate then asks for all its points at once, and holds all their states.
 
@@ -233,7 +233,8 @@ class GradientDescent(BilevelProblem):
 
     Args:
         inner_loss: `inner_loss(params, meta, batch) -> scalar`, descended on.
-        outer_loss: `outer_loss(params, meta, batch) -> scalar`, evaluated at the final parameters.
+        outer_loss: `outer_loss(params, meta, batch) -> scalar`, evaluated at the final parameters; or a vector `[m]` of
+            m outer losses (see `Estimate`).
         params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that makes either: afresh for every
             solve, from torch's (reproducibly seeded) generator, or from the meta parameters. With a module, both
             losses receive it as a `ModuleView`, called as the module itself: `model(x)`, `model(input_ids=ids)`.
@@ -578,8 +579,21 @@ def as_problem(value: Any) -> BilevelProblem:
     )
 
 
+def require_losses(value: Any, name: str) -> Tensor:
+    """Return the value if it is one real loss or a vector `[m]` of them; else raise an error that says what it is."""
+    if not isinstance(value, Tensor) or value.ndim != 1:
+        return require_scalar(value, name)
+    if not len(value):
+        raise ValueError(
+            f"{name} returned a vector without entries; return one loss, or a vector with one entry for each"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name} returned a {value.dtype} vector; real floating-point losses are needed")
+    return value
+
+
 def require_scalar(value: Any, name: str) -> Tensor:
-    """The value, if it is a real tensor without dimensions; else an error that says what it is."""
+    """Return the value if it is a real tensor without dimensions; else raise an error that says what it is."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} returned {value!r} ({type(value).__name__}); return the loss as a tensor without dimensions, not "

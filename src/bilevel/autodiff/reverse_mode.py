@@ -164,27 +164,48 @@ class Transpose:
         return [[next(found) for _ in group] for group in groups]
 
     def many(self, cotangents: Sequence[Tensor], of: Sequence[int]) -> list[list[Tensor]]:
-        """The same for k cotangents at once, `[k, *leaf.shape]` each; the graph stays, and zeros are filled in."""
-        groups = [self._inputs[i] for i in of]
-        wanted = [t for group in groups for t in group]
+        """Return the same for k cotangents at once, `[k, *leaf.shape]` each, with zeros in the place of `None`."""
         count = len(cotangents[0])
+        return [
+            [t.new_zeros(count, *t.shape) if g is None else g for g, t in zip(found, self._inputs[i], strict=True)]
+            for found, i in zip(self.many_or_none(cotangents, of), of, strict=True)
+        ]
+
+    def many_or_none(
+        self, cotangents: Sequence[Tensor], of: Sequence[int] | None = None, at_once: int | None = None
+    ) -> list[list[Tensor | None]]:
+        """Return the same for k cotangents, `[k, *leaf.shape]` each, `at_once` of them at a time. The graph stays.
+
+        `None` in the result marks a leaf that the value does not depend on.
+        """
+        groups = [self._inputs[i] for i in (range(len(self._inputs)) if of is None else of)]
+        wanted = [t for group in groups for t in group]
         pairs = [(o, c) for o, c in zip(self._outputs, cotangents, strict=True) if o.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if pairs and wanted:
             outputs, weights = zip(*pairs, strict=True)
-            found = many_products(outputs, wanted, weights, self._memory)
-        filled = iter(t.new_zeros(count, *t.shape) if g is None else g for g, t in zip(found, wanted, strict=True))
-        return [[next(filled).detach() for _ in group] for group in groups]
+            found = many_products(outputs, wanted, weights, self._memory, at_once)
+        remaining = iter(g if g is None else g.detach() for g in found)
+        return [[next(remaining) for _ in group] for group in groups]
 
 
 def many_products(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], memory: Memory
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    memory: Memory,
+    at_once: int | None = None,
 ) -> list[Tensor | None]:
-    """weightᵀ · ∂outputs/∂inputs for k weights `[k, *output.shape]`: `[k, *input.shape]` for each input.
+    """Compute weightᵀ · ∂outputs/∂inputs for k weights `[k, *output.shape]`: `[k, *input.shape]` for each input.
 
-    The graph stays. All k are taken in one backward pass by `torch.vmap`, or one by one where an operation refuses it.
+    The graph stays. All k, or `at_once` of them at a time, are taken in one backward pass by `torch.vmap`, or one by
+    one where an operation refuses it.
     """
     count = len(weights[0])
+    if at_once is not None and at_once < count:
+        starts = range(0, count, at_once)
+        parts = [many_products(outputs, inputs, [w[i : i + at_once] for w in weights], memory) for i in starts]
+        return [None if each[0] is None else torch.cat(list(each)) for each in zip(*parts, strict=True)]  # type: ignore[arg-type]
 
     def one(i: int) -> Sequence[Tensor | None]:
         return torch.autograd.grad(outputs, inputs, [w[i] for w in weights], retain_graph=True, allow_unused=True)
@@ -206,6 +227,35 @@ def many_products(
     return [None if row[0] is None else torch.stack(list(row)) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
 
 
+def pull_back_many(
+    function: Callable[..., Tree],
+    arguments: Sequence[Tree],
+    cotangents: Sequence[Tensor] | None = None,
+    memory: Memory | None = None,
+    at_once: int | None = None,
+) -> tuple[Tree, list[list[Tensor | None]]]:
+    """Return `function(*arguments)`, and for every argument k cotangentsᵀ · Jacobian, `[k, *leaf.shape]` for each leaf.
+
+    The function is evaluated once. Its graph serves all cotangents, in one backward pass for every `at_once` of them.
+
+    Args:
+        function: a function from trees to a tree.
+        arguments: the trees at which it is evaluated.
+        cotangents: `[k, *leaf.shape]` for each differentiable leaf of the value. Without them the value must be a
+            vector `[k]`, and the gradients of its entries are taken.
+        memory: what is known about the problem that the function belongs to.
+        at_once: how many cotangents share a backward pass; `None` for all.
+
+    >>> pull_back_many(lambda x: x**2, [torch.tensor([2.0, 3.0])])
+    (tensor([4., 9.]), [[tensor([[4., 0.],
+            [0., 6.]])]])
+    """
+    transpose = Transpose(function, arguments, memory)
+    if cotangents is None:
+        cotangents = [torch.eye(len(transpose.value)).to(transpose.value)]
+    return transpose.value, transpose.many_or_none(cotangents, at_once=at_once)
+
+
 def pull_back(
     function: Callable[..., Tree], arguments: Sequence[Tree], cotangents: Sequence[Tensor | None] | None = None
 ) -> tuple[Tree, list[list[Tensor | None]]]:
@@ -223,10 +273,12 @@ def pull_back(
     return transpose.value, transpose(cotangents, keep=False)
 
 
-def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree) -> list[Tensor]:
-    """Put zeros of the right shape in the place of `None`, for the differentiable leaves of a tree."""
-    shapes = trees.split(tree).differentiable
-    return [torch.zeros_like(s) if t is None else t for t, s in zip(tensors, shapes, strict=True)]
+def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree, count: int | None = None) -> list[Tensor]:
+    """Put zeros in the place of `None`, for the differentiable leaves of a tree: `[count, *leaf.shape]` if given."""
+    filled = zeros_where_none(tensors, trees.split(tree).differentiable)
+    return [
+        z if t is not None or count is None else z.expand(count, *z.shape) for t, z in zip(tensors, filled, strict=True)
+    ]
 
 
 def zeros_where_none(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -33,37 +33,44 @@ def spread_slopes(
         computed = {number: variate(number) for number in deal.variates_of(workers.rank)}
         chunks = deal.chunks_of(workers.rank)
         if not chunks:  # more workers than chunks
-            return Slopes(*run.value(), trees.leaves(run.meta)[0].new_zeros(0), False), computed
+            value, state = run.value()
+            return Slopes(value, state, trees.leaves(run.meta)[0].new_zeros(0, *value.shape), False), computed
         pushed = push(chunks)
         if workers.size > 1:  # while it is known whose they are
             require_finite(run, pushed.value, pushed.state, pushed.slopes)
         return pushed, computed
 
     pushed, computed = workers.together("directions", mine)
-    variates = everybodys_variates(run, deal, computed, workers)
+    variates = everybodys_variates(run, deal, computed, workers, pushed.value.shape)
     if workers.size == 1:
         return pushed, variates
-    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64, device="cpu")
+    value = pushed.value.detach().cpu().double().reshape(-1)
+    flag = value.new_tensor([float(pushed.moved)])
     numbers = _padded(pushed.slopes.cpu().double(), deal, workers)
-    received = workers.gather("slopes", torch.cat([first_two, numbers]))
-    slopes = _in_order(workers, deal, received[:, 2:])
-    value, moved = received[0, 0].to(pushed.value), bool(received[:, 1].any())
+    received = workers.gather("slopes", torch.cat([value, flag, numbers.reshape(-1)]))
+    m = len(value)
+    slopes = _in_order(workers, deal, received[:, m + 1 :].reshape(len(received), *numbers.shape))
+    value, moved = received[0, :m].reshape(pushed.value.shape).to(pushed.value), bool(received[:, m].any())
     return Slopes(value, pushed.state, slopes.to(pushed.slopes), moved), variates
 
 
 def everybodys_variates(
-    run: Unroll, deal: Assignment, computed: dict[int, list[Tensor]], workers: Workers
+    run: Unroll, deal: Assignment, computed: dict[int, list[Tensor]], workers: Workers, lead: torch.Size
 ) -> list[list[Tensor]]:
-    """The control variates' gradients, each from the worker that computed it."""
+    """Return the control variates' gradients, each from the worker that computed it.
+
+    `lead` is the shape of the outer loss, which the gradients have in front of that of their leaf.
+    """
     found = []
     for number, owner in enumerate(deal.variates):
-        mine = computed.get(number) or trees.leaves(run.meta)  # of the same shapes, to be filled
+        # What another worker computed has the same shapes, and fills these tensors.
+        mine = computed.get(number) or [leaf.expand((*lead, *leaf.shape)) for leaf in trees.leaves(run.meta)]
         found.append(mine if owner is None else workers.broadcast_tensors("control variates", mine, owner))
     return found
 
 
 def everybodys_numbers(what: str, deal: Assignment, mine: Tensor, workers: Workers) -> Tensor:
-    """A number for each direction `[b]`, in their order, from each worker's for its own."""
+    """Return the numbers of each direction, `[b]` or `[b, m]`, in their order, from each worker's for its own."""
     return _in_order(workers, deal, workers.gather(what, _padded(mine, deal, workers)))
 
 

@@ -23,17 +23,35 @@ from bilevel.unrolling.unroll import Unroll, unroll
 
 @dataclass(frozen=True)
 class Estimate:
-    """A hypergradient and what is known about it."""
+    """A hypergradient and what is known about it.
+
+    An outer loss that returns a vector `[m]` stands for m outer losses of one inner loop, such as one for each query or
+    validation example. The value and the standard error are then `[m]`, and the leaves of the gradient
+    `[m, *leaf.shape]`: the numbers of m separate estimates at the same seed, for one inner loop.
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi).square().sum(),
+    ...     outer_loss=lambda theta, phi, targets: (theta - targets).square().sum(1),  # [3, 2] -> [3]
+    ...     params=torch.zeros(2),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    ... )
+    >>> estimate = bilevel.Reverse()(problem, torch.ones(2), 2, outer_batch=torch.zeros(3, 2))
+    >>> estimate.value.shape, estimate.grad.shape
+    (torch.Size([3]), torch.Size([3, 2]))
+    """
 
     value: Tensor
-    """The outer loss h(φ)."""
+    """The outer loss h(φ); `[m]` for a vector of outer losses."""
     grad: Tree
-    """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor."""
+    """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor. For a
+    vector of outer losses its leaves are `[m, *leaf.shape]`."""
     state: Tree
     """The final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its parameters and
     running statistics, in the form that the module's `load_state_dict` takes."""
-    standard_error: float | None = None
-    """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method."""
+    standard_error: float | Tensor | None = None
+    """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method. For a vector of outer
+    losses a tensor `[m]`, one error for each."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     """What the method observed on the way, such as the residual of a linear solve.
 
@@ -121,7 +139,7 @@ class Estimator(ABC):
         return self
 
     @abstractmethod
-    def units(self, steps: int, meta_size: int) -> float:
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:
         """Return about how many inner gradients one estimate costs on one worker.
 
         The planner ranks methods by this number, and the work of control variates is assigned to workers by it.
@@ -129,6 +147,7 @@ class Estimator(ABC):
         Args:
             steps: T, the number of inner steps.
             meta_size: N, the number of meta parameters.
+            losses: m, the number of entries of the outer loss; 1 for a scalar.
         """
 
     def resolved(self, run: Unroll) -> Estimator:  # noqa: ARG002
@@ -155,6 +174,7 @@ class Estimator(ABC):
 
 def _checked(run: Unroll, estimate: Estimate) -> Estimate:
     descent = run.problem.as_gradient_descent
+    _require_shapes(run, estimate)
     diagnosis.require_finite(run, estimate.value, estimate.state, estimate.grad)
     state = trees.detach(estimate.state)
     return Estimate(
@@ -165,6 +185,19 @@ def _checked(run: Unroll, estimate: Estimate) -> Estimate:
         diagnostics=estimate.diagnostics,
         carried=estimate.carried or run.window_end(state),
     )
+
+
+def _require_shapes(run: Unroll, estimate: Estimate) -> None:
+    """Raise if an estimator returned gradients of the wrong shapes, as one does that was not written for vectors."""
+    lead = estimate.value.shape
+    for leaf, found in zip(trees.leaves(run.meta), trees.leaves(estimate.grad), strict=True):
+        if found.shape != (*lead, *leaf.shape):
+            losses = f"a vector of {len(estimate.value)} outer losses" if lead else "one outer loss"
+            raise ValueError(
+                f"the estimator returned a gradient of shape {tuple(found.shape)} for a meta parameter of shape "
+                f"{tuple(leaf.shape)} and {losses}; {(*lead, *leaf.shape)} is needed. If it takes no vectors of outer "
+                "losses, call it once for each, with an outer_loss that returns that entry"
+            )
 
 
 def like_meta(run: Unroll, tensors: list[Tensor]) -> Tree:

@@ -11,7 +11,7 @@ from bilevel import autodiff, checks, trees
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
 from bilevel.estimators.implicit import stationarity_transpose, subtract_mixed_product
 from bilevel.problem import Descent, GradientDescent
-from bilevel.unrolling.unroll import Unroll
+from bilevel.unrolling.unroll import Losses, Unroll
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class HessianFree(Estimator):
     Cost: at most T + 3 units: T for the inner loop, 1 for a gradient with its graph, 2 for the product with Y; 1 more
     with the optimiser's scale. Memory: the graph of one inner gradient. Bias: of the order of the hypergradient itself,
     unless the inner Hessian is close to I/α. Dependence on φ through the initial state or the learning rate is not
-    seen. Running statistics of modules (BatchNorm) are taken as constants.
+    seen. Running statistics of modules (BatchNorm) are taken as constants. A vector of m outer losses adds 2(m − 1)
+    units: the inner loop and the gradients serve all of them.
 
     Reference: Luketina et al., ICML 2016 (T1–T2); Choe et al., NeurIPS 2023 (SAMA); Shen et al., NeurIPS 2024, App. B.
 
@@ -56,22 +57,25 @@ class HessianFree(Estimator):
         checks.positive(self.scale, "scale")
         checks.one_of(self.preconditioner, "preconditioner", ("identity", "optimizer"))
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
-        return steps + 3.0 + (self.preconditioner == "optimizer")
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
+        return steps + 1.0 + 2.0 * losses + (self.preconditioner == "optimizer")
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
         state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
+        count = Losses.of(value).number
         d = d[: len(trees.split(state.params).differentiable)]
         jacobian = stationarity_transpose(run, problem, state, batches=1)
         if self.preconditioner == "optimizer":
-            d = _through_update(run, problem, state, d)
-        grad = subtract_mixed_product(run, problem, state, c, jacobian, [self.scale * part for part in d])
+            d = _through_update(run, problem, state, d, count)
+        grad = subtract_mixed_product(run, problem, state, c, jacobian, [self.scale * part for part in d], count)
         return Estimate(value, like_meta(run, grad), state)
 
 
-def _through_update(run: Unroll, problem: GradientDescent, state: Descent, d: list[Tensor]) -> list[Tensor]:
+def _through_update(
+    run: Unroll, problem: GradientDescent, state: Descent, d: list[Tensor], count: int | None
+) -> list[Tensor]:
     """−dᵀ ∂θ'/∂gradient for one more update θ' from the final state, the gradient being what is descended on.
 
     It is made with the settings of the last step: the ones after it may be a learning rate annealed to zero.
@@ -83,5 +87,8 @@ def _through_update(run: Unroll, problem: GradientDescent, state: Descent, d: li
     def update(gradient: list[Tensor | None]) -> list[Tensor]:
         return trees.split(problem.apply(again, gradient, run.meta).params).differentiable
 
-    _, (found,) = autodiff.pull_back(update, [gradient], d)
+    if count is None:
+        _, (found,) = autodiff.pull_back(update, [gradient], d)
+    else:
+        _, (found,) = autodiff.pull_back_many(update, [gradient], d, run.memory)
     return [-problem.optimizer.sign * part for part in autodiff.placed_where_reached(found, gradient, d)]

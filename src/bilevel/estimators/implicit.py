@@ -17,7 +17,7 @@ from bilevel.estimators.base import Estimate, Estimator, like_meta, require_grad
 from bilevel.problem import Descent, GradientDescent
 from bilevel.solvers import ConjugateGradient, LinearSolver
 from bilevel.unrolling import diagnosis
-from bilevel.unrolling.unroll import Unroll
+from bilevel.unrolling.unroll import Losses, Unroll
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Implicit(Estimator):
         batches: g is the mean over the last so many inner batches.
 
     Cost: T + 3 + 2·products units: T for the inner loop, 1 for a gradient with its graph, 2 for each of the solver's
-    products with H, and at most 2 for the product with Y. All but the first T are multiplied by `batches`. Memory:
-    the graph of one inner gradient, whatever T.
+    products with H, and at most 2 for the product with Y. All but the first T are multiplied by `batches`. For a vector
+    of m outer losses there are m linear systems, so 2·products and the 2 for Y come m times. Memory: the graph of one
+    inner gradient, whatever T.
     Bias: the inner loop must have come to rest; what is missing, d(dθ_T/dφ + H⁻¹Y), is not measured by the method (the
     diagnostic `gradient_norm`, ‖∇g(θ_T)‖, says how far from rest it is). The solver adds its own error. Dependence on φ
     through the initial state or the learning rate does not move the solution and is not seen. Running statistics of
@@ -70,9 +71,9 @@ class Implicit(Estimator):
             )
         checks.whole_number(self.batches, "batches")
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         # For each batch: the gradient with its graph, and two units for each product with H and for the one with Y.
-        return steps + self.batches * (1.0 + 2.0 * (self.solver.products + 1))
+        return steps + self.batches * (1.0 + 2.0 * losses * (self.solver.products + 1))
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
@@ -92,20 +93,26 @@ class Implicit(Estimator):
         def hessian(vector: Sequence[Tensor]) -> list[Tensor]:
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
 
+        sides = [[part[j] for part in d] for j in range(len(value))] if value.ndim else [d]
         with trees.without_autocast():
-            solution = self.solver.solve(hessian, d)
-        if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
-            raise NonFiniteError(
-                f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, or a "
-                "second derivative of inner_loss overflows or is undefined at the final state",
-                last_finite_state=state,
-            )
-        grad = subtract_mixed_product(run, problem, state, c, jacobian, solution.x)
-        if not solution.converged:
-            warnings.warn(f"Implicit: {solution.message}", stacklevel=4)  # where the estimator was called
+            solutions = [self.solver.solve(hessian, side) for side in sides]
+        for solution in solutions:
+            if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
+                raise NonFiniteError(
+                    f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, "
+                    "or a second derivative of inner_loss overflows or is undefined at the final state",
+                    last_finite_state=state,
+                )
+        vector = solutions[0].x
+        if value.ndim:
+            vector = [torch.stack(parts) for parts in zip(*(solution.x for solution in solutions), strict=True)]
+        grad = subtract_mixed_product(run, problem, state, c, jacobian, vector, Losses.of(value).number)
+        left = next((solution for solution in solutions if not solution.converged), None)
+        if left is not None:
+            warnings.warn(f"Implicit: {left.message}", stacklevel=4)  # where the estimator was called
         diagnostics = {
-            "solver_iterations": float(solution.iterations),
-            "solver_residual": solution.residual,
+            "solver_iterations": float(max(solution.iterations for solution in solutions)),
+            "solver_residual": max(solution.residual for solution in solutions),
             "gradient_norm": float(trees.squared_norm(jacobian.value).sqrt()),
         }
         return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
@@ -130,7 +137,7 @@ def stationarity_transpose(
             torch.stack(parts).mean(0) for parts in zip(*(autodiff.fill_zeros(e, params) for e in each), strict=True)
         ]
 
-    return autodiff.Transpose(gradient, [state.params, run.meta])
+    return autodiff.Transpose(gradient, [state.params, run.meta], run.memory)
 
 
 def subtract_mixed_product(
@@ -139,15 +146,19 @@ def subtract_mixed_product(
     state: Descent,
     c: list[Tensor],
     jacobian: autodiff.Transpose,
-    vector: Sequence[Tensor],
+    vector: list[Tensor],
+    count: int | None,
 ) -> list[Tensor]:
-    """c − vᵀY, with an error if the inner loss does not depend on φ on any batch."""
-    mixed = jacobian(vector, of=[1], keep=False)[0]
+    """Compute c − vᵀY, and raise if the inner loss does not depend on φ on any batch.
+
+    With a count m, the leaves of c and v have a leading axis of that length, for m outer losses.
+    """
+    mixed = (jacobian(vector, of=[1], keep=False) if count is None else jacobian.many_or_none(vector, of=[1]))[0]
     if all(part is None for part in mixed):
         _require_dependence_of_loss(run, problem, state)
     if not any(part is not None and bool(part.any()) for part in mixed):
         diagnosis.require_finite_losses(run)
-    return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta), strict=True)]
+    return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta, count), strict=True)]
 
 
 def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:

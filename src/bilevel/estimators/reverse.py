@@ -11,7 +11,7 @@ from bilevel.trees import Tree
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.checkpoint_schedules import Checkpoints, Trail
 from bilevel.unrolling.state_storage import OFFLOADS, Offload
-from bilevel.unrolling.unroll import Unroll
+from bilevel.unrolling.unroll import Losses, Unroll
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,14 @@ class Reverse(Estimator):
             `"graph"`: the whole autograd graph, nothing is repeated. T times the graph of a step.
         offload: where the kept states lie: on their device (`None`), `"cpu"` for the host's memory (which on a machine
             without a GPU changes nothing), or `"disk"` for a temporary file in TMPDIR. They are fetched ahead.
-
+        chunk_size: how many entries of a vector of outer losses are pulled back at once; `None` for all. Smaller chunks
+            take less memory: the inner loop is not run again for them.
 
     Cost: in units of one inner gradient, 3T for `"graph"`, else 3T and the steps computed, at most (3 + r)·T: 4T for
-    `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). Besides the states, the graph of
-    one step is held, of which layers wrapped in `bilevel.experimental.Recomputed` keep their inputs alone. Bias: none.
+    `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). A vector of m outer losses adds 2(m − 1)·T: the inner loop is run,
+    and run again, once for all of them. Memory: besides the states, the graph of one step is held. Layers wrapped in
+    `bilevel.experimental.Recomputed` keep their inputs alone in it. For m outer losses, m cotangents of a state and the
+    backward passes of one chunk come on top. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
     schedule: Griewank and Walther, ACM TOMS 2000.
@@ -55,10 +58,13 @@ class Reverse(Estimator):
 
     checkpoints: Checkpoints | Literal["graph"] = "all"
     offload: Offload = None
+    chunk_size: int | None = None
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checkpoint_schedules.check(self.checkpoints)
+        if self.chunk_size is not None:
+            checks.whole_number(self.chunk_size, "chunk_size")
         if self.offload is not None:
             checks.one_of(self.offload, "offload", OFFLOADS)
             if self.checkpoints == "graph":
@@ -66,32 +72,35 @@ class Reverse(Estimator):
                     f'offload={self.offload!r} moves kept states, and checkpoints="graph" keeps none; take "all"'
                 )
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
+        there_and_back = (1.0 + 2.0 * losses) * steps
         if self.checkpoints == "graph":
-            return 3.0 * steps
+            return there_and_back
         made = checkpoint_schedules.steps_computed(steps, checkpoint_schedules.slots(self.checkpoints, steps))
-        return made + 3.0 * steps
+        return made + there_and_back
 
     def _estimate(self, run: Unroll) -> Estimate:
         if self.checkpoints == "graph":
-            return _through_one_graph(run)
+            return _through_one_graph(run, self.chunk_size)
         with Trail(run, self.checkpoints, self.offload) as trail:
             state = trail.descend()
             value, d, c = run.outer_cotangents(state)
-            through = run.pull_back(trail.backwards(), state, d)
-        run.pull_back_init(d, through)
+            losses = Losses.of(value, self.chunk_size)
+            through = run.pull_back(trail.backwards(), state, d, losses)
+        run.pull_back_init(d, through, losses)
         return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
 
 
-def _through_one_graph(run: Unroll) -> Estimate:
+def _through_one_graph(run: Unroll, chunk_size: int | None) -> Estimate:
     def final_state(meta: Tree) -> Tree:
         state = run.init(meta)
         for t in range(run.steps):
             state = run.step(t, state, meta)
         return state
 
-    jacobian = autodiff.Transpose(final_state, [run.meta])
+    jacobian = autodiff.Transpose(final_state, [run.meta], run.memory)
     value, d, c = run.outer_cotangents(jacobian.value)
-    (through,) = jacobian(d, keep=False)
-    grad = run.add_explicit(autodiff.fill_zeros(through, run.meta), c)
+    count = Losses.of(value).number
+    (through,) = jacobian(d, keep=False) if count is None else jacobian.many_or_none(d, at_once=chunk_size)
+    grad = run.add_explicit(autodiff.fill_zeros(through, run.meta, count), c)
     return Estimate(value, like_meta(run, grad), jacobian.value)

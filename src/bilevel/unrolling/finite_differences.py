@@ -62,13 +62,16 @@ class FiniteDifferences(TangentRule):
     ) -> tuple[Tensor, Tensor]:
         value, d, c = _outer_gradients(run, state)
         run.same_value("differences", value)
+        pairs = zip(tangents, directions, strict=True)
+        if not value.ndim:
+            return value, torch.stack([trees.dot(d, y) + trees.dot(c, v) for y, v in pairs])
         return value, torch.stack(
-            [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, directions, strict=True)]
+            [torch.stack([trees.dot([t[j] for t in (*d, *c)], [*y, *v]) for j in range(len(value))]) for y, v in pairs]
         )
 
 
 def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return the outer loss and its gradients by the state and by φ."""
+    """Return the outer loss and its gradients by the state and by φ, with a leading axis for a vector of losses."""
     parts = (trees.split(state), trees.split(run.meta))
     tensors = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
     there, meta = (part.rebuild(ts) for part, ts in zip(parts, tensors, strict=True))
@@ -76,10 +79,17 @@ def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], li
         value = run.outer_loss(there, meta)
     if not value.requires_grad:
         run.outer_cotangents(state)  # says what is wrong
+    flat = [*tensors[0], *tensors[1]]
     with standing_in(there, meta):
-        found = iter(torch.autograd.grad(value, [*tensors[0], *tensors[1]], allow_unused=True))
+        rows = [
+            autodiff.zeros_where_none(
+                torch.autograd.grad(h, flat, allow_unused=True, retain_graph=value.ndim > 0), flat
+            )
+            for h in (value.unbind() if value.ndim else [value])
+        ]
+    found = iter(torch.stack(each) if value.ndim else each[0] for each in zip(*rows, strict=True))
     d, c = ([next(found) for _ in ts] for ts in tensors)
-    return value.detach(), autodiff.fill_zeros(d, state), autodiff.fill_zeros(c, run.meta)
+    return value.detach(), d, c
 
 
 def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tree, list[list[Tensor]]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches, ChangesInPlace, draws_nothing, with_own_containers
 from bilevel.models.sharing import presented
-from bilevel.problem import BilevelProblem, Descent, require_scalar
+from bilevel.problem import BilevelProblem, Descent, require_losses
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.outside_reads import INIT, OUTER, STEP, watched_once
@@ -156,13 +156,13 @@ class InnerLoop:
         return replace(self, problem=self.problem.eager)
 
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
-        """The outer loss at a state."""
+        """Compute the outer loss at a state: a scalar, or a vector `[m]` of m outer losses."""
         kept = ChangesInPlace(self.outer_batch, "outer_batch")
 
         def function(batch: Any) -> Tensor:
             with watched_once(self.problem, OUTER, self.meta, [state, meta]):
                 value = self._differentiated(self.problem.outer_loss, state, self._as_passed(meta), batch)
-                return require_scalar(value, "outer_loss")
+                return require_losses(value, "outer_loss")
 
         value = randomness.evaluate(
             function,
