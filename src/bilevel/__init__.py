@@ -2,7 +2,7 @@
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
-`HessianFree`.
+`HessianFree`, `FirstOrder`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
@@ -13,6 +13,7 @@ from bilevel.comparison.compare import compare
 from bilevel.estimators import (
     Estimate,
     Estimator,
+    FirstOrder,
     Forward,
     ForwardGradient,
     HessianFree,
@@ -43,6 +44,7 @@ __all__ = [
     "Constant",
     "Estimate",
     "Estimator",
+    "FirstOrder",
     "FitResult",
     "Forward",
     "ForwardGradient",

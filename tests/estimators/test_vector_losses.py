@@ -116,7 +116,9 @@ ESTIMATORS = [
 
 
 def test_every_method_is_here() -> None:
-    assert {type(e) for e in ESTIMATORS} | {Auto} >= {cls for cls in ROWS if cls.__module__.startswith("bilevel.")}
+    assert {type(e) for e in ESTIMATORS} | {Auto, bilevel.FirstOrder} >= {
+        cls for cls in ROWS if cls.__module__.startswith("bilevel.")
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Implicit")  # solvers that stop early
@@ -260,6 +262,25 @@ def test_operations_without_batching_rule_are_pulled_back_one_by_one(estimator: 
     found, expected = (estimator(problem(square), meta, 3).grad for square in (lambda x: Square.apply(x), torch.square))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
     assert torch.count_nonzero(found) == 3  # entries of the state do not mix
+
+
+def test_first_order_takes_vectors() -> None:
+    def problem(outer_loss: Callable[..., Tensor]) -> bilevel.GradientDescent:
+        return bilevel.GradientDescent(
+            lambda theta, meta, x: (x @ theta - 1).square().mean(),
+            outer_loss,
+            lambda meta: meta.sin(),
+            bilevel.optimizer(torch.optim.Adam, lr=0.05),
+        )
+
+    def losses(theta: Tensor, meta: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([(x @ theta).square().mean() for x in targets]) + meta[0]
+
+    meta = torch.tensor([0.3, 0.2, -0.1], dtype=torch.float64)
+    found = bilevel.FirstOrder()(problem(losses), meta, BATCHES, TARGETS)
+    for j in range(ENTRIES):
+        alone = bilevel.FirstOrder()(problem(lambda *a, j=j: losses(*a)[j]), meta, BATCHES, TARGETS)
+        torch.testing.assert_close(found.grad[j], alone.grad, rtol=1e-12, atol=1e-15)
 
 
 def test_a_black_box_takes_vectors() -> None:

@@ -60,7 +60,7 @@ class FiniteDifferences(TangentRule):
     def outer_loss(
         self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tensor, Tensor]:
-        value, d, c = _outer_gradients(run, state)
+        value, d, c = outer_gradients(run, state)
         run.same_value("differences", value)
         pairs = zip(tangents, directions, strict=True)
         if not value.ndim:
@@ -70,7 +70,7 @@ class FiniteDifferences(TangentRule):
         )
 
 
-def _outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the outer loss and its gradients by the state and by φ, with a leading axis for a vector of losses."""
     parts = (trees.split(state), trees.split(run.meta))
     tensors = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
