@@ -33,6 +33,7 @@ from bilevel.training.fit import FitResult, fit
 from bilevel.training.phases import Phase
 from bilevel.training.settings import OuterUpdate, RunFolder
 from bilevel.unrolling.freed_memory import keep_freed_memory
+from bilevel.vectorised_tasks import Tasks
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "RunFolder",
     "RunningMean",
     "StreamingForwardGradient",
+    "Tasks",
     "TruncatedReverse",
     "ZerothOrder",
     "batches",

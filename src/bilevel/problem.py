@@ -67,6 +67,26 @@ class BilevelProblem:
         """The problem itself if its steps are those of an optimiser on an inner loss, otherwise `None`."""
         return None
 
+    @property
+    def presents_meta(self) -> bool:
+        """Whether the problem itself hands meta to the user's functions in the form in which they passed it, and
+        computes these functions with rules for operations that lack derivatives.
+        """
+        return False
+
+    @property
+    def is_examined(self) -> bool:
+        """Whether nothing is left for `examine` to find out."""
+        return True
+
+    def examine(self, meta: Tree) -> Callable[[Any], None] | None:  # noqa: ARG002
+        """Find out, once for a problem, what an inner step changes besides parameters; see `GradientDescent`."""
+        return None
+
+    def presented(self, state: Tree) -> Tree:
+        """Return a state as users see it."""
+        return state
+
     def require_inner_loss(self, who: str, because: str, instead: str) -> GradientDescent:
         """Return the problem as `GradientDescent`, for a method that differentiates the inner loss.
 
@@ -301,6 +321,11 @@ class GradientDescent(BilevelProblem):
     def as_gradient_descent(self) -> GradientDescent:
         """The problem itself."""
         return self
+
+    @property
+    def presents_meta(self) -> bool:
+        """True."""
+        return True
 
     @property
     def backend(self) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from bilevel import autodiff, randomness, trees
@@ -19,6 +21,7 @@ from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import Unroll, unroll
+from bilevel.vectorised_tasks import Tasks, joined
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,11 @@ class Estimator(ABC):
             )
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
         with randomness.preserved(), autodiff.noted_routes() as routes:
-            found = self.resolved(run)._of(run)
+            resolved = self.resolved(run)
+            if isinstance(problem, Tasks) and (parts := problem.parts()):
+                found = _of_parts(resolved, run, problem, parts)
+            else:
+                found = resolved._of(run)
         return replace(found, compile_seconds=compile_seconds() - before, diagnostics={**found.diagnostics, **routes})
 
     # -- what an estimator says about itself ---------------------------------------------------------------------
@@ -172,15 +179,61 @@ class Estimator(ABC):
         """Return the estimate for checked arguments; its `grad` is a tree like `run.meta`."""
 
 
+def _of_parts(estimator: Estimator, run: Unroll, tasks: Tasks, parts: Sequence[Tasks]) -> Estimate:
+    """Make an estimate of many tasks from those of parts of them, one part in memory at a time."""
+    found: list[Estimate] = []
+    if run.carried_memory is not None:
+        raise ValueError(
+            f"{type(estimator).__name__} carries tangents along a stream, which Tasks(..., chunk_size=...) cannot "
+            "part; take chunk_size=None"
+        )
+    for number, part in enumerate(parts):
+        carried = run.carried
+        here = replace(
+            run,
+            problem=part,
+            inner_batches=tasks.sliced_batches(run.inner_batches, part),
+            outer_batch=tasks.sliced(run.outer_batch, part),
+            seed=part.seed_of_part(run.seed),
+            carried=carried and replace(carried, state=tasks.sliced(carried.state, part)),
+        )
+        directions = estimator.redrawn(number) if part.number > 1 else estimator  # one task has a seed of its own
+        found.append(directions._of(here))
+    weights = [part.number / tasks.number for part in parts]
+    per_task, errors = tasks.per_task, [estimate.standard_error for estimate in found]
+
+    def together(tensors: Sequence[Tensor]) -> Tensor:
+        if per_task:
+            return torch.cat(list(tensors))
+        return torch.stack([w * t for w, t in zip(weights, tensors, strict=True)]).sum(0)
+
+    error: float | Tensor | None = None
+    if all(e is not None for e in errors):  # each part has random directions of its own
+        known = [torch.as_tensor(e) for e in errors]
+        error = (
+            torch.cat(known) if per_task else math.hypot(*(w * float(e) for w, e in zip(weights, known, strict=True)))
+        )
+    return Estimate(
+        value=together([estimate.value for estimate in found]),
+        grad=trees.map_leaves(lambda *leaves: together(leaves), *(estimate.grad for estimate in found)),
+        state=joined([estimate.state for estimate in found]),
+        standard_error=error,
+        diagnostics={
+            name: sum(w * e.diagnostics[name] for w, e in zip(weights, found, strict=True))
+            for name in found[0].diagnostics
+        },
+        carried=run.window_end(joined([e.carried.state for e in found if e.carried is not None])),
+    )
+
+
 def _checked(run: Unroll, estimate: Estimate) -> Estimate:
-    descent = run.problem.as_gradient_descent
     _require_shapes(run, estimate)
     diagnosis.require_finite(run, estimate.value, estimate.state, estimate.grad)
     state = trees.detach(estimate.state)
     return Estimate(
         value=estimate.value.detach(),
         grad=as_plain_tree(trees.detach(estimate.grad)),
-        state=state if descent is None else descent.presented(state),
+        state=run.problem.presented(state),
         standard_error=estimate.standard_error,
         diagnostics=estimate.diagnostics,
         carried=estimate.carried or run.window_end(state),

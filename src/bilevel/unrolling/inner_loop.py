@@ -99,7 +99,7 @@ class InnerLoop:
         """θ_{t+1} from θ_t, for t from 0 to T − 1."""
         # A `GradientDescent` runs its loss under the rules of `_differentiated` itself.
         step, passed = self.problem.step, self._as_passed(meta)
-        own = self.problem.as_gradient_descent is not None
+        own = self.problem.presents_meta
 
         def function(batch: Any) -> Tree:
             self.require_one_device(t, state, meta, batch)
@@ -175,7 +175,7 @@ class InnerLoop:
 
     def _as_passed(self, meta: Tree) -> Tree:
         """φ as the problem's functions take it; a `GradientDescent` itself hands it to the user's functions."""
-        return meta if self.problem.as_gradient_descent is not None else presented(meta)
+        return meta if self.problem.presents_meta else presented(meta)
 
     @property
     def memory(self) -> autodiff.Memory:

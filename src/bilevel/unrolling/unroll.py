@@ -182,10 +182,9 @@ def unroll(
     argument_checks.one_device(meta=meta, outer_batch=outer_batch)
     argument_checks.finite(meta)
     run = Unroll(problem, trees.detach(meta), inner_batches, outer_batch, seed, carried)
-    descent = run.problem.as_gradient_descent
-    if descent is not None and carried is None and run.steps and not descent.is_examined:
+    if carried is None and run.steps and not problem.is_examined:
         with torch.enable_grad():
-            look = randomness.evaluate(lambda _: descent.examine(run.meta), seed, randomness.INIT)
+            look = randomness.evaluate(lambda _: problem.examine(run.meta), seed, randomness.INIT)
             if look is not None:
                 run.at_step(0, look)
     return run
