@@ -340,6 +340,72 @@ def test_running_statistics_are_refused_and_taken_one_by_one() -> None:
     agree(Reverse(), maml(model=own), own)
 
 
+@pytest.mark.parametrize("estimator", [Reverse(), Reverse("graph"), ForwardGradient(2)], ids=str)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LayerNorm(4),
+        nn.GroupNorm(2, 4),
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.Sequential(nn.GELU(), nn.Softmax(-1)),
+        nn.RMSNorm(4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_have_the_second_derivatives_of_a_single_task(layer: nn.Module, estimator: bilevel.Estimator) -> None:
+    """PyTorch's own are wrong under `torch.vmap` for the first and the third."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(2, 4), layer, nn.Linear(4, 1)).double()
+    agree(estimator, maml(model=model), model)
+
+
+class Wrong(torch.autograd.Function):
+    """A function whose batching rule is wrong: it forgets a factor of 2."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2 * cotangent
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 1 * x, in_dims[0]
+
+
+def test_a_wrong_batching_rule_is_noticed() -> None:
+    problem = bilevel.Problem(
+        lambda phi: phi, lambda s, phi, b: s * Wrong.apply(phi * b[0].mean(0)), lambda s, phi, b: s.sum()
+    )
+    with pytest.raises(ValueError, match=r"torch.vmap gives another state than a step of a single task.*chunk_size=1"):
+        Reverse()(Tasks(problem, K), torch.ones(2).double(), BATCHES, OUTER)
+
+
+def test_an_operation_without_batching_rule_is_refused_by_name() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = nn.GRU(2, 1, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inside(x.unsqueeze(1))[0].squeeze(1)
+
+    model = Recurrent().double()
+    with pytest.raises(ValueError, match=r"torch.vmap does not take an operation of outer_loss .*gru.*chunk_size=1"):
+        Reverse()(Tasks(maml(model=model), K), model, BATCHES, OUTER)
+    each = singles(Reverse(), maml(model=model), model, [0] * K)
+    found = Reverse()(Tasks(maml(model=model), K, chunk_size=1), model, BATCHES, OUTER)
+    torch.testing.assert_close(flat(found.grad), torch.stack([flat(e.grad) for e in each]).mean(0))
+
+
 def test_fit_trains_over_tasks() -> None:
     model = copy.deepcopy(MODEL)
     result = bilevel.fit(

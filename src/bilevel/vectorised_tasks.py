@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel import checks, randomness, trees
+from bilevel import autodiff, checks, randomness, trees
 from bilevel.batches import Batches, batches
 from bilevel.optim.torch_step import TEN
 from bilevel.problem import BilevelProblem, Descent, Unrollable, as_problem, require_scalar
@@ -48,12 +49,15 @@ class Tasks(BilevelProblem):
     `Reverse`, `TruncatedReverse`, `FirstOrder`, `Forward`, `ForwardGradient` and `ZerothOrder` take tasks. `Implicit`
     and `HessianFree` do not.
 
+    The first time, a step and its derivatives are compared with those of a single task, because PyTorch has operations
+    whose derivatives are wrong under `torch.vmap`.
+
     Cost: the units of the estimator for each task, with the overhead of one. Memory: that of chunk_size tasks.
 
     Raises:
         TypeError: the problem is a `BlackBox`, or batches hold NumPy arrays.
         ValueError: a tensor of a batch has no leading dimension of length K, the problem is compiled, a loss draws
-            random numbers, or tasks would branch differently.
+            random numbers, tasks would branch differently, or `torch.vmap` gives another step or derivative.
 
     Reference: Finn, Abbeel and Levine, "Model-agnostic meta-learning", ICML 2017.
 
@@ -80,13 +84,19 @@ class Tasks(BilevelProblem):
         per_task: bool = False,
         chunk_size: int | None = None,
     ) -> None:
-        self._problem = as_problem(problem)
+        self._problem = _own(as_problem(problem))
         self.number = checks.whole_number(number, "number")
         self.per_task = per_task
         self.chunk_size = None if chunk_size is None else checks.whole_number(chunk_size, "chunk_size")
         self._first = 0
         self._parts: dict[int, Tasks] = {}
+        self.is_verified = self.number == 1
+        """Whether a step has been compared with that of a single task, see `unrolling.vectorised_steps`."""
         _require_vectorisable(self._problem)
+        if self.number > 1:
+            # PyTorch's second derivatives of normalisations are wrong under torch.vmap.
+            for each in (self, self._problem):
+                autodiff.memory_of(each).composite_normalisations = True
 
     # -- what the inner loop asks ------------------------------------------------------------------------------
 
@@ -113,6 +123,15 @@ class Tasks(BilevelProblem):
         """As the problem of one task presents it, with a leading dimension for the tasks."""
         return self._problem.presented(state)
 
+    @property
+    def of_one(self) -> BilevelProblem:
+        """The problem of one task."""
+        return self._problem
+
+    def only(self, tree: Tree) -> Tree:
+        """The state or the batch of the first task."""
+        return trees.map_leaves(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, tree)
+
     # -- parts -------------------------------------------------------------------------------------------------
 
     def parts(self) -> list[Tasks]:
@@ -137,6 +156,10 @@ class Tasks(BilevelProblem):
     def sliced(self, tree: Tree, part: Tasks) -> Tree:
         """The entries of a part of the tasks in a batch or a state."""
         return self._sliced(tree, slice(part._first - self._first, part._first - self._first + part.number))
+
+    def seed_of_first(self, seed: int) -> int:
+        """The seed of the first of these tasks."""
+        return derive_seed(seed, self._first)
 
     def seed_of_part(self, seed: int) -> int:
         """The seed of an estimate for these tasks: a single task has the seed of its own."""
@@ -185,7 +208,7 @@ class Tasks(BilevelProblem):
         """Compute a function of (state, batch) for all tasks."""
         self._require_leading(batch, "the outer batch" if what == "outer_loss" else "an inner batch")
         if self.number == 1:
-            return _stacked([function(self._only(state), self._only(batch))], what)
+            return _stacked([function(self.only(state), self.only(batch))], what)
         parts = [trees.split(tree) for tree in (state, batch)]
         found: list[trees.Split] = []
 
@@ -203,9 +226,6 @@ class Tasks(BilevelProblem):
             results = torch.vmap(flat, randomness="error")(*tensors)
         count = len(found[0].differentiable)
         return found[0].rebuild(results[:count], results[count:])
-
-    def _only(self, tree: Tree) -> Tree:
-        return trees.map_leaves(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, tree)
 
     def _require_leading(self, tree: Tree, what: str) -> None:
         for name, leaf in trees.named_leaves(tree, "batch"):
@@ -225,6 +245,15 @@ class Tasks(BilevelProblem):
 def derive_seed(seed: int, number: int) -> int:
     """Return the seed of task k of an estimate: a single estimate with it has the numbers of the task."""
     return randomness.derive(seed, randomness.TASK, number)
+
+
+def _own(problem: BilevelProblem) -> BilevelProblem:
+    """Return a `GradientDescent` of its own, so that what is learned about derivatives here is not used elsewhere."""
+    if problem.as_gradient_descent is None:
+        return problem
+    twin = copy.copy(problem)
+    twin.__dict__["_eager"] = twin
+    return twin
 
 
 def _require_vectorisable(problem: BilevelProblem) -> None:
@@ -302,6 +331,11 @@ def _vectorised(what: str) -> Iterator[None]:
             raise ValueError(
                 f"Tasks: {what} branches on the value of a tensor, or takes a number out of one by .item() or float(), "
                 "and tasks may branch differently; write torch.where in place of the branch, or take "
+                "Tasks(..., chunk_size=1), which computes one task after the other"
+            ) from error
+        if "Batching rule not implemented" in str(error):
+            raise ValueError(
+                f"Tasks: torch.vmap does not take an operation of {what} ({str(error).splitlines()[0]}); take "
                 "Tasks(..., chunk_size=1), which computes one task after the other"
             ) from error
         raise

@@ -18,7 +18,7 @@ from bilevel.models.conversion import as_plain_tree
 from bilevel.models.module_view import modules_in
 from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
-from bilevel.unrolling import diagnosis
+from bilevel.unrolling import diagnosis, vectorised_steps
 from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import Unroll, unroll
 from bilevel.vectorised_tasks import Tasks, joined
@@ -172,11 +172,20 @@ class Estimator(ABC):
         if not self.needs_derivatives or self.first_order:
             return _checked(run, self._estimate(run))
         with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):  # which is not held any longer
+            _verify_tasks(run)
             return _checked(run, self._estimate(run))
 
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:
         """Return the estimate for checked arguments; its `grad` is a tree like `run.meta`."""
+
+
+def _verify_tasks(run: Unroll) -> None:
+    """Compare a step of many tasks with that of one, once for each problem."""
+    tasks = run.problem
+    if isinstance(tasks, Tasks) and not tasks.is_verified and run.carried is None:
+        vectorised_steps.verify(run, tasks.of_one, tasks.seed_of_first(run.seed))
+        tasks.is_verified = True
 
 
 def _of_parts(estimator: Estimator, run: Unroll, tasks: Tasks, parts: Sequence[Tasks]) -> Estimate:
