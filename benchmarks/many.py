@@ -221,9 +221,9 @@ def main() -> None:
             f"## m = {m} outer losses",
             "",
             f"An MLP of three layers of {WIDTH}, {EXAMPLES} examples with a weight each, {STEPS} steps of SGD. A "
-            "vector costs a small part of separate estimates. Against the graph by hand, what is left is the overhead of "
-            'one estimate, the larger the fewer losses there are; `Reverse()` and `Reverse("sqrt")` hold one step\'s '
-            "graph instead of all.",
+            "vector costs a small part of separate estimates. Against the graph by hand, what is left is the overhead "
+            'of one estimate, the larger the fewer losses there are; `Reverse()` and `Reverse("sqrt")` hold one '
+            "step's graph instead of all.",
             "",
             "| | ms | ms for each loss | by hand = 1 |",
             "| --- | --- | --- | --- |",
