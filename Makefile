@@ -9,19 +9,28 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Errors are shown; warnings, such as those of indexes that do not have a package, are not.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint docs docs-serve clean
 
 demo: $(VENV)/tasks  ## condense scikit-learn's handwritten digits into ten images
 	rm -rf runs/demo
 	$(BIN)/bilevel run condensation --preset digits --out runs/demo
 
-test: $(VENV)/dev lint  ## lint, types, tests, and the commands that README.md shows
+test: $(VENV)/dev lint  ## lint, types, and the fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m 'not slow'
+
+test-all: $(VENV)/dev  ## all tests, the slow ones too: statistics over many draws, the page of losses, killed runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/docs  ## build the documentation into site/; a warning or a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/docs  ## show the documentation at http://127.0.0.1:8000 while it is written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 $(VENV)/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,4 +42,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -39,7 +39,7 @@ def serve(model: str, estimator: str, steps: int) -> None:
 
     torch.set_num_threads(1)
     subject = models.MODELS[model]()
-    problem, method = subject.problem(), eval(estimator, vars(bilevel))
+    problem, method = subject.problem(), eval(estimator, dict(vars(bilevel)))
     for _ in sys.stdin:
         start = time.process_time()
         method(problem, subject.meta, bilevel.no_batches(steps))

@@ -15,6 +15,7 @@ each outer step with the same numbers, and no other file is left. Only seconds d
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import random
@@ -115,10 +116,14 @@ def fork_group(size: int, function: Callable[[], Any], restarts: int = 0, output
     return pids
 
 
-def wait_for_group(pids: list[int], seconds: float = 60.0) -> list[int]:
-    """Exit codes, negative for signals. When one fails, the others are stopped as torchrun stops them."""
+def wait_for_group(pids: list[int], patience: float = 120.0) -> list[int]:
+    """Return the exit codes, negative for signals.
+
+    When a process fails, the others are stopped as torchrun stops them: by SIGTERM, and `patience` seconds later by
+    SIGKILL. There is no other time limit, because a machine may be busy.
+    """
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + seconds
+    deadline = math.inf
     stopping = False
     while len(codes) < len(pids):
         for pid in pids:
@@ -128,7 +133,7 @@ def wait_for_group(pids: list[int], seconds: float = 60.0) -> list[int]:
                     codes[pid] = os.waitstatus_to_exitcode(status)
         left = [pid for pid in pids if pid not in codes]
         if any(codes.values()) and not stopping:
-            stopping, deadline = True, time.monotonic() + 10
+            stopping, deadline = True, time.monotonic() + patience
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
         if time.monotonic() > deadline:

@@ -4,7 +4,9 @@
 
 Operations are those of matrix products, as PyTorch's flop counter counts them: the same in every run. Process time is
 that of a call over that of one plain inner step, the least of several calls. One thread. The outer loss has no matrix
-product, so that its own gradient, which every estimator takes once, is left out. Writes `benchmarks/results/units.md`.
+product, so its gradients cost nothing here: the one that every estimator takes is left out of the formulas, and those
+that `Penalty` takes in every step are in the formula and not among the operations. Writes
+`benchmarks/results/units.md`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import bilevel
 from bilevel import (
     ConjugateGradient,
+    EmpiricalFisher,
     Forward,
     ForwardGradient,
     HessianFree,
     Implicit,
     Neumann,
     Nystrom,
+    Penalty,
+    PersistentES,
     Reverse,
+    SingleLoop,
     TruncatedReverse,
     ZerothOrder,
 )
@@ -54,6 +60,8 @@ class Case:
     """In T, N and the settings."""
     units: Callable[[int, int], float]
     """The same for T and N."""
+    outer_gradients: Callable[[int], int] = lambda T: 0
+    """How many of these units are gradients of the outer loss, which has no matrix product here; a function of T."""
 
 
 def reverse(checkpoints: Any) -> Case:
@@ -78,6 +86,7 @@ CASES = [
     Case(ForwardGradient(4, tangents="difference"), "(1 + 2b)·T", lambda T, N: (1 + 2 * 4) * T),
     Case(ZerothOrder(4), "(1 + 2b)·T", lambda T, N: (1 + 2 * 4) * T),
     Case(ZerothOrder(4, scheme="forward"), "(1 + b)·T", lambda T, N: (1 + 4) * T),
+    Case(PersistentES(4), "(1 + 2b)·T", lambda T, N: (1 + 2 * 4) * T),
     Case(
         Implicit(ConjugateGradient(iterations=5, tolerance=0.0, damping=10.0)),
         "T + 3 + 2·products",
@@ -85,8 +94,15 @@ CASES = [
     ),
     Case(Implicit(Neumann(iterations=5)), "T + 3 + 2·products", lambda T, N: T + 3 + 2 * 6),
     Case(Implicit(Nystrom(rank=5, damping=10.0)), "T + 3 + 2·products", lambda T, N: T + 3 + 2 * 6),
+    Case(Implicit(EmpiricalFisher(rank=5, damping=10.0)), "T + 3 + 2·products", lambda T, N: T + 3 + 2),
     Case(HessianFree(), "T + 3", lambda T, N: T + 3),
     Case(HessianFree(preconditioner="optimizer"), "T + 4", lambda T, N: T + 4),
+    Case(HessianFree(mixed="difference"), "T + 2", lambda T, N: T + 2),
+    Case(HessianFree(preconditioner="optimizer", mixed="difference", lookahead=True), "T + 3", lambda T, N: T + 3),
+    Case(Penalty(), "3T + 2", lambda T, N: 3 * T + 2, lambda T: T),
+    Case(SingleLoop(solver_steps=5), "T + 3K + 2", lambda T, N: T + 3 * 5 + 2),
+    Case(SingleLoop(order="simultaneous"), "5T", lambda T, N: 5 * T, lambda T: T),
+    Case(Penalty(steps=6), "T + 2s + 2", lambda T, N: T + 2 * 6 + 2, lambda T: 6),
 ]
 
 
@@ -156,6 +172,8 @@ def main() -> None:
         f"N = {META} and T = {STEPS}; float32, one thread. {versions}.",
         "",
         "One unit is one inner gradient. The outer loss's own gradient, which every estimator takes once, is left out. "
+        "`Penalty` takes one in every step as well, and each counts as a unit in its formula; this outer loss has no "
+        "matrix product, so these are not among the operations. "
         "The operations in matrix products agree with the formulas, less what the first layer's inputs do not need. "
         "Process time contains everything else as well; it was taken on a busy machine, where it varies by a third. "
         "*Steps computed* are those of the way there and those computed again on the way back "
@@ -167,7 +185,10 @@ def main() -> None:
     ]
     for case, (operations, spent) in zip(CASES, rows, strict=True):
         name = f"`{describe(case.estimator)}`"
-        lines.append(f"| {name} | {case.formula} | {case.units(STEPS, META):.0f} | {operations:.1f} | {spent:.1f} |")
+        units = f"{case.units(STEPS, META):.0f}"
+        if free := case.outer_gradients(STEPS):
+            units += f", {free} of them outer gradients"
+        lines.append(f"| {name} | {case.formula} | {units} | {operations:.1f} | {spent:.1f} |")
     write_text(RESULTS / "units.md", "\n".join(lines) + "\n")
     print((RESULTS / "units.md").read_text())
 

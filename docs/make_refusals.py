@@ -144,7 +144,7 @@ def _name(expression: ast.expr) -> str | None:
 
 
 def _escaped(message: str) -> str:
-    return re.sub(r"([*_<>|`])", r"\\\1", " ".join(message.split()))
+    return re.sub(r"([*_<>|`\[\]])", r"\\\1", " ".join(message.split()))
 
 
 def main() -> None:

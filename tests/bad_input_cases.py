@@ -23,6 +23,8 @@ ZEROTH_ORDER = [name for name in EVERY if not ESTIMATORS[name].needs_derivatives
 DERIVATIVES = [name for name in EVERY if name not in ZEROTH_ORDER]
 FORWARD_MODE = [name for name in EVERY if ROW_OF[name].forward_mode]
 IMPLICIT = [name for name in EVERY if ROW_OF[name].needs_inner_loss]
+BY_DEFINITION = [name for name in EVERY if ROW_OF[name].own]
+"""Those whose value is one of their own; tests/estimators compares it."""
 UNROLLED = [name for name in DERIVATIVES if name not in IMPLICIT]
 """Those that take any steps (`Problem`), and differentiate them."""
 

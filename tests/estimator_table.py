@@ -4,8 +4,8 @@ A new estimator joins with a row in `ROWS`. What each field asks for:
 
 - `estimates` (tests/estimators/test_estimates.py): settings for a problem with N = 5 and T = 4, whose results must be
   of the right form, repeatable and independent of global state.
-- `exact`, `stochastic`, `formula`, `last_steps`, `from_start` (tests/estimators/test_closed_forms.py): the truth that
-  the estimates must agree with. At least one of them is needed.
+- `exact`, `stochastic`, `formula`, `last_steps`, `from_start`, `own` (tests/estimators/test_closed_forms.py): the truth
+  that the estimates must agree with. At least one of them is needed.
 - `unbiased` (tests/estimators/test_unbiasedness.py): for random estimators, from a distribution and a control variate
   to the estimator whose expectation is computed over all values of its directions.
 - `small` (tests/test_bad_input.py): settings for a problem with N = 2 and T = 3, with which bad input is tried.
@@ -16,6 +16,7 @@ A new estimator joins with a row in `ROWS`. What each field asks for:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from bilevel import (
     Auto,
     CoarserProblem,
     ConjugateGradient,
+    EmpiricalFisher,
     FirstOrder,
     Forward,
     ForwardGradient,
@@ -36,8 +38,11 @@ from bilevel import (
     Implicit,
     Neumann,
     Nystrom,
+    Penalty,
+    PersistentES,
     Reverse,
     RunningMean,
+    SingleLoop,
     StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
@@ -66,6 +71,16 @@ class Formula:
     matrix: Callable[[ClosedForm, Array], Array]
     """(problem, H) ↦ X."""
     batches: int = 1
+
+
+class Own(NamedTuple):
+    """An estimator, a problem, and the biased gradient that the method computes there by its own definition."""
+
+    estimator: bilevel.Estimator
+    case: ClosedForm
+    truth: Callable[[ClosedForm], Array]
+    tolerance: float
+    """The largest error relative to ‖truth‖."""
 
 
 class Converging(NamedTuple):
@@ -100,6 +115,7 @@ class Row:
     exact: Mapping[str, Callable[[ClosedForm], bilevel.Estimator]] = field(default_factory=dict)
     stochastic: Sequence[Stochastic] = ()
     formula: Mapping[str, Formula] = field(default_factory=dict)
+    own: Mapping[str, Own] = field(default_factory=dict)
     converging: Mapping[str, Converging] = field(default_factory=dict)
     last_steps: Callable[[int], bilevel.Estimator] | None = None
     """The number s of last steps ↦ an estimator that goes back through them alone."""
@@ -119,6 +135,15 @@ def neumann_series(H: Array, iterations: int, step_size: float) -> Array:
     """α Σ_{k=0..K} (I − αH)^k."""
     powers = [np.linalg.matrix_power(np.eye(len(H)) - step_size * H, k) for k in range(iterations + 1)]
     return step_size * np.sum(powers, axis=0)
+
+
+def penalty_at_rest(penalty: float, case: ClosedForm) -> Array:
+    """∇L_λ = c(y) + λ Yᵀ(y − z) at the minimisers y of g + f/λ and z of g, for a quadratic g and f."""
+    g, outer = case.stationarity[-1], case.outer
+    z = case.theta - np.linalg.solve(g.by_theta, g.value)
+    curvature = g.by_theta + outer.D.T @ outer.D / penalty
+    y = z - np.linalg.solve(curvature, outer.by_theta(z, case.phi) / penalty)
+    return outer.by_phi(y, case.phi) + penalty * (y - z) @ g.by_phi
 
 
 PRECISE = ConjugateGradient(iterations=20, tolerance=1e-13)
@@ -323,11 +348,32 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
             "black box": ZerothOrder(5, step_size=1e-4, exchange="slopes"),
         },
     ),
+    PersistentES: Row(
+        estimates=[PersistentES(4), PersistentES(2, carry="same", distribution="gaussian")],
+        small={"persistent-es": PersistentES(1, step_size=1e-4)},
+        stochastic=[
+            Stochastic(PersistentES(3, 0.5), 1),
+            Stochastic(PersistentES(4, 0.5, "same", "gaussian"), 5 / 4, calls=600),
+        ],
+        # h is quadratic there, so central differences have no bias of their own.
+        unbiased=Unbiased(
+            lambda name, variate: PersistentES(2, 1e-2, distribution=name), ("rademacher",), 1e-8, with_variates=False
+        ),
+        flags=[
+            (["--estimator", "persistent-es"], "persistent-es"),
+            (
+                ["--estimator", "persistent-es", "--carry", "same", "--step-size", "1e-2"],
+                "persistent-es(step_size=0.01, carry='same')",
+            ),
+        ],
+        named=[PersistentES(4, 0.5, "same", "gaussian")],
+    ),
     Implicit: Row(
         estimates=[
             Implicit(ConjugateGradient(iterations=30)),
             Implicit(Neumann(5, step_size=0.1), batches=2),
             Implicit(Nystrom(rank=10, damping=1.0)),
+            Implicit(EmpiricalFisher(rank=3, damping=4.0)),
         ],
         small={"implicit": Implicit(), "implicit-neumann": Implicit(Neumann(20, step_size=0.5))},
         formula={
@@ -377,12 +423,18 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
             Implicit(ConjugateGradient(iterations=7, tolerance=1e-12, damping=0.5)),
             Implicit(Neumann(), batches=2),
             Implicit(Nystrom(rank=3, damping=0.5)),
+            Implicit(EmpiricalFisher(rank=3, damping=0.5, scale=32.0)),
             Implicit(Neumann(iterations=3, step_size=math.pi)),
         ],
         needs_inner_loss=True,
     ),
     HessianFree: Row(
-        estimates=[HessianFree(), HessianFree(preconditioner="optimizer")],
+        estimates=[
+            HessianFree(),
+            HessianFree(preconditioner="optimizer"),
+            HessianFree(preconditioner="optimizer", mixed="difference"),
+            HessianFree(lookahead=True),
+        ],
         small={"hessian-free": HessianFree(), "hessian-free-optimizer": HessianFree(preconditioner="optimizer")},
         formula={
             "Hessian-free": Formula(HessianFree(0.7), lambda case, H: 0.7 * np.eye(len(H))),
@@ -394,7 +446,59 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
             (["--estimator", "hessian-free"], "hessian-free"),
             (["--estimator", "hessian-free", "--scale", "0.5"], "hessian-free(scale=0.5)"),
         ],
-        named=[HessianFree(scale=1e-7, preconditioner="optimizer")],
+        named=[
+            HessianFree(scale=1e-7, preconditioner="optimizer"),
+            HessianFree(mixed="difference", step_size=0.01, lookahead=True),
+        ],
+        needs_inner_loss=True,
+    ),
+    Penalty: Row(
+        estimates=[Penalty(), Penalty(10.0, steps=2, batches=2)],
+        small={"penalty": Penalty(1e3)},
+        # Rounding is magnified by λ, so 1e-16 becomes 1e-12 at λ = 1e3, times the condition of the problem.
+        own={
+            f"penalty {penalty:g}, {what}": Own(
+                Penalty(penalty), case, functools.partial(penalty_at_rest, penalty), 1e-13 * max(penalty, 100.0)
+            )
+            for penalty in (50.0, 1e3)
+            for what, case in {
+                "plain": descent("", T=300),
+                "explicit": descent("", T=300, explicit=True),
+                "momentum": descent("", T=300, momentum=0.5, explicit=True),
+                "weight decay": descent("", T=300, weight_decay=0.5),
+                "ascent": descent("", T=300, weight_decay=0.5, maximize=True, explicit=True),
+                "trees": descent("", T=300, as_trees=True),
+            }.items()
+        },
+        flags=[
+            (["--estimator", "penalty"], "penalty"),
+            (["--estimator", "penalty", "--penalty", "10", "--growth", "0.5"], "penalty(penalty=10.0, growth=0.5)"),
+        ],
+        named=[Penalty(10.0, growth=0.25), Penalty(steps=3, batches=2)],
+        needs_inner_loss=True,
+    ),
+    SingleLoop: Row(
+        estimates=[
+            SingleLoop(0.1),
+            SingleLoop(0.1, solver_steps=6),
+            SingleLoop(0.1, order="simultaneous", average=0.5),
+        ],
+        small={"single-loop": SingleLoop(1.0)},
+        formula={"single loop": Formula(SingleLoop(0.3), lambda case, H: 0.3 * np.eye(len(H)))},
+        own={
+            f"single loop, {steps} steps": Own(
+                SingleLoop(0.3, solver_steps=steps),
+                descent("", T=3, explicit=True),
+                lambda case, steps=steps: case.implicit(inverse=lambda H: neumann_series(H, steps - 1, 0.3)),
+                1e-10,
+            )
+            for steps in (1, 2, 7)
+        },
+        flags=[
+            (["--estimator", "single-loop"], "single-loop"),
+            (["--estimator", "single-loop", "--solver-steps", "3"], "single-loop(solver_steps=3)"),
+        ],
+        named=[SingleLoop(0.5, order="simultaneous", average=0.1)],
         needs_inner_loss=True,
     ),
     FirstOrder: Row(

@@ -18,7 +18,7 @@ from bilevel import errors, experimental
 SOURCE = Path(__file__).parent.parent / "src" / "bilevel"
 ENTRIES = {
     *("__init__", "__main__", "py.typed"),
-    *("problem", "vectorised_tasks", "batches", "errors", "trees", "checks", "randomness", "experimental"),
+    *("problem", "vectorised_tasks", "batches", "epochs", "errors", "trees", "checks", "randomness", "experimental"),
     *("autodiff", "models", "optim", "compilation", "solvers", "distributed", "unrolling", "directions", "estimators"),
     *("planning", "comparison", "checking", "training", "attribution", "integrations", "report", "cli", "tasks"),
 }
@@ -140,7 +140,7 @@ def test_cycles_are_found() -> None:
 
 # -- public names ------------------------------------------------------------------------------------------------------
 
-MOST_PUBLIC_NAMES = 40
+MOST_PUBLIC_NAMES = 45
 """The largest number of names in `bilevel`. A new one has to be worth more than a look through all the others."""
 
 

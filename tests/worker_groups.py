@@ -37,6 +37,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from kills import fork_group, train, wait_for_group  # pyright: ignore[reportMissingImports]
 
 SIZES = (1, 2, 3)
+PATIENT = 1800.0
+"""Seconds for which a worker waits for another one, where nobody is meant to be given up: a machine may be busy."""
+HUNG = 6.0
+"""Seconds after which a worker gives up another one that sleeps until then."""
 
 
 # -- estimates ---------------------------------------------------------------------------------------------------------
@@ -99,7 +103,7 @@ def estimates(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     problem, meta, batches = weights_problem()
     found: dict[str, Any] = {}
-    workers = distributed.join_workers(timeout=60)
+    workers = distributed.join_workers(timeout=PATIENT)
     with workers.sharing():
         for name, estimator in ESTIMATORS.items():
             box = name == "black box"
@@ -191,7 +195,9 @@ class Trouble(bilevel.GradientDescent):
         return after
 
 
-def troubled(folder: Path, trouble: Callable[[], float], rank: int = 1, timeout: float = 60, every: int = 2) -> None:
+def troubled(
+    folder: Path, trouble: Callable[[], float], rank: int = 1, timeout: float = PATIENT, every: int = 2
+) -> None:
     """A run in which the directions of a worker meet with trouble at outer step 3."""
     torch.set_default_dtype(torch.float64)
     _, meta, batches = weights_problem()
@@ -205,6 +211,25 @@ def troubled(folder: Path, trouble: Callable[[], float], rank: int = 1, timeout:
 
 def raises() -> float:
     raise ZeroDivisionError("the third example is not there")
+
+
+def sleeps_until(is_over: Callable[[], bool]) -> Callable[[], float]:
+    """Sleeps once, for as long as it takes."""
+    left = [is_over]
+
+    def sleep() -> float:
+        while left:
+            time.sleep(0.01)
+            if left[0]():
+                left.clear()
+        return 1.0
+
+    return sleep
+
+
+def has_ended(log: Path) -> Callable[[], bool]:
+    """Whether a worker has printed the error that ends it."""
+    return lambda: log.exists() and log.stat().st_size > 0
 
 
 def sleeps(seconds: float) -> Callable[[], float]:
@@ -257,7 +282,7 @@ def sharded(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    distributed.join_workers(timeout=60)
+    distributed.join_workers(timeout=PATIENT)
     mesh = init_device_mesh("cpu", (2,))
     halves = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in two_layers().items()}
     found = {}
@@ -306,7 +331,7 @@ def layers_problem(params: Mapping[str, Tensor], optimizer: Optimizer) -> bileve
 def fully_sharded(folder: Path) -> None:
     """A module to which `fully_shard` was applied, in halves in two processes; and what is refused then."""
     torch.set_default_dtype(torch.float64)
-    workers = distributed.join_workers(timeout=60)
+    workers = distributed.join_workers(timeout=PATIENT)
     found: dict[str, Any] = {"refused": refusals(folder, workers)}
     for name, _, optimizer in SHARDED[:2]:
         model = in_shards(small_network(), [0, 2])
@@ -384,7 +409,7 @@ def mesh_of_two_dimensions(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_default_dtype(torch.float64)
-    rank = distributed.join_workers(timeout=60).rank
+    rank = distributed.join_workers(timeout=PATIENT).rank
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("directions", "shards"))
     problem = network_problem(in_shards(small_network(), [0, 2], mesh=mesh["shards"]), _SGD)
     workers = Workers.of(sharers=Workers.of(mesh.get_group("directions")))
@@ -500,7 +525,11 @@ def main(base: Path) -> None:
     group("error", lambda: troubled(base / "error", raises), alone=True)
     group("error of the first", lambda: troubled(base / "error of the first", raises, rank=0), alone=True)
     group("slow", lambda: troubled(base / "slow", sleeps(1.0)))
-    group("hangs", lambda: troubled(base / "hangs", sleeps(8), timeout=2), alone=True)
+    group(
+        "hangs",
+        lambda: troubled(base / "hangs", sleeps_until(has_ended(base / "hangs.log.0")), timeout=HUNG),
+        alone=True,
+    )
     group("dies", lambda: troubled(base / "dies", lambda: os.kill(os.getpid(), signal.SIGKILL) or 1.0), alone=True)
     group("full disk", lambda: full_disk(base / "full disk", every=2), alone=True)
     group("full metrics", lambda: full_disk(base / "full metrics", every=100), alone=True)

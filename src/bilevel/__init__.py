@@ -2,14 +2,16 @@
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
-`HessianFree`, `FirstOrder`.
+`HessianFree`, `Penalty`, `SingleLoop`, `PersistentES`, `FirstOrder`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
 
 from bilevel import errors, experimental
 from bilevel.batches import batches, no_batches
+from bilevel.checking.check import check
 from bilevel.comparison.compare import compare
+from bilevel.epochs import epochs
 from bilevel.estimators import (
     Estimate,
     Estimator,
@@ -18,24 +20,28 @@ from bilevel.estimators import (
     ForwardGradient,
     HessianFree,
     Implicit,
+    Penalty,
+    PersistentES,
     Reverse,
+    SingleLoop,
     StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
 )
+from bilevel.estimators.solve import solve
 from bilevel.estimators.variates import CoarserProblem, Constant, RunningMean
 from bilevel.optim.update_rule import optimizer
 from bilevel.planning.auto import Auto
 from bilevel.planning.planner import Plan, plan, plan_from_sizes
 from bilevel.problem import BlackBox, GradientDescent, Problem
-from bilevel.solvers import ConjugateGradient, Neumann, Nystrom
+from bilevel.solvers import ConjugateGradient, EmpiricalFisher, Neumann, Nystrom
 from bilevel.training.fit import FitResult, fit
 from bilevel.training.phases import Phase
 from bilevel.training.settings import OuterUpdate, RunFolder
 from bilevel.unrolling.freed_memory import keep_freed_memory
 from bilevel.vectorised_tasks import Tasks
 
-__version__ = "0.1.0"
+__version__ = "0.1.0a1"
 
 __all__ = [
     "Auto",
@@ -43,6 +49,7 @@ __all__ = [
     "CoarserProblem",
     "ConjugateGradient",
     "Constant",
+    "EmpiricalFisher",
     "Estimate",
     "Estimator",
     "FirstOrder",
@@ -55,18 +62,23 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "OuterUpdate",
+    "Penalty",
+    "PersistentES",
     "Phase",
     "Plan",
     "Problem",
     "Reverse",
     "RunFolder",
     "RunningMean",
+    "SingleLoop",
     "StreamingForwardGradient",
     "Tasks",
     "TruncatedReverse",
     "ZerothOrder",
     "batches",
+    "check",
     "compare",
+    "epochs",
     "errors",
     "experimental",
     "fit",
@@ -75,4 +87,5 @@ __all__ = [
     "optimizer",
     "plan",
     "plan_from_sizes",
+    "solve",
 ]

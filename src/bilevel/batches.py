@@ -2,15 +2,15 @@
 
 Users pass `inner_batches` as a sequence of T batches, or as the whole number T if the problem has no data.
 
-A loss is handed copies of a batch's containers, so that `batch.pop("labels")` leaves the user's data as they were. The
-tensors in them are the user's own; `ChangesInPlace` finds out afterwards whether a loss wrote into them.
+A loss receives copies of a batch's containers, so that `batch.pop("labels")` does not change the user's data. The
+tensors in them are the user's own. `ChangesInPlace` detects whether a loss wrote into them.
 """
 
 from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast, overload
 
 import numpy as np
@@ -28,8 +28,12 @@ class Batches(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class _Computed(Sequence[Any]):
-    def __init__(self, get: Callable[[int], Any], steps: int) -> None:
+class ComputedBatches(Sequence[Any]):
+    """Batches that are computed on demand."""
+
+    def __init__(self, get: Callable[[int], Any], steps: int, draws_nothing: bool = False) -> None:
+        """`draws_nothing` says that `get` draws no random numbers, or sets the generators itself."""
+        self.draws_nothing = draws_nothing
         self._get = get
         self._steps = steps
 
@@ -49,40 +53,37 @@ class _Computed(Sequence[Any]):
 
 
 def batches(get: Callable[[int], Any], steps: int) -> Sequence[Any]:
-    """Return `steps` batches that are computed on demand: `get(t)` gives the batch of inner step t.
+    """Return a sequence of `steps` batches that are computed on demand. `get(t)` returns the batch of inner step t.
+
+    An inner step is computed more than once, so `get(t)` must return the same batch at every call. It may draw random
+    numbers from torch's, NumPy's and Python's global generators (for augmentation, for example). Inside an estimate
+    these numbers are a function of the estimate's seed and of t. A separate generator would give other numbers at every
+    call.
 
     Args:
-        get: called with t = 0, …, steps − 1. It has to return the same batch whenever it is called with the same t.
+        get: a function of t = 0, …, steps − 1 that returns the same batch whenever it is called with the same t.
         steps: T, the number of inner steps.
-
-    An inner step is computed more than once, so `get(t)` must give the same batch at every call. It may draw random
-    numbers from torch's, NumPy's and Python's global generators (for augmentation, say): inside of an estimate those
-    are a function of the estimate's seed and of t. A generator of its own would go on from call to call.
 
     >>> list(batches(lambda t: t * t, steps=3))
     [0, 1, 4]
     """
     checks.a_function(get, "get", "get(t) for t from 0 to steps - 1")
-    return _Computed(get, checks.whole_number(steps, "steps"))
-
-
-class _Same(_Computed):
-    """The same object for every step."""
+    return ComputedBatches(get, checks.whole_number(steps, "steps"))
 
 
 def no_batches(steps: int) -> Sequence[None]:
-    """Return the batches of `steps` inner steps of a problem without data: every batch is `None`.
+    """Return the batches of `steps` inner steps of a problem without data. Every batch is `None`.
 
-    The number itself, `inner_batches=steps`, means the same everywhere.
+    Wherever batches are passed, the number itself, `inner_batches=steps`, has the same meaning.
     """
-    return _Same(lambda t: None, checks.whole_number(steps, "steps"))
+    return ComputedBatches(lambda t: None, checks.whole_number(steps, "steps"), draws_nothing=True)
 
 
 def require_batches(value: Any) -> Batches:
-    """Return the batches that a user passed as `inner_batches`; a whole number T stands for T steps without data.
+    """Return the batches that a user passed as `inner_batches`. A whole number T stands for T steps without data.
 
     Raises:
-        TypeError, ValueError: the value has no length or no random access, or is empty; the message says what to pass.
+        TypeError, ValueError: the value has no length or no random access, or is empty. The message says what to pass.
     """
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return no_batches(checks.whole_number(value, "inner_batches"))
@@ -112,12 +113,12 @@ def require_batches(value: Any) -> Batches:
 
 
 def draws_nothing(inner_batches: Batches) -> bool:
-    """Whether reading a batch runs no code of the user, so that no random numbers can be drawn by it."""
-    return type(inner_batches) in (list, tuple) or isinstance(inner_batches, _Same)
+    """Whether no code of the user runs when a batch is read, so that the reading draws no random numbers."""
+    return type(inner_batches) in (list, tuple) or getattr(inner_batches, "draws_nothing", False) is True
 
 
 def with_own_containers(batch: Any) -> Any:
-    """The same batch, in which dicts, lists and other mappings are copies; tensors and other objects are not copied.
+    """Return the batch with copies of its dicts, lists and other mappings. Tensors and other objects are not copied.
 
     >>> batch = {"x": [1.0]}
     >>> with_own_containers(batch).pop("x"), batch
@@ -132,55 +133,68 @@ def with_own_containers(batch: Any) -> Any:
         return kind(map(with_own_containers, batch))
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return kind(*map(with_own_containers, batch))
-    if isinstance(batch, Mapping):  # what a tokenizer returns, for instance
+    if isinstance(batch, Mapping):  # for example, the result of a tokenizer
         return copy.copy(batch)
     return batch
 
 
 class ChangesInPlace:
-    """Remembers what is in a batch, and names what was changed in place since."""
+    """A record of the tensors and arrays in a batch, from which later changes in place are detected."""
 
     def __init__(self, batch: Any, name: str) -> None:
-        self._tensors: list[tuple[str, Tensor, int]] = []
-        self._arrays: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._batch, self._name = batch, name
+        self._tensors: list[tuple[Tensor, int]] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         if batch is not None:
-            self._note(batch, name)
+            self._note(batch)
 
-    def _note(self, value: Any, name: str) -> None:
+    def _note(self, value: Any) -> None:
         if isinstance(value, Tensor):
-            if not value.is_inference():  # those have no version
-                self._tensors.append((name, value, value._version))
+            if not value.is_inference():  # inference tensors have no version count
+                self._tensors.append((value, value._version))
         elif isinstance(value, np.ndarray):
-            self._arrays.append((name, value, value.copy()))
-        elif isinstance(value, Mapping):
-            for key, each in value.items():
-                self._note(each, f"{name}[{key!r}]")
+            self._arrays.append((value, value.copy()))
         elif isinstance(value, list | tuple):
-            for number, each in enumerate(value):
-                self._note(each, f"{name}[{number}]")
-        elif hasattr(value, "__dict__") and not callable(value):
-            for key, each in vars(value).items():
-                if isinstance(each, Tensor | np.ndarray | dict | list | tuple):
-                    self._note(each, f"{name}.{key}")
+            for each in value:
+                self._note(each)
+        else:
+            for _, each in _parts(value):
+                self._note(each)
 
     def found(self) -> dict[str, Tensor | np.ndarray]:
-        """What was changed in place, by name."""
-        changed: dict[str, Tensor | np.ndarray] = {}
-        for name, tensor, version in self._tensors:
-            if tensor._version != version:
-                changed[name] = tensor
-        for name, array, before in self._arrays:
+        """Return the tensors and arrays that were changed in place since, by name."""
+        changed: list[Any] = [tensor for tensor, version in self._tensors if tensor._version != version]
+        for array, before in self._arrays:
             if not np.array_equal(array, before, equal_nan=array.dtype.kind in "fc"):
-                changed[name] = array
-        return changed
+                changed.append(array)
+        return dict(self._named(self._batch, self._name, changed)) if changed else {}
+
+    def _named(self, value: Any, name: str, wanted: list[Any]) -> Iterator[tuple[str, Any]]:
+        if any(value is each for each in wanted):
+            yield name, value
+        elif not isinstance(value, Tensor | np.ndarray):
+            for place, each in _parts(value):
+                yield from self._named(each, name + place, wanted)
 
     def memory(self) -> set[int]:
-        """The addresses of all tensors and arrays."""
-        return {address(tensor) for _, tensor, _ in self._tensors} | {address(array) for _, array, _ in self._arrays}
+        """Return the addresses in memory of all tensors and arrays."""
+        return {address(data) for data, _ in (*self._tensors, *self._arrays)}
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    """Return the items of a container of a batch, or the data in an object's attributes, each with its expression."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", each) for key, each in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"[{number}]", each) for number, each in enumerate(value)]
+    if hasattr(value, "__dict__") and not callable(value):
+        data = (Tensor, np.ndarray, dict, list, tuple)
+        return [(f".{key}", each) for key, each in vars(value).items() if isinstance(each, data)]
+    return []
 
 
 def address(data: Tensor | np.ndarray) -> int:
-    """Where the data begin in memory; those of a tensor of a function transform are the ones inside."""
+    """Return the address of the first number. For a tensor of a function transform, it is that of the inner tensor."""
     if not isinstance(data, Tensor):
         return data.__array_interface__["data"][0]
     while is_functorch_wrapped_tensor(data):

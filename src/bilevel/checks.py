@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -54,15 +55,27 @@ def each_field(settings: Any, check: Callable[..., Any], *names: str, **limits: 
 
 
 def one_of(value: Any, name: str, choices: Iterable[str]) -> str:
-    """Return the value, if it is one of these words."""
+    """Return the value, if it is one of the choices."""
     known = list(choices)
     if value not in known:
         raise ValueError(f"{name}={value!r}: there are {', '.join(map(repr, known))}")
     return value
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the known word that is most like this one, as an addition to an error; nothing if none is like it.
+
+    >>> did_you_mean("revers", ["reverse", "forward"])
+    " (did you mean 'reverse'?)"
+    >>> did_you_mean("x", ["reverse", "forward"])
+    ''
+    """
+    likely = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {likely[0]!r}?)" if likely else ""
+
+
 def a_function(value: Any, name: str, signature: str) -> None:
-    """Raise unless the value can be called; the error shows the call that will be made."""
+    """Raise a TypeError unless the value can be called. The message shows how it would be called."""
     if not callable(value):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); a function is needed, called as {signature}")
 

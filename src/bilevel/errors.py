@@ -49,6 +49,17 @@ class ReplayError(BilevelError, RuntimeError):
         self.inner_step = inner_step
 
 
+class CheckError(BilevelError, RuntimeError):
+    """A problem is not the loop that the user would have written, or a derivative disagrees with differences.
+
+    `table` is the table of what was compared.
+    """
+
+    def __init__(self, message: str, table: str = "") -> None:
+        super().__init__(message)
+        self.table = table
+
+
 class MissingDerivativeError(BilevelError, NotImplementedError):
     """An operation of the user's model lacks the kind of derivative that the chosen estimator needs."""
 

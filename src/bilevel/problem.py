@@ -1,4 +1,4 @@
-"""What a bilevel problem is: an inner loop that ends in a state, and an outer loss that judges the state.
+"""Bilevel problems: an inner loop that computes a state, and an outer loss of the state.
 
     h(φ) = outer_loss(θ_T(φ), φ),   θ_0 = init(φ),   θ_t = step(θ_{t−1}, φ, batch_t)
 
@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -29,12 +30,16 @@ from bilevel.models.module_view import ModuleView, views_in
 from bilevel.models.sharing import presented
 from bilevel.optim.optimizer_state import OptimizerState
 from bilevel.optim.update_rule import Optimizer, described
+from bilevel.optim.update_rule import optimizer as make_optimizer
 from bilevel.trees import Tree
 
 
 @runtime_checkable
 class Unrollable(Protocol):
-    """A class of the user's own with the three functions of a `Problem` as methods. Estimators accept it as well."""
+    """The interface of a user's own class with the three functions of a `Problem` as methods.
+
+    Estimators accept an object of such a class in place of a problem.
+    """
 
     def init(self, meta: Tree, /) -> Tree: ...
 
@@ -44,10 +49,10 @@ class Unrollable(Protocol):
 
 
 class BilevelProblem:
-    """Base class of `Problem`, `GradientDescent` and `BlackBox`: it answers what other code asks about a problem.
+    """Base class of `Problem`, `GradientDescent` and `BlackBox`, with the properties of a problem that other code uses.
 
-    The answers of this class are those of a problem that has inner steps and nothing else. A subclass states what is
-    different about it. No other code tests of which class a problem is, so a new kind of problem is one class.
+    The properties of this class are those of a problem that has only inner steps. A subclass overrides what is
+    different. No other code tests the class of a problem, so a new kind of problem needs only a new class.
     """
 
     init: Callable[[Tree], Tree]
@@ -91,9 +96,9 @@ class BilevelProblem:
         """Return the problem as `GradientDescent`, for a method that differentiates the inner loss.
 
         Args:
-            who: the method, the subject of the error's sentence.
-            because: a relative clause that says what the method needs the inner loss for.
-            instead: what to take if there is no inner loss.
+            who: the name of the method, which is the subject of the error message.
+            because: a relative clause that says why the method needs the inner loss.
+            instead: the method to use if there is no inner loss.
 
         Raises:
             TypeError: the problem has no inner loss.
@@ -110,12 +115,12 @@ class BilevelProblem:
         """Check what a user passed as `inner_batches`, and return one batch for each inner step.
 
         Raises:
-            TypeError, ValueError: it cannot be used; the message says what to pass.
+            TypeError, ValueError: the batches cannot be used. The message says what to pass.
         """
         return require_batches(inner_batches)
 
     def steps_of(self, inner_batches: Batches) -> int:
-        """T, the number of inner steps that these batches stand for."""
+        """Return T, the number of inner steps for these batches."""
         return len(inner_batches)
 
     # -- compiled code -----------------------------------------------------------------------------------------
@@ -131,7 +136,7 @@ class BilevelProblem:
         return self
 
     def not_yet_compiled(self) -> BilevelProblem:
-        """The same problem, with the same backend, for which nothing has been compiled so far."""
+        """Return the same problem, with the same backend, for which nothing has been compiled so far."""
         return self
 
     def check_compiled_again(self) -> None:
@@ -143,12 +148,13 @@ class Problem(BilevelProblem):
     """A bilevel problem in its general form, given by three pure functions.
 
     Args:
-        init: `init(meta) -> state`, the inner state θ_0; it may depend on meta, and may draw random numbers.
-        step: `step(state, meta, batch) -> state`, one inner step Ω_t. The new state has the structure, shapes and
-            dtypes of the old one.
-        outer_loss: `outer_loss(state, meta, batch) -> scalar`, or a vector `[m]` of m outer losses (see `Estimate`).
+        init: `init(meta) -> state` returns the inner state θ_0. It may depend on meta and may draw random numbers.
+        step: `step(state, meta, batch) -> state` computes one inner step Ω_t. The new state must have the structure,
+            shapes and dtypes of the old state.
+        outer_loss: `outer_loss(state, meta, batch) -> scalar` returns the outer loss at a state, or a vector `[m]` of m
+            outer losses (see `Estimate`).
 
-    Random numbers drawn with torch's global generator (dropout, random initialisation) are reproducible: they are a
+    Random numbers drawn with torch's global generator (dropout, random initialisation) are reproducible. They are a
     function of the estimator's seed and the number of the step.
 
     >>> import torch, bilevel
@@ -173,14 +179,15 @@ class Problem(BilevelProblem):
 
 @dataclass(frozen=True)
 class BlackBox(BilevelProblem):
-    """A bilevel problem whose inner loop is a program without derivatives. Only `ZerothOrder` takes it.
+    """A bilevel problem whose inner loop is a program without derivatives. Only `ZerothOrder` accepts it.
 
     Args:
-        solve: `solve(meta) -> state`: a simulator, a subprocess, another library. It raises
-            `SolverError` where it fails.
-        outer_loss: `outer_loss(state, meta, batch) -> scalar`, or a vector `[m]` of m outer losses (see `Estimate`).
-        solve_all: `solve_all(metas) -> states`, the same for a list of points, in parallel for instance (see
-            `OutsideProgram`). An estimate then asks for all its points at once, and holds all their states.
+        solve: `solve(meta) -> state` runs the inner loop: a simulator, a subprocess, or another library. It should
+            raise `SolverError` if it fails.
+        outer_loss: `outer_loss(state, meta, batch) -> scalar` returns the outer loss at a state, or a vector `[m]` of m
+            outer losses (see `Estimate`).
+        solve_all: `solve_all(metas) -> states` runs the inner loop for a list of points, in parallel for example (see
+            `OutsideProgram`). An estimate then passes all its points at once, and holds all their states in memory.
 
     >>> import numpy, torch, bilevel
     >>> box = BlackBox(
@@ -203,7 +210,7 @@ class BlackBox(BilevelProblem):
             checks.a_function(self.solve_all, "solve_all", "solve_all(metas)")
 
     def init(self, meta: Tree) -> Tree:
-        """Run the whole inner loop, `solve(meta)`: no step follows."""
+        """Run the whole inner loop, `solve(meta)`. There are no steps after it."""
         return self.solve(meta)
 
     def step(self, state: Tree, meta: Tree, batch: Any) -> Tree:  # noqa: ARG002
@@ -211,7 +218,11 @@ class BlackBox(BilevelProblem):
         raise TypeError("a BlackBox has no inner steps: its solve(meta) is the whole inner loop")
 
     def batches_of(self, inner_batches: Any) -> Batches:
-        """Return one empty batch; `inner_batches` must be `None`."""
+        """Return one empty batch.
+
+        Raises:
+            ValueError: `inner_batches` is not `None`.
+        """
         if inner_batches is not None:
             raise ValueError("a BlackBox takes no inner_batches: its solve(meta) is the whole inner loop; pass None")
         return no_batches(1)
@@ -224,54 +235,60 @@ class BlackBox(BilevelProblem):
 class Descent(NamedTuple):
     """The inner state of `GradientDescent`.
 
-    The structure of `optimizer` may change from step to step: parameters that a loss does not reach are left alone,
-    with a count of updates of their own.
+    The structure of `optimizer` may change from step to step, because parameters that a loss does not reach are left
+    unchanged and have their own count of updates.
     """
 
     params: Tree
     """The parameters."""
     optimizer: OptimizerState
-    """What the optimiser remembers."""
+    """The optimiser's memory."""
     steps: int
     """The number of steps taken."""
     buffers: Mapping[str, Tensor] | tuple[()] = ()
-    """Tensors that the modules in `params` update while the inner loss is computed, such as running statistics, by the
-    names that `state_dict` gives them (behind the module's place in `params`, if that is a tree)."""
+    """Tensors that the modules in `params` update while the inner loss is computed, such as running statistics. The
+    keys are their names in `state_dict`, after the module's place in `params` if that is a tree."""
 
 
 class Evaluated(NamedTuple):
     """One evaluation of the inner loss."""
 
     gradient: list[Tensor | None]
-    """`None` where the loss does not reach a leaf."""
+    """∇_θ inner_loss, with `None` for leaves that the loss does not reach."""
     buffers: Tree
-    """What the modules' buffers are afterwards."""
+    """The modules' buffers after the evaluation."""
 
 
 class GradientDescent(BilevelProblem):
     """A bilevel problem whose inner loop is a `torch.optim` optimiser on an inner loss.
 
-    Args:
-        inner_loss: `inner_loss(params, meta, batch) -> scalar`, descended on.
-        outer_loss: `outer_loss(params, meta, batch) -> scalar`, evaluated at the final parameters; or a vector `[m]` of
-            m outer losses (see `Estimate`).
-        params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that makes either: afresh for every
-            solve, from torch's (reproducibly seeded) generator, or from the meta parameters. With a module, both
-            losses receive it as a `ModuleView`, called as the module itself: `model(x)`, `model(input_ids=ids)`.
-            Parameters with `requires_grad=False` are constants; so are plain tensors in a tree that also holds an
-            `nn.Parameter` which requires gradients. Otherwise plain tensors are trained. A tensor in several places
-            is one parameter. What a module updates in its forward pass (BatchNorm's running statistics, an average of
-            its own) is part of the inner state, with its derivative. Hooks from `register_hook` change the
-            parameter's gradient as in a backward pass. The module itself is never changed.
-        optimizer: from `bilevel.optimizer`; learning rates and weight decay may be functions of meta.
-        compile: `True` compiles the gradient of `inner_loss` and that gradient's derivatives by `torch.compile`'s
-            backend inductor, or by the backend of that name, for every set of shapes once (seconds to minutes; see
-            `Estimate.compile_seconds`). Estimators give the same but for rounding. `inner_loss` has to be a fixed
-            sequence of operations, without branches on tensors' values; what it reads besides its arguments must not
-            change, and is checked at the first step of each estimate. The optimiser's update, the outer loss and
-            `init` are not compiled. What it brings: `benchmarks/results/compile.md`.
-
     Meta parameters may be a tensor, a tree of tensors, or an `nn.Module` (or a tree with modules in it).
+
+    Args:
+        inner_loss: `inner_loss(params, meta, batch) -> scalar` returns the loss that the inner loop minimises.
+        outer_loss: `outer_loss(params, meta, batch) -> scalar` returns the outer loss at the final parameters, or a
+            vector `[m]` of m outer losses (see `Estimate`).
+        params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that returns either. The function is
+            called for every solve. It may draw random numbers from torch's generator, which is seeded reproducibly, and
+            may use the meta parameters. If `params` is a module, both losses receive it as a `ModuleView`, which is
+            called like the module: `model(x)`, `model(input_ids=ids)`. Parameters with `requires_grad=False` are
+            constants. Plain tensors are trained, except in a tree with an `nn.Parameter` that requires gradients, where
+            they are constants. A tensor in several places is one parameter. Tensors that a module updates in its
+            forward pass (BatchNorm's running statistics, or its own averages) are part of the inner state, with their
+            derivatives. Hooks from `register_hook` change the parameter's gradient as in a backward pass. The module
+            itself is never changed.
+        optimizer: the inner optimiser, from `bilevel.optimizer`, or `functools.partial(torch.optim.SGD, lr=0.1)`.
+            Settings may be functions of meta and of the step.
+        compile: whether to compile the gradient of `inner_loss` and the gradient's derivatives. `True` selects the
+            backend inductor of `torch.compile`, and a string selects the backend with that name. The code is compiled
+            once for every set of shapes, which takes seconds to minutes (see `Estimate.compile_seconds`). The estimates
+            are the same up to rounding. `inner_loss` must be a fixed sequence of operations, without branches on
+            tensors' values. Values that it reads from elsewhere than its arguments must not change, which is checked
+            at the first step of each estimate. The optimiser's update, the outer loss and `init` are not compiled.
+            `benchmarks/results/compile.md` reports the gain in speed.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used. The message says what to pass.
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -289,14 +306,16 @@ class GradientDescent(BilevelProblem):
         inner_loss: Callable[[Any, Any, Any], Tensor],
         outer_loss: Callable[[Any, Any, Any], Tensor],
         params: nn.Module | Tree | Callable[[Any], nn.Module | Tree],
-        optimizer: Optimizer,
+        optimizer: Optimizer | functools.partial[Any],
         compile: bool | str = False,
     ) -> None:
         checks.a_function(inner_loss, "inner_loss", "inner_loss(params, meta, batch)")
         checks.a_function(outer_loss, "outer_loss", "outer_loss(params, meta, batch)")
+        if isinstance(optimizer, functools.partial):
+            optimizer = make_optimizer(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"optimizer is {described(optimizer)}; every solve binds it to parameters anew, so name the class and "
+                f"optimizer is {described(optimizer)}; every solve binds it to new parameters, so name the class and "
                 "its settings: optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.1)"
             )
         optimizer.require_differentiable()
@@ -307,6 +326,7 @@ class GradientDescent(BilevelProblem):
         self._builds_params = makes_params
         self._make_params: Callable[[Any], Any] = params if makes_params else lambda meta: params  # type: ignore[assignment]
         self._discovered = Discovered()
+        self._see_gradient: Callable[[list[Tensor | None]], None] | None = None
         self._compile_by(backend_named(compile))
 
     def _compile_by(self, backend: str | None) -> None:
@@ -338,13 +358,13 @@ class GradientDescent(BilevelProblem):
         return self._eager
 
     def compiled(self, backend: str = "inductor") -> GradientDescent:
-        """The same problem with its inner gradient compiled, and nothing compiled yet."""
+        """Return the same problem with a compiled inner gradient. It is compiled at its first call."""
         twin = copy.copy(self.eager)
         twin._compile_by(backend_named(backend))
         return twin
 
     def not_yet_compiled(self) -> GradientDescent:
-        """The same problem, with the same backend, for which nothing has been compiled so far."""
+        """Return the same problem, with the same backend, for which nothing has been compiled so far."""
         return self if self.backend is None else self.compiled(self.backend)
 
     def check_compiled_again(self) -> None:
@@ -353,7 +373,12 @@ class GradientDescent(BilevelProblem):
             self._compiled.check_again()
 
     def init(self, meta: Tree) -> Descent:
-        """θ_0 and the optimiser's state before its first step."""
+        """Return θ_0 and the optimiser's state before its first step.
+
+        Raises:
+            ValueError: there is nothing to train.
+            CompileError: the inner loss is to be compiled and updates buffers.
+        """
         memory = Memory(self._discovered.names, of_normalizations=self._compiled is None)
         params, buffers = self._initial(meta, memory)
         tensors = trees.split(params).differentiable
@@ -371,7 +396,7 @@ class GradientDescent(BilevelProblem):
         return Descent(params, self.optimizer.init(tensors), 0, buffers or ())
 
     def _initial(self, meta: Tree, memory: Memory) -> tuple[Tree, dict[str, Tensor]]:
-        """θ_0 and the other tensors of modules that are part of the state."""
+        """Return θ_0 and the other tensors of modules that are part of the state."""
         with convertible(), Origins() if self._builds_params else nullcontext() as origins:
             made = self._make_params(meta)
         of_meta = {p: view.named_tensors[name] for view in views_in(meta) for p, name in view._layout.names.items()}
@@ -389,11 +414,14 @@ class GradientDescent(BilevelProblem):
         return self._discovered.complete
 
     def examine(self, meta: Tree) -> Callable[[Any], None] | None:
-        """Find out, once for a problem, which tensors of modules an inner step updates or `params(meta)` computes.
+        """Find out, once for each problem, which tensors of modules an inner step updates or `params(meta)` computes.
 
-        They are part of the inner state from then on. Where modules have buffers besides running statistics, frozen
-        parameters, or backward hooks, a step has to be looked at: returns a function that does so, given a batch, at
-        the cost of one inner loss. Otherwise returns `None`.
+        These tensors are part of the inner state from then on. If modules have buffers other than running statistics,
+        frozen parameters, or backward hooks, a step must be computed to find out.
+
+        Returns:
+            A function that finds out by computing one inner loss on the batch that it is given, or `None` if no step
+            has to be computed.
         """
         everything = Memory(everything=True)
         if self._builds_params:
@@ -402,7 +430,7 @@ class GradientDescent(BilevelProblem):
         params, buffers = self._initial(meta, everything)
         parts = trees.split(params)
         if not parts.differentiable:
-            return None  # refused by `init`
+            return None  # `init` raises the error
         _, known = self._initial(meta, Memory(self._discovered.names))
         watched = any(view._layout.watched for view in views_in(params))
         if not watched and not buffers.keys() - known.keys():
@@ -424,7 +452,7 @@ class GradientDescent(BilevelProblem):
     def gradient(self, params: Tree, meta: Tree, batch: Any, buffers: Tree = ()) -> list[Tensor | None]:
         """Compute ∇_θ inner_loss, one tensor for each differentiable leaf of `params`.
 
-        An entry is `None` where the loss does not reach the leaf, as `.grad` is after `zero_grad()` and `backward()`.
+        An entry is `None` if the loss does not reach the leaf, as `.grad` is after `zero_grad()` and `backward()`.
         """
         return self.evaluate(params, meta, batch, buffers).gradient
 
@@ -449,11 +477,7 @@ class GradientDescent(BilevelProblem):
                 memory=autodiff.memory_of(self),
             )
         if found is None:
-            raise NoDependenceError(
-                "inner_loss does not depend on the parameters, so there is nothing to descend on; compute it from "
-                "the params it is given (for a module: call the model passed to inner_loss, not one from outside), "
-                "and keep .detach(), .item() and torch.no_grad() out of it"
-            )
+            raise nothing_to_descend_on()
         if not (recorded or torch._C._are_functorch_transforms_active()):
             after[0] = trees.detach(after[0])
         return Evaluated(found, after[0])
@@ -463,14 +487,14 @@ class GradientDescent(BilevelProblem):
     ) -> Evaluated:
         """Compute ∇_{θ,φ,b} L with L = inner_loss + Σ_i w_i · b'_i, where b' are the buffers after the loss.
 
-        At w = 0 this is the gradient of the inner loss. L contains all of an inner step but the optimiser's update.
-        Its second derivatives are symmetric, so they serve for the buffers as well as for the gradient:
-        ∂²L/∂w∂(θ, φ, b) is the Jacobian of b'. An entry is `None` where L does not reach the leaf.
+        At w = 0 this is the gradient of the inner loss. L contains all of an inner step except the optimiser's update.
+        Its second derivatives are symmetric, so they contain the derivatives of the buffers as well as those of the
+        gradient: ∂²L/∂w∂(θ, φ, b) is the Jacobian of b'. An entry is `None` if L does not reach the leaf.
 
         Args:
             params: θ.
             meta: φ.
-            batch: handed on to the inner loss.
+            batch: the batch for the inner loss.
             buffers: b.
             weights: w, one tensor for each differentiable leaf of b.
         """
@@ -503,7 +527,7 @@ class GradientDescent(BilevelProblem):
     ) -> autodiff.Pushed:
         """Compute ∇_θ inner_loss and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ.
 
-        The value is that of `gradient`; there are tangents for those of its entries that are not `None`.
+        The value is that of `gradient`. There is a tangent for each of its entries that is not `None`.
         """
         if self._compiled is not None:
             return self._compiled.push(params, meta, batch, along, along_meta)
@@ -515,22 +539,21 @@ class GradientDescent(BilevelProblem):
         )
 
     def stationarity(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
-        """Compute the gradient of what the inner loop descends on, which vanishes where the loop comes to rest.
+        """Compute the gradient of the function that the inner loop minimises, which is zero at a converged state.
 
         It is ±∇_θ inner_loss (minus for `maximize=True`, so that the Hessian is positive at a maximum), plus λθ for
         coupled weight decay λ.
 
-        An entry is `None` where the loss does not reach the leaf, which the optimiser then leaves alone. Clipping is
-        left out: it has no effect where the gradient vanishes.
+        An entry is `None` if the loss does not reach the leaf, which the optimiser then leaves unchanged. Clipping is
+        left out, because it has no effect where the gradient is zero.
+
+        Raises:
+            ValueError: a parameter has hooks that change its gradient.
         """
-        if parameter_hooks.are_registered(state.params):
-            raise ValueError(
-                "a parameter has hooks that change its gradient, so the inner loop does not come to rest where the "
-                "gradient of inner_loss vanishes, which Implicit and HessianFree assume; take Reverse or "
-                "ForwardGradient, or remove the hooks"
-            )
+        self.require_no_hooks(state.params)
         tensors = trees.split(state.params).differentiable
-        decay = self.optimizer.coupled_decay(tensors, meta, state.params) or [0.0] * len(tensors)
+        last = max(state.steps - 1, 0)
+        decay = self.optimizer.coupled_decay(tensors, meta, state.params, last) or [0.0] * len(tensors)
         found = []
         gradient = self.gradient(state.params, meta, batch, state.buffers)
         for g, d, p in zip(gradient, decay, tensors, strict=True):
@@ -538,17 +561,67 @@ class GradientDescent(BilevelProblem):
             found.append(signed if signed is None or (isinstance(d, float) and d == 0) else signed + d * p)
         return found
 
+    def objective_by_meta(self, state: Descent, meta: Tree, batch: Any) -> list[Tensor | None]:
+        """Compute ∂/∂φ of the function that the inner loop minimises, at fixed parameters.
+
+        The objective is ±inner_loss (minus for `maximize=True`), plus λ‖θ‖²/2 for coupled weight decay λ;
+        `stationarity` is its gradient with respect to θ. First derivatives are enough, so fused kernels and activation
+        checkpointing work. An entry is `None` if the objective does not reach the leaf of φ.
+        """
+        self.require_no_hooks(state.params)
+        parts, tensors = trees.split(meta), trees.split(state.params).differentiable
+        last = max(state.steps - 1, 0)
+
+        def objective(leaves: Sequence[Tensor]) -> Tensor:
+            there = parts.rebuild(leaves)
+            value = self.optimizer.sign * self._inner(state.params, there, batch, state.buffers)[0]
+            decay = self.optimizer.coupled_decay(tensors, there, state.params, last) or []
+            return sum((0.5 * (d * p.square()).sum() for d, p in zip(decay, tensors, strict=False)), value)
+
+        def during(leaves: Sequence[Tensor]) -> Any:
+            return standing_in(with_buffers(state.params, state.buffers)[0], parts.rebuild(leaves))
+
+        with modules_in_use(state.params, meta):
+            found = autodiff.gradient(objective, parts.differentiable, differentiable=False, during=during)
+        return [None] * len(parts.differentiable) if found is None else found
+
+    def require_no_hooks(self, params: Tree) -> None:
+        """Raise if parameters have hooks that change their gradients: the loop then minimises no objective."""
+        if parameter_hooks.are_registered(params):
+            raise ValueError(
+                "a parameter has hooks that change its gradient, so the inner loop does not come to rest where the "
+                "gradient of inner_loss vanishes, which this method assumes; take Reverse or ForwardGradient, or "
+                "remove the hooks"
+            )
+
     def step(self, state: Descent, meta: Tree, batch: Any) -> Descent:
-        """One step of the optimiser."""
+        """Compute one step of the optimiser."""
         found = self.evaluate(state.params, meta, batch, state.buffers)
+        if self._see_gradient is not None:
+            self._see_gradient(found.gradient)
         return self.apply(state, found.gradient, meta, found.buffers)
+
+    @contextmanager
+    def gradients_seen_by(self, function: Callable[[list[Tensor | None]], None]) -> Iterator[None]:
+        """Context manager in which a function is given the inner gradient of each step."""
+        before, self._see_gradient = self._see_gradient, function
+        try:
+            yield
+        finally:
+            self._see_gradient = before
 
     def apply(
         self, state: Descent, gradient: Sequence[Tensor | None], meta: Tree, buffers: Tree | None = None
     ) -> Descent:
-        """Update the state with a given gradient, after the parameters' hooks, and with given buffers, if any.
+        """Update the state with a given gradient, to which the parameters' hooks are applied first.
 
-        Leaves whose entry in the gradient is `None` are left alone.
+        Leaves whose entry in the gradient is `None` are left unchanged.
+
+        Args:
+            state: the state before the update.
+            gradient: the gradient of each leaf, or `None`.
+            meta: φ.
+            buffers: the buffers of the new state; by default those of the old state.
         """
         parts = trees.split(state.params)
         gradient = parameter_hooks.applied(state.params, parts.differentiable, gradient)
@@ -559,17 +632,20 @@ class GradientDescent(BilevelProblem):
         return Descent(parts.rebuild(tensors), memory, state.steps + 1, after)
 
     def outer_loss(self, state: Descent, meta: Tree, batch: Any) -> Tensor:
-        """The user's outer loss at the state's parameters."""
+        """Compute the user's outer loss at the state's parameters."""
         params, cells = with_buffers(state.params, state.buffers)
         with modules_in_use(params, meta), Writes(cells.values()) if cells else nullcontext():
             return self._outer_loss(params, presented(meta), batch)
 
     def presented(self, state: Descent) -> Descent:
-        """A state as users see it: its parameters in the form in which they were passed, modules with their buffers."""
-        return state._replace(params=with_buffers(state.params, state.buffers)[0])
+        """Return a state as users see it, with parameters in the form in which they were passed.
+
+        Modules have the buffers of the state.
+        """
+        return state._replace(params=with_buffers(state.params, state.buffers, is_final=True)[0])
 
     def _inner(self, params: Tree, meta: Tree, batch: Any, buffers: Tree) -> tuple[Tensor, Tree]:
-        """The inner loss, and the modules' buffers after it."""
+        """Compute the inner loss, and the modules' buffers after it."""
         there, cells = with_buffers(params, buffers)
         with Writes(cells.values()) if cells else nullcontext():
             value = self.inner_loss(there, presented(meta), batch)
@@ -577,7 +653,7 @@ class GradientDescent(BilevelProblem):
 
 
 def _outside(buffers: Tree) -> Tree:
-    """Tensors that were computed inside of `torch.func.grad` as they are outside of it."""
+    """Convert tensors that were computed inside `torch.func.grad` for use outside of it."""
     if not torch._C._are_functorch_transforms_active():
         return buffers
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -586,12 +662,12 @@ def _outside(buffers: Tree) -> Tree:
 
 
 def as_problem(value: Any) -> BilevelProblem:
-    """Return the problem as one that answers questions about itself.
+    """Return a problem as a `BilevelProblem`.
 
-    An object of the user's own class with the methods `init`, `step` and `outer_loss` becomes a `Problem`.
+    An object of the user's own class with the methods `init`, `step` and `outer_loss` is converted to a `Problem`.
 
     Raises:
-        TypeError: the value describes no problem.
+        TypeError: the value is not a problem.
     """
     if isinstance(value, BilevelProblem):
         return value
@@ -617,8 +693,21 @@ def require_losses(value: Any, name: str) -> Tensor:
     return value
 
 
+def nothing_to_descend_on() -> NoDependenceError:
+    """Return the error for an inner loss that does not depend on the parameters."""
+    return NoDependenceError(
+        "inner_loss does not depend on the parameters, so there is nothing to descend on; compute it from "
+        "the params it is given (for a module: call the model passed to inner_loss, not one from outside), "
+        "and keep .detach(), .item() and torch.no_grad() out of it"
+    )
+
+
 def require_scalar(value: Any, name: str) -> Tensor:
-    """Return the value if it is a real tensor without dimensions; else raise an error that says what it is."""
+    """Return the value, if it is a real floating-point tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError: the value is something else. The message says what it is.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} returned {value!r} ({type(value).__name__}); return the loss as a tensor without dimensions, not "

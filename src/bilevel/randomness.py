@@ -1,13 +1,14 @@
 """Reproducible randomness: every random number is a function of a seed and of counters.
 
-Nothing depends on how many numbers were drawn before, so a step that is computed again sees the same numbers.
+No random number depends on how many numbers were drawn before, so a step that is computed again draws the same numbers.
 
-Users draw from three global generators: torch's, NumPy's and the one of Python's module `random`. `evaluate` calls a
-function with all three at the start of a stream. Setting the last two costs more than a small inner step, and hardly
-any step uses them, so `evaluate` first calls the function without. Whether the function drew from them is then seen
-for less than a microsecond: each generator is kept in lockstep with a twin of the same seed, and as long as nobody else
-draws, the next number of both is the same. If they differ, the function is called once more with all three set, and so
-is every later one until the outermost `preserved()` ends.
+Users draw from three global generators: torch's, NumPy's and that of Python's module `random`. `evaluate` calls a
+function with all three at the start of a stream. Setting the last two costs more than a small inner step, and few steps
+use them. `evaluate` therefore first calls the function without setting them, and then tests whether the function drew
+from them. The test takes less than a microsecond: each generator has a twin with the same seed, and as long as no
+numbers are drawn elsewhere, the next number of both is the same. If the numbers differ, the function is called once
+more with all three generators set. All later functions are then called with all three set until the outermost
+`preserved()` ends.
 
 The first counter is the number of a *stream*, which serves one purpose. All numbers of streams are listed here.
 """
@@ -28,17 +29,17 @@ import torch
 from bilevel import checks
 
 PROCESS_WIDE = threading.RLock()
-"""Held while a step is computed under a seed of its own, or in forward mode: a second thread's estimate waits.
+"""A lock that is held while a step is computed under its own seed, or in forward mode. Other threads' estimates wait.
 
-PyTorch keeps its random generators, and the levels of forward mode, once for the whole process. The lock of a module's
-layers may be taken while this one is held, and never the other way round.
+PyTorch has one set of random generators, and of levels of forward mode, for the whole process. The locks of a module's
+layers may be acquired while this lock is held, and never in the opposite order.
 """
 
 Result = TypeVar("Result")
 _set_bit_generator: Any = np.random.set_bit_generator  # pyright: ignore[reportAttributeAccessIssue]
 _get_bit_generator: Any = np.random.get_bit_generator  # pyright: ignore[reportAttributeAccessIssue]
 
-# -- streams of the library. Changing a number changes the results of every seed.
+# -- streams of the library. A change of a number changes the results of every seed.
 
 INIT = 0
 """The initial inner state, and the whole solve of a black box."""
@@ -54,6 +55,9 @@ BATCH = 5
 """The reading of an inner batch; the next counter is the number of the step."""
 INNER_BATCHES, OUTER_BATCH = 6, 7
 """The functions of `fit` that return batches."""
+EXAMPLES = 12
+"""The reading of the examples of a batch; the next counters are what the batch is for, the number of the estimate, and
+the step."""
 SUPPORT_PROBE = 10
 """Probes for the meta parameters that the inner loop uses."""
 FRESH_DIRECTION = 11
@@ -67,12 +71,12 @@ TASK = 12
 CONDENSATION_START, CONDENSATION_INNER, CONDENSATION_OUTER, CONDENSATION_CONTROL = range(100, 104)
 """The images to start from, inner batches, outer batches, and the real images of a control."""
 CONDENSATION_NETWORK, CONDENSATION_ORDER = range(200, 202)
-"""In the evaluation: the initial network, and the order of the images."""
+"""The initial network and the order of the images in the evaluation."""
 
 CLEANING_CHOICE, CLEANING_WRONG, CLEANING_INNER = range(300, 303)
 """The choice of examples, their wrong labels, and inner batches."""
 CLEANING_NETWORK, CLEANING_BATCHES = range(400, 402)
-"""In the evaluation: the initial network, and the seed of its batches."""
+"""The initial network and the seed of its batches in the evaluation."""
 
 PDE_NOISE, PDE_START, PDE_NETWORK, PDE_POINTS = range(300, 304)
 """Noise of the observations, start values, the initial network, and the points of a training step."""
@@ -87,7 +91,7 @@ PDE_NOISE, PDE_START, PDE_NETWORK, PDE_POINTS = range(300, 304)
     GRAMMAR_LOCALITY,
     GRAMMAR_CHANGES,
 ) = range(300, 308)
-"""Parts of the documents that the task online-lm makes up."""
+"""Parts of the documents that the task online-lm generates."""
 LM_ORDER = 310
 """The order of documents in a pass over them."""
 LM_QUESTIONS, LM_LOCALITY = range(320, 322)
@@ -95,7 +99,7 @@ LM_QUESTIONS, LM_LOCALITY = range(320, 322)
 LM_EVALUATION = 330
 """The documents of an evaluation stream, and their order."""
 LM_INIT, LM_BATCH = range(340, 342)
-"""In the stage that tunes a language model: its initial parameters, and its batches."""
+"""The initial parameters and the batches in the stage that tunes a language model."""
 LM_WEIGHT_MODEL, LM_LORA = range(350, 352)
 """Initial parameters of the weight model and of the low-rank matrices."""
 
@@ -120,19 +124,27 @@ def generator(seed: int, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(_sequence(seed, *counters)))
 
 
+@functools.lru_cache(maxsize=4)  # asked for at every step of an epoch
+def permutation(size: int, seed: int, *counters: int) -> np.ndarray:
+    """Return a random order of `size` things that is a function of a seed and counters. It cannot be written to."""
+    order = generator(seed, *counters).permutation(size)
+    order.flags.writeable = False
+    return order
+
+
 @contextmanager
 def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
     """Context manager in which torch's global generators start from (seed, counters).
 
-    On leaving, they are set back to where they were. NumPy's and Python's generators are left alone; use `seeded`
-    around code of the user.
+    At the end, their previous states are restored. NumPy's and Python's generators are not changed. Use `seeded` for
+    the user's code.
     """
     new_seed = derive(seed, *counters)
     with PROCESS_WIDE:
         generators = _torch_generators()
         before = [each.get_state() for each in generators]
         try:
-            for each in generators:  # torch.manual_seed does the same, and stores a stack trace at every call
+            for each in generators:  # torch.manual_seed would also store a stack trace at every call
                 each.manual_seed(new_seed)
             yield
         finally:
@@ -144,7 +156,7 @@ def torch_seeded(seed: int, *counters: int) -> Iterator[None]:
 def seeded(seed: int, *counters: int) -> Iterator[None]:
     """Context manager in which torch's, NumPy's and Python's global generators start from (seed, counters).
 
-    On leaving, they are set back to where they were. This takes about half a millisecond, most of it for NumPy's.
+    At the end, their previous states are restored. The context takes about half a millisecond, mostly for NumPy's.
 
     >>> import random
     >>> def three_draws():
@@ -163,13 +175,13 @@ def seeded(seed: int, *counters: int) -> Iterator[None]:
 
 
 class _Watch:
-    """How an outermost `preserved()` notices draws from NumPy's and Python's generators."""
+    """A watch with which an outermost `preserved()` detects draws from NumPy's and Python's generators."""
 
     def __init__(self) -> None:
         self.sets_all = False
-        """Whether a function drew from them, so that they are set before every function."""
+        """Whether a function has drawn from them. They are then set before every function."""
         self.busy = False
-        """Whether a function is being called at the moment."""
+        """Whether a function is currently being called."""
         self.stream: tuple[int, tuple[int, ...]] | None = None
         """The seed and the counters of the function that is being called."""
         _set_host(0)
@@ -186,7 +198,7 @@ class _Watch:
         """Whether the function that was just called drew from generators that had not been set."""
         if self.sets_all:
             return False
-        # No short circuit: each generator and its twin have to go on together.
+        # Both comparisons are always made, because each generator and its twin must advance together.
         moved = (random.random() != self._python_twin.random()) | (
             np.random.random_sample() != self._numpy_twin.random_sample()
         )
@@ -199,10 +211,10 @@ _watch: _Watch | None = None
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Context manager in which `evaluate` is cheap. On leaving, all generators are set back to where they were.
+    """Context manager in which `evaluate` is cheap. At the end, the previous states of all generators are restored.
 
-    Entering and leaving takes about half a millisecond; a nested one does nothing. But inside of a function that
-    `evaluate` is calling (a loss that solves a bilevel problem of its own), it protects that function's stream.
+    The context takes about half a millisecond. A nested context does nothing, with one exception: inside a function
+    that `evaluate` is calling (a loss that itself solves a bilevel problem), it protects the stream of that function.
     """
     global _watch
     with PROCESS_WIDE:
@@ -226,30 +238,44 @@ def _nothing() -> None:
 def evaluate(
     function: Callable[[Any], Result], seed: int, *counters: int, given: Callable[[], Any] = _nothing
 ) -> Result:
-    """`function(given())`, while all global generators start from (seed, counters).
+    """Return `function(given())`, computed with all global generators started from (seed, counters).
 
-    `given` makes the argument, before the stream starts; it may call `evaluate` itself. A function that draws from
-    NumPy's or Python's generator is called twice, the first time that one does within `preserved()`.
+    Within `preserved()`, the first function that draws from NumPy's or Python's generator is called twice.
+
+    Args:
+        function: a function of one argument.
+        seed: the seed.
+        counters: the counters, of which the first is the number of the stream.
+        given: a function that returns the argument. It is called before the stream starts and may call `evaluate`.
 
     >>> def draw(_):
     ...     return torch.rand(1).item() + np.random.rand() + random.random()
     >>> len({evaluate(draw, 0, STEP, t) for t in (3, 4, 3, 3)})
     2
     """
-    with PROCESS_WIDE, preserved():
-        watch = _watch
-        assert watch is not None
-        stream = derive(seed, *counters)
-        while True:
-            argument = given()
-            watch.start(stream)
-            watch.busy, watch.stream = True, (seed, counters)
-            try:
-                result = function(argument)
-            finally:
-                watch.busy = False
-            if not watch.must_repeat():
-                return result
+    with PROCESS_WIDE:
+        if _watch is not None and not _watch.busy:
+            return _evaluated(_watch, function, (seed, counters), given)
+        with preserved():
+            assert _watch is not None
+            return _evaluated(_watch, function, (seed, counters), given)
+
+
+def _evaluated(
+    watch: _Watch, function: Callable[[Any], Result], stream: tuple[int, tuple[int, ...]], given: Callable[[], Any]
+) -> Result:
+    seed, counters = stream
+    start = derive(seed, *counters)
+    while True:
+        argument = given()
+        watch.start(start)
+        watch.busy, watch.stream = True, stream
+        try:
+            result = function(argument)
+        finally:
+            watch.busy = False
+        if not watch.must_repeat():
+            return result
 
 
 def current_stream() -> tuple[int, tuple[int, ...]]:
@@ -292,17 +318,17 @@ def another_stream(seed: int, *counters: int) -> Iterator[None]:
 
 
 class GeneratorStates(NamedTuple):
-    """Where global generators are."""
+    """The states of the global generators."""
 
     torch: list[torch.Tensor]
     host: tuple[Any, ...] | None
-    """Those of Python and NumPy; `None` where nothing drew from them since `preserved()` was entered."""
+    """The states of Python's and NumPy's generators; `None` if nothing has drawn from them within `preserved()`."""
 
 
 def generator_states() -> GeneratorStates:
-    """Where the global generators are at the moment, for `replayed`.
+    """Return the current states of the global generators, for `replayed`.
 
-    NumPy's and Python's are noted only where a function that `evaluate` calls draws from them.
+    The states of NumPy's and Python's generators are included only if a function that `evaluate` calls draws from them.
     """
     follows = _watch is not None and _watch.sets_all
     return GeneratorStates([each.get_state() for each in _torch_generators()], _save_host() if follows else None)
@@ -318,7 +344,7 @@ def restore(states: GeneratorStates) -> None:
 
 @contextmanager
 def replayed(states: GeneratorStates) -> Iterator[None]:
-    """Context manager in which the global generators go on from these states. On leaving, they are set back."""
+    """Context manager in which the global generators continue from these states. At the end, they are restored."""
     before = [each.get_state() for each in _torch_generators()]
     host = None if states.host is None else _save_host()
     try:
@@ -350,16 +376,17 @@ def _set_torch(seed: int) -> None:
 
 
 def _words(seed: int) -> list[int]:
-    """A seed of 63 bits as NumPy's old generators take it.
+    """Return a seed of 63 bits in the form that NumPy's old generators accept.
 
-    They and Python's are both MT19937 with the same way of seeding. The third word keeps their numbers apart.
+    NumPy's old generators and Python's generator are both MT19937, with the same seeding. The third word makes their
+    numbers different.
     """
     return [seed & 0xFFFFFFFF, seed >> 32, 1]
 
 
 @functools.lru_cache(maxsize=1)
 def _own_bit_generator() -> np.random.MT19937:
-    """The bit generator behind `np.random` inside of `preserved()`: a user's own may be of another algorithm."""
+    """Return the bit generator of `np.random` inside `preserved()`. The user's own may have another algorithm."""
     return np.random.MT19937(0)
 
 
@@ -379,7 +406,7 @@ def _restore_host(saved: tuple[Any, ...]) -> None:
     python, bit_generator, numpy_state = saved
     random.setstate(python)
     _set_bit_generator(bit_generator)
-    np.random.set_state(numpy_state)  # the numbers of the bit generator, and a second normal number kept for later
+    np.random.set_state(numpy_state)  # includes the second normal number of a pair, which NumPy keeps for later
 
 
 def _save() -> tuple[Any, ...]:
@@ -395,5 +422,5 @@ def _restore(saved: tuple[Any, ...]) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise unless the seed is a whole number of at least 0, as NumPy's seed sequences need it."""
+    """Raise a ValueError unless the seed is a whole number of at least 0, as NumPy's seed sequences require."""
     checks.whole_number(seed, "seed", at_least=0)

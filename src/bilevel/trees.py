@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import optree
@@ -13,33 +13,36 @@ import torch
 from torch import Tensor
 
 Tree: TypeAlias = Any
-"""Any nesting of containers around tensors; a lone tensor is a tree too."""
+"""Any nesting of containers around tensors. A single tensor is a tree too."""
 
 NAMESPACE = "bilevel"
 
 
 def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
-    """The leaves of a tree, and the spec that puts them back."""
+    """Return the leaves of a tree, and the spec from which `unflatten` rebuilds the tree."""
     return optree.tree_flatten(tree, namespace=NAMESPACE)
 
 
 def unflatten(spec: optree.PyTreeSpec, leaves: Sequence[Any]) -> Tree:
-    """The tree of that spec with these leaves."""
+    """Return the tree with this spec and these leaves."""
     return optree.tree_unflatten(spec, leaves)
 
 
 def leaves(tree: Tree) -> list[Any]:
-    """The leaves of a tree, in the order of `flatten`."""
+    """Return the leaves of a tree, in the order of `flatten`."""
     return optree.tree_leaves(tree, namespace=NAMESPACE)
 
 
 def map_leaves(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """The tree with `function` applied to every leaf (and to the leaves of `rest` at the same places)."""
+    """Return the tree with `function` applied to every leaf.
+
+    With further trees in `rest`, the function also receives their leaves at the same places.
+    """
     return optree.tree_map(function, tree, *rest, namespace=NAMESPACE)
 
 
 def named_leaves(tree: Tree, name: str) -> list[tuple[str, Any]]:
-    """Leaves with the expression that reaches each of them, such as `("meta['lr']", tensor)`.
+    """Return pairs of the expression for a leaf and the leaf, such as `("meta['lr']", tensor)`.
 
     >>> named_leaves({"lr": 1.0, "layers": [2.0]}, "meta")
     [("meta['layers'][0]", 2.0), ("meta['lr']", 1.0)]
@@ -48,24 +51,46 @@ def named_leaves(tree: Tree, name: str) -> list[tuple[str, Any]]:
     return [(accessor.codify(name), value) for accessor, value in zip(accessors, values, strict=True)]
 
 
+def leaves_with_paths(tree: Tree) -> list[tuple[tuple[Any, ...], Any]]:
+    """Leaves with the keys and numbers that lead to each of them.
+
+    >>> leaves_with_paths({"lr": 1.0, "layers": [2.0]})
+    [(('layers', 0), 2.0), (('lr',), 1.0)]
+    """
+    paths, values, _ = optree.tree_flatten_with_path(tree, namespace=NAMESPACE)
+    return list(zip(paths, values, strict=True))
+
+
 def is_differentiable(leaf: Any) -> bool:
-    """Whether derivatives with respect to this leaf exist: it is a floating-point (or complex) tensor."""
+    """Whether derivatives with respect to this leaf exist, which holds for floating-point and complex tensors."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 @dataclass(frozen=True)
 class Split:
-    """A tree taken apart into what can be differentiated, other tensors, and the rest (numbers, strings)."""
+    """A tree separated into differentiable tensors, other tensors, and all other leaves (numbers, strings)."""
 
     differentiable: list[Tensor]
     other: list[Tensor]
     _spec: optree.PyTreeSpec
     rest: tuple[Any, ...]
-    """Numbers, strings and whatever else is no tensor."""
+    """Numbers, strings and all other leaves that are not tensors."""
     _kinds: str
 
+    def without_differentiable(self) -> Split:
+        """Return a copy without the differentiable tensors, which are then not kept in memory.
+
+        `rebuild` receives these tensors as an argument in any case.
+        """
+        return replace(self, differentiable=[])
+
     def rebuild(self, differentiable: Sequence[Tensor], other: Sequence[Tensor] | None = None) -> Tree:
-        """The tree with other tensors in the places of the old ones."""
+        """Return the tree with other tensors in place of its own.
+
+        Args:
+            differentiable: the new differentiable tensors, in the order of `Split.differentiable`.
+            other: the other tensors, in the order of `Split.other`; the old ones by default.
+        """
         sources = {
             "d": iter(differentiable),
             "o": iter(self.other if other is None else other),
@@ -75,7 +100,7 @@ class Split:
 
 
 def split(tree: Tree) -> Split:
-    """Take a tree apart; `Split.rebuild` puts it together again.
+    """Separate the leaves of a tree by kind. `Split.rebuild` is the inverse.
 
     >>> parts = split({"weights": torch.ones(2), "steps": 3, "labels": torch.tensor([1])})
     >>> parts.differentiable, parts.other
@@ -92,20 +117,32 @@ def split(tree: Tree) -> Split:
 
 
 def detach(tree: Tree) -> Tree:
-    """The tree with every tensor cut off from the autograd graph (no copies)."""
+    """Return the tree with every tensor detached from the autograd graph. Nothing is copied."""
     return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def size(tree: Tree) -> int:
-    """The number of elements over all tensors of the tree."""
+    """Return the total number of elements of all tensors of the tree."""
     return sum(leaf.numel() for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def summary(tree: Tree) -> str:
+    """Describe the tensors of a tree in a few words.
+
+    >>> summary(torch.zeros(2, 3)), summary({"a": torch.zeros(2), "b": torch.zeros(3), "name": "c"})
+    ('tensor of shape (2, 3)', '2 tensors with 5 numbers')
+    """
+    tensors = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    if len(tensors) == 1:
+        return f"tensor of shape {tuple(tensors[0].shape)}"
+    return f"{len(tensors)} tensors with {sum(t.numel() for t in tensors):,} numbers"
 
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Context manager (and decorator) for sums of the library's own, which autocast would round to 3 digits.
+    """Context manager (and decorator) for the library's own sums, which autocast would round to 3 digits.
 
-    Losses and steps of the user are called outside of it, so their autocast stays as it is.
+    The user's losses and steps are called outside of it, so their autocast is not affected.
     """
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
@@ -115,7 +152,7 @@ def without_autocast() -> Iterator[None]:
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Return the real inner product of two equally shaped lists of tensors; Re Σ āb for complex ones.
+    """Compute the real inner product of two lists of tensors with equal shapes. For complex tensors it is Re Σ āb.
 
     >>> dot([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
     tensor(11.)
@@ -127,7 +164,11 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 @without_autocast()
 def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Return the real inner products `[k]` of a list of tensors with each of k lists, `[k, *leaf.shape]` for each leaf.
+    """Compute the real inner products `[k]` of a list of tensors with each of k lists.
+
+    Args:
+        left: the list of tensors.
+        right: the k lists, stacked to `[k, *leaf.shape]` for each tensor of `left`.
 
     >>> dots([torch.tensor([1.0, 2.0])], [torch.tensor([[3.0, 4.0], [0.0, 1.0]])])
     tensor([11.,  2.])
@@ -148,34 +189,37 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The tensor, in float32 if it has half precision: in float16 the square of 256 is infinite."""
+    """Return the tensor, in float32 if it has half precision, because in float16 the square of 256 is infinite."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of a `DTensor`, which is spread over processes, an ordinary one with all its numbers."""
+    """Return an ordinary tensor with all numbers of a `DTensor`, which is spread over processes.
+
+    Any other tensor is returned itself.
+    """
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The tensor itself; of a `DTensor`, the part that lies in this process."""
+    """Return the part of a `DTensor` that this process holds. Any other tensor is returned itself."""
     shard = getattr(tensor, "to_local", None)
     return tensor if shard is None else shard()
 
 
 def is_spread(leaf: Any) -> bool:
-    """Whether it is a `DTensor`."""
+    """Whether a leaf is a `DTensor`, which is spread over processes."""
     return isinstance(leaf, Tensor) and hasattr(leaf, "to_local")
 
 
 def holders(leaf: Any) -> list[int]:
-    """The ranks of the processes over which a leaf is spread; none if it is whole."""
+    """Return the ranks of the processes over which a leaf is spread; an empty list if it is whole."""
     return leaf.device_mesh.mesh.flatten().tolist() if is_spread(leaf) else []
 
 
 def spread_like(shard: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `local`: a tensor that is spread over processes as `like` is, if it is."""
+    """Return a tensor that is spread over processes in the same way as `like`. This is the inverse of `local`."""
     if not is_spread(like):
         return shard
     from torch.distributed.tensor import DTensor
@@ -187,10 +231,10 @@ def spread_like(shard: Tensor, like: Tensor) -> Tensor:
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The squared Euclidean norm over a list of tensors."""
+    """Compute the squared Euclidean norm of a list of tensors."""
     return dot(tensors, tensors)
 
 
 def all_finite(tree: Tree) -> bool:
-    """Whether no differentiable leaf holds a NaN or an infinity."""
+    """Whether no differentiable leaf contains NaN or infinity."""
     return all(bool(whole(torch.isfinite(leaf).all())) for leaf in leaves(tree) if is_differentiable(leaf))

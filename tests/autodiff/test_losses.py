@@ -30,10 +30,12 @@ def test_every_loss_is_there() -> None:
     assert functions - ours <= {"linear_cross_entropy"}, "a linear layer and cross_entropy in one"
 
 
+@pytest.mark.slow
 def test_the_page_of_losses_is_up_to_date() -> None:
     assert (DOCS / "losses.md").read_text(encoding="utf-8") == loss_cases.page()
 
 
+@pytest.mark.slow
 def test_plan_auto_and_compare_take_a_loss_that_pytorch_does_not_take_in_forward_mode() -> None:
     (case,) = (c for c in ALL if str(c) == "mse_loss , fixed target, mean")
     arguments: Any = (case.problem(), META, bilevel.no_batches(STEPS))

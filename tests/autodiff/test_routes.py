@@ -507,3 +507,24 @@ def test_a_hook_on_a_tensor_inside_of_a_loss_may_look_and_not_change() -> None:
         ):
             estimator(problem(hooked(lambda g: 0.5 * g)), PHI, bilevel.no_batches(STEPS))
     assert seen
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_transposed_input_has_the_same_dropout_in_forward_mode() -> None:
+    x = torch.linspace(-1.0, 1.0, 60, dtype=torch.float64).reshape(5, 4, 3)
+
+    def inner(theta: Tensor, meta: Tensor, batch: object) -> Tensor:
+        return (meta * functional.dropout((x * theta).transpose(0, 2), 0.4)).square().mean()
+
+    problem = bilevel.GradientDescent(
+        inner,
+        lambda theta, meta, batch: theta.sum(),
+        torch.ones(3, dtype=torch.float64),
+        bilevel.optimizer(torch.optim.SGD, lr=0.3),
+    )
+    meta = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+    reverse, forward = (e(problem, meta, 3) for e in (bilevel.Reverse(), bilevel.Forward()))
+    torch.testing.assert_close(forward.value, reverse.value, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(forward.grad, reverse.grad, rtol=1e-10, atol=1e-14)

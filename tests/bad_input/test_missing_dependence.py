@@ -199,7 +199,9 @@ def test_zeroth_order_warns_where_nothing_changes(name: str) -> None:
         (lambda theta, phi, batch: OUTSIDE.sum(), torch.ones(2)),
         (total, torch.full((2,), 1e20)),  # where a step of 1e-4 is rounded away
     ]:
-        with pytest.warns(UserWarning, match=r"ZerothOrder: .* to the last bit .* step_size=0.0001") as caught:
+        with pytest.warns(
+            UserWarning, match=r"(ZerothOrder|PersistentES): .* to the last bit .* step_size=0.0001"
+        ) as caught:
             estimate = call(name, descent(outer_loss=outer_loss), meta)
         assert [warning.filename for warning in caught] == [bad_input_cases.__file__]
         assert torch.equal(estimate.grad.abs(), torch.zeros(2))

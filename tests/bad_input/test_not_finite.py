@@ -180,7 +180,11 @@ DERIVATIVE_FAULTS: list[tuple[str, Callable[[], Any], list[str]]] = [
             lambda theta, phi, batch: theta.sum(),
             torch.zeros(2),
         ),
-        [name for name in DERIVATIVES if name not in ("truncated-reverse", "hessian-free", "hessian-free-optimizer")],
+        [
+            name
+            for name in DERIVATIVES
+            if name not in ("truncated-reverse", "hessian-free", "hessian-free-optimizer", "penalty")
+        ],
     ),
     (
         "of the initial state",

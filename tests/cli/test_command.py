@@ -112,7 +112,8 @@ def test_help_of_a_task(command: str, preset: str, capsys: Capture, monkeypatch:
             for setting in names.settings_of(kind):
                 assert "--" + setting.replace("_", "-") in shown
         assert (
-            "--directions INT Of forward-gradient, streaming-forward-gradient, zeroth-order, auto: b, at most" in shown
+            "--directions INT Of forward-gradient, streaming-forward-gradient, zeroth-order, persistent-es, auto: b"
+            in shown
         )
         assert "--phases NAME:STEPS[:PATIENCE] ..." in shown
 
@@ -357,11 +358,11 @@ REFUSED: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "no effect in any phase": (
         1,
-        ["--phases", "reverse:1", "hessian-free:1", "--step-size", "0.1"],
+        ["--phases", "reverse:1", "implicit:1", "--step-size", "0.1"],
         [
             "--step-size has no effect",
             "reverse has",
-            "hessian-free has no such setting (it has: scale, preconditioner)",
+            "implicit has no such setting (it has: solver, batches)",
         ],
     ),
     "said already": (

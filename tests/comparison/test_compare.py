@@ -195,6 +195,7 @@ def test_rows_as_json() -> None:
         assert ComparisonRow(**parsed) == row
 
 
+@pytest.mark.slow
 def test_bias_and_variance_are_told_apart() -> None:
     # ∇h = (¾, 1). With one Rademacher direction the squared error is ‖∇h‖² whatever the direction, and none is bias.
     (row,) = compare(bilevel.ForwardGradient(1), repeats=400)
@@ -229,6 +230,7 @@ def test_statistics_are_those_of_the_draws() -> None:
         assert row.half_widths[name] == pytest.approx(1.96 * values.std().item() / math.sqrt(count))
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     # The cosine is ¾ ± 1 over 5/4·√2, with equal probability: E = 1/√2 · E|w|/‖∇h‖ = (1.75 + 0.25)/2/(1.25√2).
     truth, hits = 1 / (1.25 * math.sqrt(2)), 0

@@ -123,6 +123,7 @@ def model(request: pytest.FixtureRequest) -> Case:
     return case_of(*MODELS[request.param]())
 
 
+@pytest.mark.slow
 def test_every_estimator_and_checkpoint_setting_gives_the_same(model: Case) -> None:
     everything = model.meta.shape == (12,)  # of the MLP
     for estimator in ESTIMATORS:

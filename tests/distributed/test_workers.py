@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from worker_groups import CARRIED, ESTIMATORS, SHARDED, SIZES
+from worker_groups import CARRIED, ESTIMATORS, HUNG, SHARDED, SIZES
 
 import bilevel
 from bilevel.distributed import communication
@@ -46,7 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("groups")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])}
     command = [sys.executable, str(ROOT / "tests" / "worker_groups.py"), str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return folder
 
@@ -182,7 +182,7 @@ def test_what_a_fully_sharded_module_cannot_do_is_refused(base: Path, happened: 
 
 
 def printed(happened: dict[str, Any], name: str, codes: list[int]) -> list[str]:
-    assert happened[name]["codes"] == codes, happened[name]["printed"]
+    assert happened[name]["codes"] == codes, happened[name]
     return happened[name]["printed"]
 
 
@@ -233,7 +233,7 @@ def test_a_worker_that_hangs_is_waited_for_no_longer_than_the_timeout(base: Path
         "WorkerError: worker 1 of 2 lost the connection to another worker at 'directions': it died or was stopped"
         in second
     )
-    assert happened["hangs"]["ended"][0] < 8 <= happened["hangs"]["ended"][1]  # it slept for eight seconds
+    assert HUNG <= happened["hangs"]["ended"][0] < happened["hangs"]["ended"][1]  # it slept until the first gave up
     assert checkpoint_files.load(base / "hangs" / CHECKPOINT)["counters"]["outer_step"] == 3
 
 
@@ -345,7 +345,7 @@ def test_whoever_leaves_takes_gloos_threads_along() -> None:
         port = str(free.getsockname()[1])
     group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-W", "ignore", "-c", LEAVING]
-    ended = subprocess.run(command, env={**os.environ, **group}, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, env={**os.environ, **group}, capture_output=True, text=True)
     assert ended.stdout.split() == ["True", "0"], ended.stderr
 
 

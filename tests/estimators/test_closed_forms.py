@@ -24,7 +24,7 @@ from closed_forms import (
     product,
     tensor,
 )
-from estimator_table import ROWS, Converging, Formula
+from estimator_table import ROWS, Converging, Formula, Own
 
 import bilevel
 from bilevel import HessianFree, Implicit, ZerothOrder
@@ -285,6 +285,18 @@ def test_estimators_from_the_start_take_the_steps_for_the_identity(
     assert estimate.value.item() == pytest.approx(case.value, rel=ROUNDING)
 
 
+# -- methods with a truth of their own -----------------------------------------------------------------------------
+
+OWN = {name: own for row in ROWS.values() for name, own in row.own.items()}
+
+
+@pytest.mark.parametrize("row", OWN.values(), ids=OWN.keys())
+def test_biased_estimators_give_what_they_define(row: Own) -> None:
+    estimate = row.case(row.estimator)
+    assert row.case.error(estimate, row.truth(row.case)) < row.tolerance
+    assert estimate.value.item() == pytest.approx(row.case.value, rel=ROUNDING)
+
+
 # -- truncated -----------------------------------------------------------------------------------------------------
 
 TRUNCATED = {kind.__name__: row.last_steps for kind, row in ROWS.items() if row.last_steps is not None}
@@ -342,8 +354,8 @@ def bias_bound(steps: int, case: ClosedForm) -> float:
 @pytest.mark.parametrize("kind", ROWS, ids=lambda kind: kind.__name__)
 def test_every_estimator_has_a_truth_that_it_must_agree_with(kind: type[bilevel.Estimator]) -> None:
     row = ROWS[kind]
-    assert row.exact or row.stochastic or row.formula or row.last_steps or row.from_start
-    rows = (*row.stochastic, *row.formula.values(), *row.converging.values())
+    assert row.exact or row.stochastic or row.formula or row.last_steps or row.from_start or row.own
+    rows = (*row.stochastic, *row.formula.values(), *row.converging.values(), *row.own.values())
     found = [each.estimator for each in rows] + [make(UNROLLED[0]) for make in row.exact.values()]
     found += row.from_start.values()
     assert {type(estimator) for estimator in found} == {kind}

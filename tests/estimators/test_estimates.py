@@ -174,7 +174,7 @@ def test_only_random_estimates_have_a_standard_error(estimator: bilevel.Estimato
 @every_estimator
 def test_results_are_cut_off_from_the_graph(estimator: bilevel.Estimator) -> None:
     estimate = call(estimator, meta={name: nn.Parameter(leaf) for name, leaf in make_meta().items()})
-    found = tensors([estimate.value, estimate.grad, estimate.state.params, estimate.state.optimizer])
+    found = tensors([estimate.grad, estimate.state.params, estimate.state.optimizer])
     assert not any(t.requires_grad for t in found)
 
 

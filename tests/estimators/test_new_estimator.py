@@ -84,6 +84,7 @@ def test_its_estimates_have_the_variance_of_theory(row: Row) -> None:
     assert abs(errors.mean() - stochastic.relative_variance) < 4 * test_closed_forms.standard_error_of_mean(errors)
 
 
+@pytest.mark.slow
 def test_it_is_unbiased(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.unbiased is not None
     (name,) = row.unbiased.distributions

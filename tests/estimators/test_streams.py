@@ -112,6 +112,7 @@ def test_every_estimator_goes_on_from_where_the_window_before_ended(estimator: b
     assert torch.equal(last.state.params, long.state.params)
 
 
+@pytest.mark.slow
 def test_fresh_directions_are_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     """The expectation itself: over every value that the directions of three windows can take, one direction each."""
     signs = [np.array([s], dtype=float) for s in itertools.product((-1, 1), repeat=N)]
@@ -134,6 +135,7 @@ def test_fresh_directions_are_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((truncated - exact).norm() / exact.norm()) > 0.1  # so that the past matters
 
 
+@pytest.mark.slow
 def test_fresh_directions_know_their_error() -> None:
     exact = whole(Reverse()).grad
     found = [windows(StreamingForwardGradient(3, draw=draw)) for draw in range(200)]

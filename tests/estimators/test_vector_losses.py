@@ -28,7 +28,10 @@ from bilevel import (
     Implicit,
     Neumann,
     Nystrom,
+    Penalty,
+    PersistentES,
     Reverse,
+    SingleLoop,
     StreamingForwardGradient,
     TruncatedReverse,
     ZerothOrder,
@@ -112,13 +115,40 @@ ESTIMATORS = [
     Implicit(Nystrom(2, damping=2.0)),
     HessianFree(0.5),
     HessianFree(0.5, preconditioner="optimizer"),
+    HessianFree(0.5, lookahead=True),
+    HessianFree(0.5, mixed="difference"),
+    HessianFree(0.5, preconditioner="optimizer", mixed="difference", step_size=0.01, lookahead=True),
+]
+SCALAR_ONLY = [
+    Penalty(10.0),
+    SingleLoop(0.1),
+    SingleLoop(0.1, order="simultaneous"),
+    PersistentES(2),
 ]
 
 
 def test_every_method_is_here() -> None:
-    assert {type(e) for e in ESTIMATORS} | {Auto, bilevel.FirstOrder} >= {
+    assert {type(e) for e in (*ESTIMATORS, *SCALAR_ONLY)} | {Auto, bilevel.FirstOrder} >= {
         cls for cls in ROWS if cls.__module__.startswith("bilevel.")
     }
+
+
+@pytest.mark.parametrize("estimator", SCALAR_ONLY, ids=str)
+def test_estimators_that_take_one_outer_loss_refuse_a_vector(estimator: bilevel.Estimator) -> None:
+    name = type(estimator).__name__
+    with pytest.raises(
+        ValueError, match=rf"^{name} takes one outer loss, .* a vector of 3; write .mean\(\) .* Reverse"
+    ):
+        estimator(descent(outer_losses), make_meta(), BATCHES, TARGETS)
+
+
+def test_the_values_of_a_vector_can_be_weighted_in_a_loss() -> None:
+    meta = {name: leaf.requires_grad_() for name, leaf in make_meta().items()}
+    weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    found = Reverse()(descent(outer_losses), meta, BATCHES, TARGETS)
+    (weights @ found.value).backward()
+    for name, leaf in meta.items():
+        torch.testing.assert_close(leaf.grad, torch.tensordot(weights, found.grad[name], 1))
 
 
 @pytest.mark.filterwarnings("ignore:Implicit")  # solvers that stop early

@@ -395,6 +395,11 @@ SETTINGS_AS_META: list[tuple[Algorithm, dict[str, Any], dict[str, float], Schedu
     (SGD, {"momentum": 0.9, "maximize": True}, {"lr": 0.1, "weight_decay": 0.1}, STEPWISE),
     (SGD, {"dampening": 0.5}, {"momentum": 0.8}, None),
     (SGD, {"weight_decay": 0.01}, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.1}, COSINE),
+    (SGD, {"momentum": 0.8}, {"dampening": 0.3}, None),
+    (SGD, {"nesterov": True}, {"momentum": 0.8, "lr": 0.1}, STEPWISE),
+    (RMSprop, {}, {"alpha": 0.8}, None),
+    (Adadelta, {}, {"rho": 0.8}, None),
+    (Adagrad, {}, {"lr_decay": 0.3}, None),
     (Adam, {}, {"eps": 0.1}, None),
     (Adam, {"decoupled_weight_decay": True}, {"lr": 0.01, "eps": 0.1, "weight_decay": 0.1}, STEPWISE),
     (AdamW, {"amsgrad": True}, {"eps": 0.1}, None),
@@ -486,19 +491,9 @@ def test_rate_of_each_element() -> None:
 
 
 REFUSED: list[tuple[Algorithm, dict[str, Any], str]] = [
-    (SGD, {"momentum": 0.9}, "dampening"),
-    (SGD, {"nesterov": True}, "momentum"),
-    (Adam, {}, "betas"),
-    (AdamW, {}, "betas"),
-    (RMSprop, {}, "alpha"),
-    (Adagrad, {}, "lr_decay"),
     (NAdam, {}, "betas"),
     (NAdam, {}, "momentum_decay"),
-    (RAdam, {}, "betas"),
-    (Adadelta, {}, "rho"),
-    (Adamax, {}, "betas"),
     (ASGD, {}, "lr"),
-    (ASGD, {}, "lambd"),
     (ASGD, {}, "alpha"),
 ]
 
@@ -521,7 +516,7 @@ def test_settings_whose_derivative_pytorch_drops_are_refused(
     with pytest.raises(ValueError, match=rf"\b{name}\b|learning rate as a plain number") as caught:
         bound_to_a_problem(bilevel.optimizer(algorithm, **{**settings, name: lambda meta: meta}))
     assert f"torch.optim.{algorithm.__name__}" in str(caught.value)
-    assert "lr and weight_decay can" in str(caught.value) or name == "lr"
+    assert "lr and weight_decay can" in str(caught.value) or "no step uses it" in str(caught.value) or name == "lr"
 
 
 @pytest.mark.parametrize(
@@ -536,6 +531,9 @@ def test_settings_without_effect_are_refused(algorithm: Algorithm, name: str) ->
 def test_every_setting_is_differentiable_or_refused_by_name(algorithm: Algorithm) -> None:
     """Those in neither table above are switches."""
     tested = {name for a, _, at, _ in SETTINGS_AS_META if a is algorithm for name in at}
+    tested |= (
+        {"lambd"} if algorithm is ASGD else {"betas"} if algorithm is not NAdam else set()
+    )  # test_settings_of_meta_and_step.py
     refused = {name for a, _, name in REFUSED if a is algorithm}
     without_effect = {"initial_accumulator_value", "t0"}
     for name in set(inspect.signature(algorithm).parameters) - {"params"} - tested - refused - without_effect:

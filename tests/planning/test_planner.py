@@ -41,6 +41,7 @@ def test_predicted_bytes_are_those_counted(algorithm: Any) -> None:
         bilevel.ZerothOrder,
         bilevel.Implicit,
         bilevel.HessianFree,
+        bilevel.Penalty,
     }
     for row in plan.rows:
         if isinstance(row.estimator, bilevel.Implicit):
@@ -173,7 +174,8 @@ def on_paper(meta_params: float, memory: str) -> planner.Plan:
 def test_an_estimate_that_is_noise_is_not_recommended_where_a_biased_method_fits() -> None:
     plan = on_paper(8e7, "90GB")
     fitting = [type(row.estimator) for row in plan.rows if row.fits]
-    assert fitting == [bilevel.Implicit, bilevel.HessianFree, bilevel.ForwardGradient, bilevel.ZerothOrder]
+    biased = [bilevel.Implicit, bilevel.HessianFree, bilevel.Penalty]
+    assert fitting == [*biased, bilevel.ForwardGradient, bilevel.ZerothOrder]
     assert plan.recommended == bilevel.HessianFree()
     for part in (
         "no exact method fits into 90 GB",
@@ -228,13 +230,13 @@ DEPENDENCES: dict[str, tuple[Any, Any, Any, set[Any]]] = {
         lambda theta, phi, batch: (theta - phi).square().sum(),
         torch.ones(2, 2),
         bilevel.optimizer(torch.optim.SGD, lr=0.1),
-        {bilevel.TruncatedReverse, bilevel.Implicit, bilevel.HessianFree},
+        {bilevel.TruncatedReverse, bilevel.Implicit, bilevel.HessianFree, bilevel.Penalty},
     ),
     "weight decay": (
         lambda theta, phi, batch: theta.square().sum(),
         torch.ones(2, 2),
         bilevel.optimizer(torch.optim.SGD, lr=0.1, weight_decay=lambda phi: phi[0, 0].exp()),
-        {bilevel.TruncatedReverse, bilevel.Implicit, bilevel.HessianFree},
+        {bilevel.TruncatedReverse, bilevel.Implicit, bilevel.HessianFree, bilevel.Penalty},
     ),
     "learning rate": (
         lambda theta, phi, batch: theta.square().sum(),

@@ -47,7 +47,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "whole numbers": ({"meta": {"x": torch.tensor([1, 2])}}, TypeError, r"meta\['x'\] has dtype torch.int64"),
     "complex numbers": ({"meta": torch.tensor([1j])}, TypeError, "meta has dtype torch.complex64"),
-    "a number": ({"meta": {"lr": 0.1, "x": START}}, TypeError, r"meta\['lr'\] is 0.1 \(float\)"),
+    "a number": ({"meta": {"lr": 1, "x": START}}, TypeError, r"meta\['lr'\] is 1 \(int\)"),
     "no tensor": ({"meta": {}}, ValueError, "meta is {}, without a single number"),
     "nothing": ({"meta": None}, ValueError, "meta is None"),
     "a path in config": (
@@ -60,7 +60,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a shape that differs": ({"project": lambda phi: phi[:2]}, ValueError, r"project returned .*\(2,\).*\(3,\)"),
     "a projection of nothing": ({"project": lambda phi: None}, ValueError, "project returned None"),
     "a projection that broadcasts": ({"project": torch.sum}, ValueError, r"project returned {'meta': \(\)}"),
-    "a projection to a number": ({"project": lambda phi: 3.0}, ValueError, "project returned .*float"),
+    "a projection to a number": ({"project": lambda phi: 3.0}, ValueError, "project returned .*meta"),
 }
 
 

@@ -209,7 +209,7 @@ def run_until_killed(folder: str) -> None:
 def test_a_killed_process_is_resumed_by_another(tmp_path: Path) -> None:
     program = f"import test_resume; test_resume.run_until_killed({str(tmp_path)!r})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert checkpoint_of(tmp_path)["counters"]["outer_step"] == 3
     assert len(lines_of(tmp_path)) == 6

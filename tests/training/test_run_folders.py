@@ -68,7 +68,7 @@ def interrupted(folder: Path, **changes: Any) -> None:
 # What is changed; and under which names the message reports it, with what words.
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "seed": ({"seed": 1}, {"seed": "0 there, 1 here"}),
-    "steps": ({"phases": [LONG_RUN[0], Phase(ZerothOrder(2), 5, accumulate=2)]}, {"phases": "steps=5"}),
+    "steps": ({"phases": [LONG_RUN[0], Phase(ZerothOrder(2), 6, accumulate=3)]}, {"phases": "accumulate=3"}),
     "estimator": ({"phases": [LONG_RUN[0], Phase(ZerothOrder(3), 4, accumulate=2)]}, {"phases": "directions=3"}),
     "accumulate": ({"phases": [LONG_RUN[0], Phase(ZerothOrder(2), 4)]}, {"phases": "accumulate=1"}),
     "patience": ({"phases": [Phase(TruncatedReverse(2), 9), LONG_RUN[1]]}, {"phases": "patience=None"}),

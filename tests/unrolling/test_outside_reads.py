@@ -154,3 +154,16 @@ def test_a_module_that_init_makes_may_be_converted() -> None:
         bilevel.optimizer(torch.optim.SGD, lr=0.1),
     )
     assert bilevel.Reverse()(problem, META, 2).grad.abs().max() > 0
+
+
+def test_data_that_a_loss_makes_require_gradients_are_no_outside_read() -> None:
+    """Some modules do so with their inputs, for checkpointing."""
+
+    def inner(theta: Tensor, meta: Tensor, batch: Any) -> Tensor:
+        x = X[:, :]
+        x.requires_grad = True
+        return (meta * (x @ theta - Y) ** 2).mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        bilevel.Reverse()(descent(inner), META, 2)

@@ -1,4 +1,4 @@
-"""Derivatives of functions of trees: tangents pushed forward, cotangents pulled back, and rules that PyTorch lacks."""
+"""Derivatives of functions of trees, in forward and in reverse mode, and rules that PyTorch lacks."""
 
 from bilevel.autodiff.double_reverse import push_by_double_reverse
 from bilevel.autodiff.forward_mode import Pushed, push_forward

@@ -1,6 +1,6 @@
-"""Operations of PyTorch in composite form: the same values to rounding, from operations that have every derivative.
+"""Operations of PyTorch in composite form, with the same values up to rounding and with all derivatives.
 
-The tables at the end say which operation is replaced, and where. `bilevel.autodiff.substitution` applies them.
+The tables at the end list the operations that are replaced, and say when. `bilevel.autodiff.substitution` applies them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn import functional
 
 Operation = Callable[..., Any]
@@ -18,7 +19,7 @@ _IMPOSSIBLE = -1e30
 
 
 def _reduced(losses: Tensor, reduction: str, size_average: bool | None, reduce: bool | None) -> Tensor:
-    """The losses after the reduction that PyTorch's arguments ask for, deprecated arguments included."""
+    """Reduce losses as PyTorch's arguments specify, including the deprecated arguments."""
     if size_average is not None or reduce is not None:
         average, summed = size_average in (None, True), reduce in (None, True)
         reduction = ("mean" if average else "sum") if summed else "none"
@@ -29,6 +30,25 @@ def _reduced(losses: Tensor, reduction: str, size_average: bool | None, reduce: 
     if reduction == "none":
         return losses
     raise ValueError(f"{reduction!r} is not a valid value for reduction; there are 'none', 'mean' and 'sum'")
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Zero each entry with probability p, and divide the others by 1 − p.
+
+    On a CPU, PyTorch draws the mask in the order in which the entries of the input lie in memory, but not so under
+    function transforms. The mask of a transposed input would then be another one in forward mode than in a plain step.
+    """
+    value = input
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
+    transposed = not value.is_contiguous() and value.shape == input.shape and value.device.type == "cpu"
+    if not (transposed and training and 0 < p < 1 and value is not input):
+        return functional.dropout(input, p, training, inplace)
+    kept = torch.empty_like(value).bernoulli_(1 - p).div_(1 - p)
+    return input.mul_(kept) if inplace else input * kept
 
 
 # -- losses whose backward pass has no forward-mode derivative ---------------------------------------------------------
@@ -42,7 +62,7 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """(x − y)², reduced. With a weight, PyTorch's own function is a composite already."""
+    """Compute (x − y)², reduced. With a weight, PyTorch's own function is already a composite."""
     if weight is not None:
         weighted: Any = functional.mse_loss
         return weighted(input, target, size_average, reduce, reduction, weight)
@@ -52,7 +72,7 @@ def mse_loss(
 def huber_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
 ) -> Tensor:
-    """½ d² for |d| ≤ δ, and δ (|d| − ½ δ) beyond, with d = x − y."""
+    """Compute ½ d² for |d| ≤ δ and δ (|d| − ½ δ) for larger |d|, reduced, with d = x − y."""
     difference = input - target
     size = difference.abs()
     losses = torch.where(size <= delta, 0.5 * difference.square(), delta * (size - 0.5 * delta))
@@ -69,7 +89,7 @@ def soft_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """log(1 + exp(−y x))."""
+    """Compute log(1 + exp(−y x)), reduced."""
     return _reduced(-functional.logsigmoid(target * input), reduction, size_average, reduce)
 
 
@@ -86,7 +106,7 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Σ_{j≠y} w_y max(0, m − x_y + x_j)^p / C for scores x `[C]` or `[N, C]` and labels y."""
+    """Compute Σ_{j≠y} w_y max(0, m − x_y + x_j)^p / C for scores x `[C]` or `[N, C]` and labels y."""
     if p not in (1, 2):
         raise ValueError("only p == 1 and p == 2 supported")
     scores, labels = (input.unsqueeze(0), target.reshape(1)) if input.ndim == 1 else (input, target)
@@ -106,7 +126,7 @@ def multilabel_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Σ_{j in labels, i not in labels} max(0, 1 − x_j + x_i) / C for scores `[C]` or `[N, C]`.
+    """Compute Σ_{j in labels, i not in labels} max(0, 1 − x_j + x_i) / C for scores `[C]` or `[N, C]`.
 
     A row of `target` lists labels up to the first negative number.
     """
@@ -130,11 +150,13 @@ def ctc_loss(
     reduction: str | int = "mean",
     zero_infinity: bool = False,
 ) -> Tensor:
-    """Connectionist temporal classification: −log of the summed probability of all alignments (Graves et al., 2006).
+    """Compute −log of the summed probability of all alignments: connectionist temporal classification.
 
-    The forward recursion runs in logarithms over the targets with blanks between, `[N, 2S + 1]`. PyTorch's backward
-    pass assumes normalised `log_probs`; the last term, whose value is zero, gives the same first derivative for
-    unnormalised ones.
+    The forward recursion runs in logarithms over the targets with blanks between them, `[N, 2S + 1]`. PyTorch's
+    backward pass assumes normalised `log_probs`. The last term has the value zero. It gives the same first derivative
+    as PyTorch for `log_probs` that are not normalised.
+
+    Reference: Graves et al., 2006.
     """
     reduction = reduction if isinstance(reduction, str) else ("none", "mean", "sum")[reduction]
     single = log_probs.ndim == 2
@@ -171,7 +193,7 @@ def ctc_loss(
 
 
 def _padded(targets: Tensor, sizes: Tensor, count: int, blank: int) -> Tensor:
-    """Targets as `[N, S]`, from that form, or from all targets in a row."""
+    """Return targets as `[N, S]`, from that form or from one vector with all targets."""
     longest = int(sizes.max()) if len(sizes) else 0
     if targets.ndim == 2:
         padded = targets[:, :longest].long()
@@ -188,7 +210,7 @@ def _padded(targets: Tensor, sizes: Tensor, count: int, blank: int) -> Tensor:
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return g v / ‖v‖, the norm over all axes but one; over all axes for `dim=-1`."""
+    """Compute g v / ‖v‖ with the norm over all axes except `dim`, or over all axes for `dim=-1`."""
     if dim == -1:
         return v * (g / v.norm())
     axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
@@ -207,7 +229,7 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """(x − mean) / √(variance + ε) over the last axes, times weight plus bias."""
+    """Compute (x − mean) / √(variance + ε) · weight + bias, with the statistics of the last axes."""
     count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
     return _affine(_standardised(input, tuple(range(-count, 0)), eps), weight, bias)
 
@@ -223,7 +245,7 @@ def instance_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """The same over each channel of each example of `[N, C, …]`."""
+    """Compute (x − mean) / √(variance + ε) · weight + bias, over each channel of each example of `[N, C, …]`."""
     if use_input_stats:
         _update_running(functional.instance_norm, input, running_mean, running_var, use_input_stats, momentum, eps)
         normalised = _standardised(input, tuple(range(2, input.ndim)), eps)
@@ -243,7 +265,7 @@ def batch_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
-    """The same over all examples and places of each channel of `[N, C, …]`."""
+    """Compute (x − mean) / √(variance + ε) · weight + bias, over each channel of all examples of `[N, C, …]`."""
     if training:
         _update_running(functional.batch_norm, input, running_mean, running_var, training, momentum, eps)
         normalised = _standardised(input, (0, *range(2, input.ndim)), eps)
@@ -281,7 +303,7 @@ def _update_running(
     momentum: float,
     eps: float,
 ) -> None:
-    """What PyTorch's own operation does to running statistics."""
+    """Update the running statistics by PyTorch's own operation."""
     if mean is not None and variance is not None:
         operation(x.detach(), mean, variance, None, None, from_input, momentum, eps)
 
@@ -296,14 +318,16 @@ SECOND_DERIVATIVE: Mapping[Operation, Operation] = {
     torch.ctc_loss: ctc_loss,
     torch._weight_norm: weight_norm,  # pyright: ignore[reportPrivateImportUsage]
 }
-"""Operations whose second derivative PyTorch lacks (`soft_margin_loss`: with respect to the target) or has wrong. They
-are replaced wherever a gradient is differentiated."""
+"""Operations whose second derivative is missing in PyTorch (for `soft_margin_loss`, with respect to the target) or
+wrong. They are replaced wherever a gradient is differentiated."""
 
 FORWARD_MODE: Mapping[Operation, Operation] = {
     functional.mse_loss: mse_loss,
     functional.huber_loss: huber_loss,
+    functional.dropout: dropout,
 }
-"""Operations whose backward pass has no forward-mode derivative: replaced in forward mode."""
+"""Operations whose backward pass has no forward-mode derivative, or that draw other random numbers there: replaced in
+forward mode."""
 
 THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
     functional.layer_norm: layer_norm,
@@ -311,4 +335,5 @@ THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
     functional.batch_norm: batch_norm,
     torch.layer_norm: layer_norm,
 }
-"""Operations whose third derivative PyTorch has wrong: replaced where a loss contains a gradient of its own."""
+"""Operations whose third derivative is wrong in PyTorch. They are replaced in losses that take a gradient themselves,
+which makes third derivatives occur."""

@@ -1,8 +1,8 @@
-"""Custom `torch.autograd.Function` classes in a loss: which of them have the derivatives that hypergradients need.
+"""Verification of the custom `torch.autograd.Function` classes in a loss.
 
-A hypergradient differentiates the backward pass of a custom function. PyTorch raises where such a derivative is known
-not to exist, and is silently wrong where a function saves intermediate results, computes in NumPy, or is marked
-`@once_differentiable` and receives a constant gradient. So every class is verified when it is first met.
+A hypergradient differentiates the backward pass of a custom function. PyTorch raises an error if such a derivative is
+known not to exist. It is silently wrong if a function saves intermediate results, computes in NumPy, or is marked
+`@once_differentiable` and receives a constant gradient. Every class is therefore verified at its first use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOCK = threading.RLock()
 
 
 def require_two_derivatives(function: Function) -> None:
-    """Raise for a custom function whose backward pass is marked `@once_differentiable`."""
+    """Raise MissingDerivativeError for a custom function whose backward pass is marked `@once_differentiable`."""
     if getattr(function.backward, "__code__", None) is _MARKED:
         raise MissingDerivativeError(
             f"the custom autograd.Function {function.__name__!r} is marked @once_differentiable, and "
@@ -38,7 +38,7 @@ def require_two_derivatives(function: Function) -> None:
 
 
 def between(outputs: Any, inputs: Any = ()) -> Iterator[Function]:
-    """The custom functions in the graph that leads from inputs to outputs."""
+    """Yield the custom functions in the graph between inputs and outputs."""
     outputs, inputs = ([t] if isinstance(t, Tensor) else t for t in (outputs, inputs))
     seen: set[Any] = {None}
     seen.update(t.grad_fn for t in inputs if isinstance(t, Tensor))
@@ -56,7 +56,13 @@ def between(outputs: Any, inputs: Any = ()) -> Iterator[Function]:
 def check(outputs: Any, inputs: Any, run: Callable[[], Any]) -> None:
     """Raise unless every custom function between inputs and outputs has the derivatives that hypergradients need.
 
-    `run` runs the code again in which the functions are called; it is needed once for each class.
+    Args:
+        outputs: the results of the user's code.
+        inputs: the tensors from which the results were computed.
+        run: runs the code that calls the functions again. It is called once for each class.
+
+    Raises:
+        MissingDerivativeError: the derivatives of a function are missing or do not agree.
     """
     for function in set(between(outputs, inputs)):
         require_two_derivatives(function)
@@ -66,22 +72,26 @@ def check(outputs: Any, inputs: Any, run: Callable[[], Any]) -> None:
 
 
 def is_verified(function: Function) -> bool:
-    """Whether a class needs no verification: it has been verified, or belongs to PyTorch or to this package."""
+    """Whether a class needs no verification, because it has been verified or is part of PyTorch or of this package."""
     return function.__module__.split(".")[0] in ("torch", "bilevel") or _key(function) in _VERIFIED
 
 
 def verify(function: Function, run: Callable[[], Any]) -> None:
-    """Compare the derivatives of a custom function with each other, on the inputs that `run` calls it with.
+    """Compare the derivatives of a custom function with each other, on the inputs with which `run` calls it.
 
     With y = f(x), backward b(x, u) and random u, r, e, the function s(x, u) = ⟨b(x, u), r⟩ must satisfy
 
         ⟨∂s/∂u, u⟩ = s   and   ⟨∂s/∂x, e⟩ = (s(x + εe) − s(x − εe)) / 2ε,
 
-    and a forward-mode derivative must be the transpose of b. Nothing is asked of b itself: a straight-through estimator
-    is meant to differ from the derivative of f. Where two values of ε disagree (a kink, a random function), nothing is
-    concluded. A class that is defined anew at every call is verified once.
+    and a forward-mode derivative must be the transpose of b. b itself is not compared with the derivative of f, because
+    a straight-through estimator differs from it on purpose. If the differences for two values of ε do not agree (at a
+    kink, or for a random function), the second condition is not applied. A class that is defined again at every call is
+    verified once.
+
+    Raises:
+        MissingDerivativeError: the derivatives do not agree.
     """
-    if _get_current_dispatch_mode() is not None:  # traced for compilation, where tensors have no values
+    if _get_current_dispatch_mode() is not None:  # this is tracing for compilation, where tensors have no values
         return
     calls: list[tuple[Any, ...]] = []
     with _LOCK, _recorded(function, calls), randomness.replayed(randomness.generator_states()):
@@ -99,7 +109,7 @@ def _key(function: Function) -> Any:
 
 @contextmanager
 def _recorded(function: Function, calls: list[tuple[Any, ...]]) -> Iterator[None]:
-    """Context manager in which the inputs of a custom function are noted."""
+    """Context manager in which the inputs of a custom function are recorded."""
     own = "forward" in vars(function)
     descriptor, forward = vars(function).get("forward"), function.forward
     with_context = function.setup_context is torch.autograd.Function.setup_context
@@ -119,7 +129,7 @@ def _recorded(function: Function, calls: list[tuple[Any, ...]]) -> Iterator[None
 
 
 class _Probe:
-    """A custom function at recorded inputs, with random cotangents u, weights r and directions e."""
+    """A custom function at recorded inputs x, with random cotangents u, weights r and directions e."""
 
     def __init__(self, function: Function, args: tuple[Any, ...]) -> None:
         self._function, self._args = function, args
@@ -135,28 +145,28 @@ class _Probe:
         self.usable = any(y.requires_grad for y in outputs)
 
     def outputs(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        """f(x), its floating-point outputs."""
+        """Compute f(x). Return its floating-point outputs."""
         args = [a.detach() if isinstance(a, Tensor) else a for a in self._args]
         for i, x in zip(self._moving, xs, strict=True):
-            args[i] = x.view_as(x)  # no leaf, because a function may work in place
+            args[i] = x.view_as(x)  # a function may work in place, which autograd does not allow on a leaf
         with randomness.replayed(self._random):
             found = self._function.apply(*args)
         return [y for y in (found if isinstance(found, tuple) else (found,)) if _is_real(y)]
 
     def backward(self, xs: Sequence[Tensor], us: Sequence[Tensor]) -> list[Tensor]:
-        """b(x, u), with a graph."""
+        """Compute b(x, u), with a graph."""
         pairs = [(y, u) for y, u in zip(self.outputs(xs), us, strict=True) if y.requires_grad]
         outputs, weights = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, list(xs), weights, create_graph=True, allow_unused=True)
         return _filled(found, xs)
 
     def s(self, step: float) -> float:
-        """⟨b(x + step · e, u), r⟩."""
+        """Compute ⟨b(x + step · e, u), r⟩."""
         moved = [p + step * e for p, e in zip(self.points, self.e, strict=True)]
         return _number(_dot(self.backward(_recording(moved), self.u), self.r))
 
     def difference(self, step: float) -> float:
-        """The central difference of s along e."""
+        """Compute the central difference of s along e."""
         return (self.s(step) - self.s(-step)) / (2 * step)
 
     def _normal(self, like: Tensor) -> Tensor:
@@ -213,7 +223,7 @@ def _compare_forward_mode(probe: _Probe, function: Function) -> None:
 
 
 def _recording(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that record what is computed from them."""
+    """Return copies that record the operations on them."""
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 

@@ -1,4 +1,4 @@
-"""Tangents from reverse mode alone: the transpose of a transposed Jacobian product."""
+"""Tangents computed by reverse mode only, as the transpose of a transposed Jacobian product."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def push_by_double_reverse(
     tangents: Sequence[Sequence[Tensor]],
     memory: Memory | None = None,
 ) -> Pushed:
-    """Return what `push_forward` returns, for operations that have two backward passes and no forward-mode derivative.
+    """Compute the result of `push_forward` for operations with two backward passes and no forward-mode derivative.
 
     With the Jacobian J of the function at x, the product uᵀ J is linear in u, so its transposed derivative with respect
     to u, applied to a tangent v, is J v. One backward pass with a graph gives the product for an arbitrary u, and one
     backward pass through that graph gives J v for each direction.
 
-    Cost: one evaluation and one backward pass with their graphs, and one backward pass for each of k directions.
+    The cost is one evaluation and one backward pass with their graphs, and one backward pass for each of k directions.
 
     Reference: Townsend, "A new trick for calculating Jacobian vector products", 2017.
 

@@ -1,6 +1,6 @@
 """Forward mode: the value of a function of trees and its derivatives along k directions, in one pass.
 
-Directions and tangents carry a leading axis of length k: `[k, *leaf.shape]` for every leaf.
+Directions and tangents have a leading axis of length k: `[k, *leaf.shape]` for every leaf.
 """
 
 from __future__ import annotations
@@ -35,14 +35,18 @@ def push_forward(
 ) -> Pushed:
     """Return `function(*arguments)` and its derivatives along k directions at once, in forward mode.
 
-    The value is computed once, whatever k is: the cost is that of one evaluation and k tangents. Inside, random numbers
-    are the same for all directions, and `torch.no_grad()`, `.detach()` and `.data` stop derivatives as in reverse mode.
+    The value is computed once for any k. The cost is that of one evaluation and k tangents. Random numbers in the
+    function are the same for all directions. `torch.no_grad()`, `.detach()` and `.data` stop derivatives as in reverse
+    mode.
 
     Args:
         function: a function from trees to a tree.
         arguments: the trees at which it is evaluated.
-        tangents: for every argument a list with one `[k, *leaf.shape]` tensor for each differentiable leaf.
-        memory: what is known about the problem that the function belongs to.
+        tangents: a list for every argument, with one `[k, *leaf.shape]` tensor for each differentiable leaf.
+        memory: the known properties of the operations of the problem to which the function belongs.
+
+    Returns:
+        The value, and one tangent `[k, *leaf.shape]` for each of its differentiable leaves.
 
     Raises:
         MissingDerivativeError: an operation has no forward-mode derivative. `bilevel.autodiff.push` then takes another
@@ -60,7 +64,7 @@ def push_forward(
     def flat(*inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         output = function(*(part.rebuild(tensors) for part, tensors in zip(parts, inputs, strict=True)))
         result[:] = [trees.split(output)]
-        # A fresh tensor for each: an output that is itself an input would keep the tangent of the input.
+        # Each output is a new tensor, because an output that is itself an input would keep the tangent of the input.
         return tuple(t.view_as(t) for t in result[0].differentiable), tuple(result[0].other)
 
     def one_direction(*direction: Sequence[Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""The kernels of PyTorch that can be differentiated in forward mode and twice."""
+"""Selection of those kernels of PyTorch that have forward-mode and second derivatives."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bilevel.randomness import PROCESS_WIDE
 
 @contextmanager
 def differentiable_kernels(modules: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Context in which PyTorch takes kernels that have forward-mode and second derivatives, where it has a choice.
+    """Context in which PyTorch uses kernels that have forward-mode and second derivatives, if there is a choice.
 
-    Fused attention and the fused transformer layer have neither; nor have the fused recurrent kernels (oneDNN on
-    CPU, cuDNN on GPU), which are switched off only if one of the modules is recurrent, because convolutions share the
-    switch. The switches belong to the process: the first thread that comes switches them, the last one that leaves
-    puts them back as they were.
+    Fused attention and the fused transformer layer have neither. The fused recurrent kernels (oneDNN on CPU, cuDNN on
+    GPU) have neither, too. They are switched off only if one of the modules is recurrent, because convolutions share
+    the switch. The switches apply to the whole process. The first thread that enters the context sets them, and the
+    last thread that leaves it restores them.
     """
     recurrent = any(isinstance(layer, nn.RNNBase) for module in modules for layer in module.modules())
     wanted = [_ATTENTION, _RECURRENT] if recurrent else [_ATTENTION]
@@ -35,19 +35,19 @@ def differentiable_kernels(modules: Sequence[nn.Module] = ()) -> Iterator[None]:
 
 
 class _Switch:
-    """Settings of the process that several contexts want at a time."""
+    """Settings of the process that several contexts need at the same time."""
 
     def __init__(self, set_up: Callable[[ExitStack], None]) -> None:
         self._set_up, self._contexts, self._stack = set_up, 0, ExitStack()
 
     def enter(self) -> None:
-        """Set them, if nobody has."""
+        """Set the settings, unless another context has already set them."""
         if self._contexts == 0:
             self._set_up(self._stack)
         self._contexts += 1
 
     def leave(self) -> None:
-        """Put them back, if nobody else wants them."""
+        """Restore the settings, unless another context still needs them."""
         self._contexts -= 1
         if self._contexts == 0:
             self._stack.close()
@@ -60,7 +60,7 @@ def _unfused_attention(stack: ExitStack) -> None:
 
 
 def _unfused_recurrence(stack: ExitStack) -> None:
-    # Their own context managers would also set, and warn about, precisions that do not matter here.
+    # PyTorch's own context managers would also set precisions, with a warning, and precisions are irrelevant here.
     for backend in (torch.backends.mkldnn, torch.backends.cudnn):
         stack.callback(setattr, backend, "enabled", backend.enabled)
         backend.enabled = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Names for derivatives that PyTorch does not have, and what to do instead."""
+"""Error messages for derivatives that PyTorch does not have, with advice on what to do instead."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from bilevel.errors import MissingDerivativeError
 
 @contextmanager
 def named_missing_derivatives(directions: int = 1) -> Iterator[None]:
-    """Turn PyTorch's reports of derivatives it does not have into one kind of error that says what to do instead.
+    """Context that turns PyTorch's errors about missing derivatives into errors that say what to do instead.
 
-    `directions` is the number carried at once: from two on it is done by `torch.vmap`, which has its own gaps.
+    Args:
+        directions: the number of directions that are carried at once. Two or more are carried by `torch.vmap`, which
+            does not support all operations.
+
+    Raises:
+        MissingDerivativeError: an operation inside the context lacks a derivative.
+        ValueError: a loss or step changes a tensor from outside in place.
     """
     try:
         yield
@@ -49,7 +55,7 @@ def _advice(error: Exception, directions: int) -> str | None:
         return (
             "activation checkpointing (torch.utils.checkpoint, gradient_checkpointing_enable) computes layers again in "
             "the backward pass, and that can't be differentiated; switch it off (Reverse('sqrt') and ForwardGradient "
-            "keep the activations of one inner step alone), wrap layers in bilevel.experimental.Recomputed(layer) to "
+            "keep only the activations of one inner step), wrap layers in bilevel.experimental.Recomputed(layer) to "
             "keep less, or take ForwardGradient(..., tangents='difference') or ZerothOrder(...)"
         )
     if "nference tensor" in message:
@@ -69,9 +75,9 @@ def _advice(error: Exception, directions: int) -> str | None:
         )
     if function is not None and "setup_context" in message:
         return (
-            f"the custom autograd.Function {function.__name__!r} saves for its derivative in forward(ctx, ...), which "
-            "function transforms do not take; give it a static method setup_context(ctx, inputs, output), and forward "
-            "without ctx"
+            f"the custom autograd.Function {function.__name__!r} saves tensors for its derivative in forward(ctx, "
+            "...), which function transforms do not support; give it a static method setup_context(ctx, inputs, "
+            "output), and a forward without ctx"
         )
     if function is not None and lacks_jvp and ("jvp function" in message or "vmap" in message):
         return (
@@ -80,14 +86,14 @@ def _advice(error: Exception, directions: int) -> str | None:
         )
     if directions > 1 and ("vmap" in message or "atching rule not implemented" in message):
         return (
-            f"{directions} directions are carried at once by torch.vmap, which does not take this model ({message}); "
-            "take them one by one with chunk_size=1"
+            f"{directions} directions are carried at once by torch.vmap, which does not support this model "
+            f"({message}); take them one by one with chunk_size=1"
         )
     return None
 
 
 def _custom_function(error: Exception) -> type[torch.autograd.Function] | None:
-    """The user's `autograd.Function` in which the error came up, if it was in one."""
+    """Return the user's `autograd.Function` in which the error was raised, or `None`."""
     apply = inspect.unwrap(torch.autograd.Function.apply).__code__
     inside = [frame.f_locals["cls"] for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is apply]
     return inside[-1] if inside else None

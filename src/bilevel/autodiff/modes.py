@@ -1,4 +1,4 @@
-"""A context without the modes that the user's functions run in."""
+"""A context without the modes in which the user's functions run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 def without_modes() -> Iterator[None]:
     """Context manager that leaves all `TorchFunctionMode` contexts, and enters them again at its end.
 
-    For code of the library's own, or of PyTorch's, that runs in the middle of a user's function: operations are not
-    replaced there, and watches do not see them.
+    It is for code of this library or of PyTorch that runs in the middle of a user's function. The operations of this
+    code are not replaced, and watches do not see them.
     """
     modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
     try:

@@ -1,4 +1,4 @@
-"""Reverse mode: gradients of losses, and the transposed Jacobian of a function of trees, kept as a graph."""
+"""Reverse mode: gradients of losses, and products with the transposed Jacobian of a function of trees."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def gradient(
 ) -> list[Tensor | None] | None:
     """Return ∂loss/∂tensors, or `None` if the loss depends on none of them.
 
-    An entry is `None` where the graph of the loss does not lead to the tensor, as `.grad` is after `loss.backward()`. A
-    tensor that the loss reaches with a derivative of zero has zeros.
+    An entry is `None` if the graph of the loss does not contain the tensor, as `.grad` is after `loss.backward()`. A
+    tensor that the loss reaches with a derivative of zero has an entry of zeros.
 
-    Under function transforms the gradient is taken inside `torch.func.vjp`. Outside of them `torch.autograd.grad` costs
-    less, takes more
-    models (activation checkpointing, for example), and keeps no graph where nobody wants one.
+    Under function transforms the gradient is computed inside `torch.func.vjp`. Without function transforms it is
+    computed by `torch.autograd.grad`, which costs less, supports more models (activation checkpointing, for example),
+    and stores no graph unless one is needed.
 
     Args:
         loss: the user's loss as a function of the tensors.
-        tensors: where the gradient is taken.
-        differentiable: whether the gradient is to be differentiated again, in reverse mode. Under function transforms
-            it always is.
-        during: gives the context of the backward pass, in which activation checkpointing computes layers again.
-        memory: what is known about the problem whose loss this is.
+        tensors: the point at which the gradient is computed.
+        differentiable: whether the gradient will be differentiated again in reverse mode. Under function transforms it
+            can always be differentiated.
+        during: returns the context of the backward pass, in which activation checkpointing computes layers again.
+        memory: the known properties of the operations of the problem to which the loss belongs.
 
     >>> gradient(lambda x: (x[0] ** 3).sum(), [torch.tensor([1.0, 2.0]), torch.zeros(1)], differentiable=False)
     [tensor([ 3., 12.]), None]
     """
     if torch._C._are_functorch_transforms_active():
         return _gradient_inside_vjp(loss, tensors, memory)
-    # Fresh tensors: one that also is a meta parameter would bring the gradient with respect to that along.
+    # These are new tensors. The gradient at a tensor that is also a meta parameter would include the latter's gradient.
     inputs = [t.view_as(t) if differentiable and t.requires_grad else t.detach().requires_grad_() for t in tensors]
     with torch.enable_grad():
         if differentiable:
@@ -67,10 +67,10 @@ def gradient(
 def _gradient_inside_vjp(
     loss: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor], memory: Memory | None
 ) -> list[Tensor | None] | None:
-    """Return what `gradient` returns, under function transforms.
+    """Compute the result of `gradient` under function transforms.
 
-    `torch.func.grad` would give zeros for a tensor that the loss does not reach. `torch.func.vjp` makes the same level
-    of differentiation, and its own backward pass is never run: the one inside takes its place.
+    `torch.func.grad` would return zeros for a tensor that the loss does not reach. `torch.func.vjp` adds the same level
+    of differentiation. Its own backward pass is never run, because the backward pass inside replaces it.
     """
     reached: list[bool] = []
 
@@ -80,7 +80,7 @@ def _gradient_inside_vjp(
             value = run_user_code(lambda: loss(tensors), memory, forward_mode=True)
         if not value.requires_grad:
             return value, ()
-        # The graph keeps the backward pass recorded by the transforms around this one.
+        # With a graph, the transforms around this one can record the backward pass.
         found = torch.autograd.grad(value, tensors, create_graph=True, allow_unused=True)
         reached.extend(g is not None for g in found)
         return value, tuple(g for g in found if g is not None)
@@ -94,7 +94,7 @@ def _gradient_inside_vjp(
 
 
 def _recorded_alone(results: Sequence[Tensor | None], fresh: Sequence[Tensor]) -> list[Tensor | None]:
-    """Detach the results that depend on no recording tensor but fresh ones, which nobody else knows."""
+    """Detach the results that depend on no recording tensors other than `fresh`, which are used nowhere else."""
     ours = {id(t) for t in fresh}
     reaches: dict[Any, bool] = {None: False}
 
@@ -118,10 +118,11 @@ def _recorded_alone(results: Sequence[Tensor | None], fresh: Sequence[Tensor]) -
 
 
 class Transpose:
-    """The transposed Jacobian of a function at a point, ready to be applied to many cotangents.
+    """The transposed Jacobian of a function at a point, which can be applied to many cotangents.
 
-    The function is evaluated once, and its graph is kept; each product is one backward pass through that graph. The
-    Jacobian of the gradient of a scalar is a Hessian. It is symmetric, so the products are Hessian-vector products too.
+    The function is evaluated once, and its graph is kept. Each product is one backward pass through that graph. The
+    Jacobian of the gradient of a scalar is a Hessian. It is symmetric, and the products are then Hessian-vector
+    products.
 
     >>> cube = Transpose(lambda x, y: x**3 + y, [torch.tensor(2.0), torch.tensor(1.0)])
     >>> cube.value, cube([torch.tensor(1.0)]), cube([torch.tensor(2.0)], of=[0])
@@ -132,7 +133,7 @@ class Transpose:
         self._memory = Memory() if memory is None else memory
         parts = [trees.split(argument) for argument in arguments]
         self._inputs = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
-        # Activation checkpointing would compute layers again when the graph is used, with others' parameters in them.
+        # Activation checkpointing would compute layers again when the graph is used, with other parameters in them.
         without = torch.autograd.graph.disable_saved_tensors_hooks("saved tensor hooks are used")
         with torch.enable_grad(), named_missing_derivatives(), without:
             output = function(*(part.rebuild(ts) for part, ts in zip(parts, self._inputs, strict=True)))
@@ -144,10 +145,16 @@ class Transpose:
     def __call__(
         self, cotangents: Sequence[Tensor | None], of: Sequence[int] | None = None, keep: bool = True
     ) -> list[list[Tensor | None]]:
-        """cotangentᵀ · ∂value/∂argument, a list of leaves for each argument (for those numbered in `of`).
+        """Compute cotangentᵀ · ∂value/∂argument.
 
-        `None` as a cotangent counts as zero; `None` in the result marks a leaf that the value does not depend on.
-        With `keep=False` the graph is freed.
+        Args:
+            cotangents: one tensor for each differentiable leaf of the value. `None` counts as zero.
+            of: the numbers of the arguments; by default all.
+            keep: whether the graph is kept for further products.
+
+        Returns:
+            For each argument, a list with one tensor for each leaf. `None` marks a leaf on which the value does not
+            depend.
         """
         groups = [self._inputs[i] for i in (range(len(self._inputs)) if of is None else of)]
         pairs = [
@@ -164,7 +171,18 @@ class Transpose:
         return [[next(found) for _ in group] for group in groups]
 
     def many(self, cotangents: Sequence[Tensor], of: Sequence[int]) -> list[list[Tensor]]:
-        """Return the same for k cotangents at once, `[k, *leaf.shape]` each, with zeros in the place of `None`."""
+        """Compute the products for k cotangents at once.
+
+        The graph is kept.
+
+        Args:
+            cotangents: `[k, *leaf.shape]` for each differentiable leaf of the value.
+            of: the numbers of the arguments.
+
+        Returns:
+            For each argument, a list with `[k, *leaf.shape]` for each leaf; zeros where the value does not depend on
+            it.
+        """
         count = len(cotangents[0])
         return [
             [t.new_zeros(count, *t.shape) if g is None else g for g, t in zip(found, self._inputs[i], strict=True)]
@@ -196,10 +214,20 @@ def many_products(
     memory: Memory,
     at_once: int | None = None,
 ) -> list[Tensor | None]:
-    """Compute weightᵀ · ∂outputs/∂inputs for k weights `[k, *output.shape]`: `[k, *input.shape]` for each input.
+    """Compute weightᵀ · ∂outputs/∂inputs for k weights.
 
-    The graph stays. All k, or `at_once` of them at a time, are taken in one backward pass by `torch.vmap`, or one by
-    one where an operation refuses it.
+    The graph is kept. All k products, or `at_once` of them at a time, are computed in one backward pass by
+    `torch.vmap`, or one by one if an operation does not support it.
+
+    Args:
+        outputs: the results of a computation with a graph.
+        inputs: tensors of that graph.
+        weights: `[k, *output.shape]` for each output.
+        at_once: how many weights share a backward pass; `None` for all.
+        memory: the known properties of the operations of the problem. It records whether `torch.vmap` failed.
+
+    Returns:
+        `[k, *input.shape]` for each input, or `None` if the outputs do not depend on it.
     """
     count = len(weights[0])
     if at_once is not None and at_once < count:
@@ -220,8 +248,8 @@ def many_products(
                 )
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # NotImplementedError, for an operation without a batching rule, is one
-                one(0)  # raises if it is not vmap that fails
+            except RuntimeError:  # includes NotImplementedError, for an operation without a batching rule
+                one(0)  # raises again unless vmap caused the error
                 memory.one_by_one = True
         rows = [one(i) for i in range(count)]
     return [None if row[0] is None else torch.stack(list(row)) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
@@ -259,10 +287,18 @@ def pull_back_many(
 def pull_back(
     function: Callable[..., Tree], arguments: Sequence[Tree], cotangents: Sequence[Tensor | None] | None = None
 ) -> tuple[Tree, list[list[Tensor | None]]]:
-    """Return `function(*arguments)`, and for every argument cotangentᵀ · Jacobian, in reverse mode.
+    """Compute `function(*arguments)`, and cotangentᵀ · Jacobian for every argument, in reverse mode.
 
-    `cotangents` has one entry for each differentiable leaf of the value. Without it the value must be a scalar, and its
-    gradient is taken. The results are those of `Transpose`; the graph is freed.
+    The graph is freed.
+
+    Args:
+        function: a function from trees to a tree.
+        arguments: the trees at which it is evaluated.
+        cotangents: one tensor for each differentiable leaf of the value. By default the value must be a scalar, and its
+            gradient is computed.
+
+    Returns:
+        The value and the products, in the form of the result of `Transpose`.
 
     >>> pull_back(lambda x, y: 3 * x, [torch.tensor(2.0), torch.tensor(5.0)])
     (tensor(6.), [[tensor(3.)], [None]])
@@ -274,7 +310,10 @@ def pull_back(
 
 
 def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree, count: int | None = None) -> list[Tensor]:
-    """Put zeros in the place of `None`, for the differentiable leaves of a tree: `[count, *leaf.shape]` if given."""
+    """Replace `None` by zeros of the right shape. There is one entry for each differentiable leaf of the tree.
+
+    With a count the tensors have a leading axis, `[count, *leaf.shape]`, and so have the zeros.
+    """
     filled = zeros_where_none(tensors, trees.split(tree).differentiable)
     return [
         z if t is not None or count is None else z.expand(count, *z.shape) for t, z in zip(tensors, filled, strict=True)
@@ -282,7 +321,7 @@ def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree, count: int | None =
 
 
 def zeros_where_none(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """Put zeros like those of `like` in the places of `None`.
+    """Replace `None` by zeros with the shape, dtype and device of the entry of `like`.
 
     >>> zeros_where_none([None, torch.ones(1)], [torch.ones(2), torch.ones(1)])
     [tensor([0., 0.]), tensor([1.])]
@@ -293,7 +332,7 @@ def zeros_where_none(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -
 def placed_where_reached(
     tensors: Sequence[Tensor | None], gradient: Sequence[Tensor | None], like: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Spread one tensor for each entry of a gradient that is not `None` over all places, with zeros in the others.
+    """Put each tensor in the place of the corresponding entry of a gradient that is not `None`, and zeros elsewhere.
 
     >>> placed_where_reached([torch.ones(1)], [None, torch.ones(1)], [torch.ones(2), torch.ones(1)])
     [tensor([0., 0.]), tensor([1.])]
@@ -303,7 +342,7 @@ def placed_where_reached(
 
 
 def start_graph(tree: Tree) -> Tree:
-    """Return the same values in tensors that record what is computed from them."""
+    """Return the same values in new tensors that record the operations on them."""
     return trees.map_leaves(
         lambda leaf: leaf.detach().requires_grad_() if trees.is_differentiable(leaf) else leaf, tree
     )

@@ -1,4 +1,4 @@
-"""The route that tangents take: forward mode, or another one where an operation has no forward-mode derivative."""
+"""Tangents by forward mode, or by another route if an operation has no forward-mode derivative."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOTED: ContextVar[dict[str, float] | None] = ContextVar("noted routes", default
 
 @contextmanager
 def noted_routes() -> Iterator[dict[str, float]]:
-    """Context manager that gives a dict in which every route besides forward mode is counted."""
+    """Context manager that yields a dict in which each use of a route other than forward mode is counted."""
     routes: dict[str, float] = {}
     token = _NOTED.set(routes)
     try:
@@ -44,10 +44,10 @@ def push_forward_or_refuse(
     tangents: Sequence[Sequence[Tensor]],
     memory: Memory,
 ) -> Pushed:
-    """Return what `push_forward` returns, for a function that is known to work without function transforms.
+    """Compute the result of `push_forward` for a function that is known to work without function transforms.
 
     Raises:
-        MissingDerivativeError: forward mode does not take the function, for whatever reason.
+        MissingDerivativeError: forward mode fails for this function, for any reason.
     """
     try:
         return push_forward(function, arguments, tangents, memory)
@@ -56,7 +56,7 @@ def push_forward_or_refuse(
     except RuntimeError as error:
         first_line = (str(error).splitlines() or [repr(error)])[0]
         raise MissingDerivativeError(
-            f"forward mode does not take this loss ({first_line}), {FORWARD_MODE}, or Reverse()"
+            f"forward mode does not support this loss ({first_line}), {FORWARD_MODE}, or Reverse()"
         ) from error
 
 
@@ -68,13 +68,13 @@ def push(
     part: str,
     instead: Callable[[], Pushed] | None = None,
 ) -> Pushed:
-    """Return what `push_forward` returns, by another route where an operation has no forward-mode derivative.
+    """Compute the result of `push_forward`, by another route if an operation has no forward-mode derivative.
 
     Args:
         function: a function from trees to a tree.
         arguments: the trees at which it is evaluated.
-        tangents: for every argument a list with one `[k, *leaf.shape]` tensor for each differentiable leaf.
-        memory: what is known about the problem. The first failure of forward mode is remembered here.
+        tangents: a list for every argument, with one `[k, *leaf.shape]` tensor for each differentiable leaf.
+        memory: the known properties of the operations of the problem. It records the first failure of forward mode.
         part: the name of the function in the memory.
         instead: the other route; by default `push_by_double_reverse`.
 
@@ -96,6 +96,6 @@ def push(
     except torch.OutOfMemoryError:
         raise
     except (MissingDerivativeError, RuntimeError) as error:
-        found = other()  # a fault of the user's code, and an operation without any derivative, raise here again
+        found = other()  # an error of the user's code, or an operation without any derivative, raises here again
         memory.without_forward_mode[part] = str(error)
         return found

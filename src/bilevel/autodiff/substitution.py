@@ -1,8 +1,8 @@
 """The rules under which a user's loss or step is run while it is differentiated.
 
 A loss is run unchanged, under a `TorchFunctionMode` that looks up every operation in one table. Most operations are not
-in it. For the others the table has a composite form, or says that forward mode does not differentiate the operation as
-reverse mode does. The cost is one Python call for each operation of the loss.
+in the table. For the others the table has a composite form, or says that forward mode does not differentiate the
+operation as reverse mode does. The cost is one Python call for each operation of the loss.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ Rule = Callable[["_Rules", Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class ReverseNeeded(MissingDerivativeError):  # noqa: N818
-    """A derivative exists in reverse mode only, so another route than forward mode is taken."""
+    """Raised if a derivative exists in reverse mode only. Another route than forward mode is then taken."""
 
 
 @dataclass
 class Memory:
-    """What has been learned about the operations of one problem, so that it is found out once."""
+    """Properties of the operations of one problem that were found at an earlier computation."""
 
     composite_normalisations: bool = False
-    """Whether the loss contains both a normalisation and a gradient of its own, so that third derivatives count."""
+    """Whether the loss contains a normalisation and also takes a gradient itself, so that third derivatives occur."""
     without_forward_mode: dict[str, str] = field(default_factory=dict)
-    """The parts of the problem (a step, the outer loss) that forward mode does not take, and why."""
+    """The parts of the problem (a step, the outer loss) for which forward mode fails, and the reason for each."""
     one_by_one: bool = False
-    """Whether `torch.vmap` does not take backward passes through the problem."""
+    """Whether backward passes through the problem cannot be batched by `torch.vmap`."""
 
 
 _MEMORIES: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()
 
 
 def memory_of(problem: Any) -> Memory:
-    """What has been learned about a problem."""
+    """Return the known properties of the operations of a problem."""
     try:
         return _MEMORIES.setdefault(problem, Memory())
-    except TypeError:  # a problem whose functions cannot be hashed
+    except TypeError:  # the problem's functions cannot be hashed
         return Memory()
 
 
@@ -66,15 +66,15 @@ _STATE = _State()
 
 
 class _Retry(BaseException):
-    """Ends a run of user code that has to be started again with other rules. No user code is to catch it."""
+    """Ends a run of user code that has to be started again with other rules. User code must not catch it."""
 
 
 class _CompositesNeeded(_Retry):
-    """The loss contains a normalisation and a gradient of its own."""
+    """Raised if the loss contains a normalisation and also takes a gradient itself."""
 
 
 class _Unverified(_Retry):
-    """A custom function was met whose derivatives have not been verified."""
+    """Raised if the code uses a custom function whose derivatives have not been verified."""
 
     def __init__(self, function: type[torch.autograd.Function]) -> None:
         super().__init__()
@@ -88,17 +88,18 @@ def run_user_code(
     plainly: Callable[[], Any] | None = None,
     history: Sequence[Tensor] = (),
 ) -> Result:
-    """Return `call()`, with operations replaced that lack a derivative or have a wrong one.
+    """Return `call()`, in which operations with a missing or wrong derivative are replaced.
 
     Args:
         call: runs the user's code. It may be run again, from the same random state.
-        memory: what is known about the problem; changed in place.
+        memory: the known properties of the operations of the problem, which are updated in place.
         forward_mode: whether the call is differentiated in forward mode.
-        plainly: runs the same code outside of function transforms, for the verification of custom functions.
-        history: tensors that the code is given and that may have been computed from others before.
+        plainly: runs the same code without function transforms, for the verification of custom functions.
+        history: arguments of the code that may have been computed from other tensors before.
 
     Raises:
-        ReverseNeeded: the code holds something that forward mode does not differentiate as reverse mode does.
+        ReverseNeeded: the code contains an operation that forward mode does not differentiate as reverse mode does.
+        MissingDerivativeError: an operation has no derivative.
     """
     before, memory = _STATE.active, Memory() if memory is None else memory
     if before is not None and (before.forward_mode or not forward_mode):
@@ -123,12 +124,15 @@ def run_user_code(
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Context manager in which models wrapped by `torch.compile` run as they are: compiled code has one derivative."""
+    """Context manager in which models wrapped by `torch.compile` run without compilation.
+
+    Compiled code has first derivatives only.
+    """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class own_gradient:  # noqa: N801
-    """Context manager in which the library itself takes a gradient, which is not one that the user's code contains."""
+    """Context manager for gradients that the library takes, which do not count as gradients in the user's code."""
 
     def __enter__(self) -> None:
         self._before, _STATE.own_gradient = _STATE.own_gradient, True
@@ -138,7 +142,7 @@ class own_gradient:  # noqa: N801
 
 
 class user_code_again:  # noqa: N801
-    """Context manager in which the user's code runs, inside of a gradient that the library takes."""
+    """Context manager for user code that runs inside a gradient that the library takes."""
 
     def __enter__(self) -> None:
         self._before, _STATE.own_gradient = _STATE.own_gradient, False
@@ -175,21 +179,21 @@ def _note_normalisation(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs:
 
 
 def _switch_both_modes(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """PyTorch has a switch for each mode of differentiation; `torch.no_grad()` uses that of reverse mode alone."""
+    """Switch both modes of differentiation. PyTorch's `torch.no_grad()` switches off reverse mode only."""
     result = func(*args, **kwargs)
     torch._C._set_fwd_grad_enabled(args[0])  # pyright: ignore[reportAttributeAccessIssue]
     return result
 
 
 def _detach(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`.data` keeps its tangent in forward mode, and is a constant in reverse mode."""
+    """Make `.data` a constant in forward mode too, where PyTorch keeps its tangent."""
     return args[0].detach()
 
 
 def _gradient_inside(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`torch.autograd.grad` and `backward` in the user's code.
+    """Handle `torch.autograd.grad` and `backward` in the user's code.
 
-    In forward mode they would see only one level of the function transforms, and would not make constants.
+    In forward mode they would see only one level of the function transforms, and their results would not be constants.
     """
     if _STATE.own_gradient:
         return func(*args, **kwargs)
@@ -212,15 +216,18 @@ def _gradient_inside(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: di
 
 
 def _require_no_history(history: Sequence[Tensor], inputs: Any) -> None:
-    """Raise where a gradient inside a loss would reach its inputs through earlier steps too.
+    """Raise if a gradient inside a loss would also reach its inputs through earlier steps.
 
-    In a plain loop the parameters of a step are leaves. In one graph of all steps they are not, and a tensor that is an
-    input of every step, such as φ, is also reached through them.
+    In a plain loop the parameters of a step are leaves. In one graph of all steps they are not leaves. The gradient
+    with respect to an input of every step, such as φ, would then include a part through the parameters.
+
+    Raises:
+        MissingDerivativeError: an input is also reached through earlier steps.
     """
     leaves = {id(t) for t in ([inputs] if isinstance(inputs, Tensor) else inputs) if t.is_leaf}
     if not (leaves and history):
         return
-    # A parameter that is a leaf was given to the step as a view: its own leaf is no history.
+    # A parameter that is a leaf was passed to the step as a view. Its own leaf is not an earlier step.
     nodes = [n for t in history if t.grad_fn is not None for n, _ in t.grad_fn.next_functions]
     nodes = [n for n in nodes if n is not None and not hasattr(n, "variable")]
     seen: set[Any] = set()
@@ -239,7 +246,7 @@ def _require_no_history(history: Sequence[Tensor], inputs: Any) -> None:
 
 
 def _custom_function(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A custom function inside of function transforms."""
+    """Handle the call of a custom function inside function transforms."""
     custom_functions.require_two_derivatives(args[0])
     if not custom_functions.is_verified(args[0]):
         raise _Unverified(args[0])
@@ -247,9 +254,12 @@ def _custom_function(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: di
 
 
 def _watched_hook(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A hook on a tensor inside a loss may look at the gradient.
+    """Register a hook on a tensor inside a loss such that it may read the gradient and must not change it.
 
-    A hook that changes it would be called again in the second backward pass, on a gradient that it was not meant for.
+    A hook that changes the gradient would be called again in the second backward pass, on another gradient.
+
+    Raises:
+        ReverseNeeded: the loss is differentiated in forward mode.
     """
     tensor, hook = args[0], args[1] if len(args) > 1 else kwargs["hook"]
     if rules.forward_mode:
@@ -259,7 +269,7 @@ def _watched_hook(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[
         if hook(gradient) is not None:
             raise MissingDerivativeError(
                 f"the hook {_name(hook)!r}, registered on a tensor inside a loss, changes the gradient, and a second "
-                "backward pass would go through it again; take ForwardGradient(..., tangents='difference') or "
+                "backward pass would call it again; take ForwardGradient(..., tangents='difference') or "
                 "ZerothOrder(...), or leave the hook out"
             )
 

@@ -1,4 +1,4 @@
-"""Command line flags from typed configurations: each field is a flag, its docstring the help text."""
+"""Command line flags from typed configurations. Each field is a flag, and its docstring is the help text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bilevel.solvers import LinearSolver
 
 
 def parse(program: str, description: str, arguments: Sequence[str], **defaults: Any) -> list[Any]:
-    """Several dataclass instances with what the arguments change in them; their fields share one set of flags.
+    """Return several dataclass instances with the changes that the arguments specify. All their fields are flags.
 
-    `None` as a default stands for "not given", and is not shown as a value. A field's metadata may say what the help
-    text calls its value (`metavar`).
+    `None` as a default means "not given", and is not shown as a value. A field's metadata may give the name of its
+    value in the help text (`metavar`).
     """
     import tyro
 
@@ -33,8 +33,17 @@ def parse(program: str, description: str, arguments: Sequence[str], **defaults: 
     return [type(default)(**vars(getattr(parsed, name))) for name, default in defaults.items()]
 
 
+def flag(name: str) -> str:
+    """Return the flag of a field.
+
+    >>> flag("outer_steps")
+    '--outer-steps'
+    """
+    return "--" + name.replace("_", "-")
+
+
 def choice(name: str, options: Sequence[str], default: str, title: str, help_text: str) -> Any:
-    """An instance of a dataclass with one field, whose value is one of several words."""
+    """Return an instance of a dataclass with one field, whose value is one of several words."""
     import tyro
 
     kind = Annotated[Literal[tuple(options)], tyro.conf.arg(help=help_text)]
@@ -44,10 +53,10 @@ def choice(name: str, options: Sequence[str], default: str, title: str, help_tex
 
 
 def estimator_settings(taken: Any = None) -> Any:
-    """An instance of a dataclass with the settings of all estimators, each `None`: not given. Names that are fields of
-    `taken` are left to it; such a setting can still be given within the estimator's text.
+    """Return an instance of a dataclass with the settings of all estimators, each `None` for "not given".
 
-    Made from the estimators' constructors and docstrings, so that a new estimator's settings are flags at once.
+    It is made from the estimators' constructors and docstrings, so the settings of a new estimator are flags at once.
+    Settings with the name of a field of `taken` are left out. They can still be given in the estimator's text.
     """
     import docstring_parser
     import tyro
@@ -74,7 +83,7 @@ def estimator_settings(taken: Any = None) -> Any:
 
 
 def given(settings: Any) -> dict[str, Any]:
-    """The settings that were given, with numbers read where a setting takes numbers or words."""
+    """Return the settings that were given. Numbers are converted for settings that accept numbers or words."""
     found = {name: value for name, value in vars(settings).items() if value is not None}
     return {name: int(v) if isinstance(v, str) and v.isdecimal() else v for name, v in found.items()}
 
@@ -87,7 +96,7 @@ def _default_as_text(kind: type[Any], setting: str) -> str:
 
 
 def _with_annotations(kind: type[Any]) -> type[Any]:
-    """The same dataclass, told how to show values that are not given."""
+    """Return a copy of the dataclass with annotations that say how to show values that are not given."""
     import tyro
 
     hints = get_type_hints(kind, include_extras=True)
@@ -104,7 +113,7 @@ def _with_annotations(kind: type[Any]) -> type[Any]:
 
 
 def _refuse_repetitions(arguments: Sequence[str]) -> None:
-    """Raise for a flag given twice, of which all but the last would be ignored."""
+    """Raise a ValueError if a flag is given twice, because all but the last would be ignored."""
     seen: set[str] = set()
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")

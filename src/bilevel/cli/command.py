@@ -1,4 +1,4 @@
-"""The command `bilevel`: list, run, compare, plan, report."""
+"""The command `bilevel`: list, run, compare, check, plan, report, completion."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,14 +15,18 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from bilevel import __version__, distributed, trees
-from bilevel.cli import arguments
+from bilevel import __version__, checks, distributed, trees
+from bilevel.checking.check import check
+from bilevel.cli import arguments, completion
+from bilevel.cli.check_options import CheckOptions
+from bilevel.cli.compare_options import CompareOptions
 from bilevel.cli.method_tables import Field, Row, print_methods
 from bilevel.comparison import compare, plot
 from bilevel.errors import BilevelError, Terminated
 from bilevel.estimators import names
 from bilevel.planning import registry
 from bilevel.report.files import write_json
+from bilevel.training import metrics, run_page
 from bilevel.training.run_record import CHECKPOINT
 from bilevel.unrolling import freed_memory
 
@@ -34,41 +38,35 @@ _USAGE = """usage: bilevel COMMAND ...
   list                    the tasks, their presets, and the estimators
   run TASK [options]      train, evaluate, write a folder with results and a report
   compare TASK [options]  several estimators at one point, against the exact hypergradient
+  check TASK [options]    the task's problem beside a plain PyTorch loop, and its derivatives beside differences
   plan TASK [options]     memory and time of every estimator, and which one to take
   plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
-  report DIR              make the report of a finished run again
+  report DIR              make the report of a finished run again, or that of a fit in your own script
+  completion bash         print a script that completes commands and options in a shell
 
 Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
 the run goes on from its checkpoint when one of them dies.
-`bilevel run TASK --help` shows a task's options, `bilevel --version` the version."""
+`bilevel run TASK --help` shows all options of a task, `bilevel --version` the version."""
 
+_BROKEN_PIPE = 141
+"""128 and the number of SIGPIPE, the exit code that a shell reports for a program whose reader has gone."""
 _OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "scipy", "tensorboard"}
 _LANGUAGE_PACKAGES = {"transformers", "tokenizers", "peft"}
 
 
-@dataclass(frozen=True)
-class CompareOptions:
-    """What `bilevel compare` is told besides the task's own settings."""
-
-    estimators: tuple[str, ...] = field(
-        default=tuple(name for name in registry.by_name() if name != "forward"),
-        metadata={"metavar": "NAME [NAME ...]"},
-    )
-    """Estimators, such as reverse or "forward-gradient(directions=32)"."""
-    seed: int = 0
-    """Determines every random number."""
-    data_dir: Path | None = None
-    """Folder with the data files, for presets that need any."""
-    repeats: int = 1
-    """Draws of random directions for each estimator that has any; with more than one, bias and variance are shown."""
-    compile: str | None = field(default=None, metadata={"metavar": "BACKEND"})
-    """Compile the inner gradient and its derivatives with a backend of torch.compile, such as inductor."""
-    out: Path | None = None
-    """Also write the table to this JSON file, and a plot of error against units beside it (.png)."""
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. What a user can put right ends with one message and exit code 1 (2 for a wrong command)."""
+    try:
+        try:
+            _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        raise SystemExit(_BROKEN_PIPE) from None
+
+
+def _main(argv: Sequence[str] | None) -> None:
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if command == "--version":
         print(f"bilevel {__version__}")
@@ -77,15 +75,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "list": _list,
         "run": _run,
         "compare": _compare,
+        "check": _check,
         "plan": _plan,
         "report": _report,
+        "completion": _completion,
     }
     helps = ("-h", "--help")
-    if command in (*helps, "help") or (command in commands and rest[:1] in ([h] for h in helps)):
+    if command in (*helps, "help") or (command in commands and command != "run" and rest[:1] in ([h] for h in helps)):
         print(_USAGE)
         return
     if command not in commands:
-        _fail(f"there is no command {command!r}\n\n{_USAGE}", code=2)
+        _fail(f"there is no command {command!r}{checks.did_you_mean(command, commands)}\n\n{_USAGE}", code=2)
     rank = distributed.rank_in_environment()
     if rank and command != "run":  # only a run has anything to share
         return
@@ -99,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             extra = "lm" if package in _LANGUAGE_PACKAGES else "tasks"
             _fail(f"this needs the package {package}: pip install 'bilevel[{extra}]'", code=1)
+        except BrokenPipeError:
+            raise
         except (BilevelError, ValueError, OSError) as error:
             _fail(str(error), code=1)
         except KeyboardInterrupt as error:
@@ -142,6 +144,9 @@ def _run(rest: list[str]) -> None:
     from bilevel.tasks import run_folder, running
     from bilevel.tasks.options import RunOptions
 
+    if rest[:1] in (["-h"], ["--help"]):
+        print(f"{_USAGE}\n\nOptions that all tasks share:\n\n{_common_options()}")
+        return
     task, preset = _task_and_preset("run", rest)
     _, options, config, settings = arguments.parse(
         f"bilevel run {task.name}",
@@ -220,6 +225,34 @@ def _compare(rest: list[str]) -> None:
     )
 
 
+def _check(rest: list[str]) -> None:
+    task, preset = _task_and_preset("check", rest)
+    _, options, config = arguments.parse(
+        f"bilevel check {task.name}",
+        "The task's problem at its starting point beside a plain PyTorch loop, and its derivatives beside differences. "
+        "Exit code: 0 if all is right, 1 if something is wrong, 3 if something could not be judged.",
+        rest[1:],
+        preset=_preset_option(task, preset),
+        check=CheckOptions(),
+        task=task.presets[preset].config,
+    )
+    setup = task.setup(config, options.data_dir, 1, options.seed)
+    report = check(
+        setup.problem,
+        setup.meta,
+        setup.inner_batches_of(draw=0),
+        setup.outer_batch_of(draw=0),
+        options.seed,
+        estimators=[registry.parse(text) for text in options.estimators] or None,
+        stable=options.stable,
+        budget=options.budget,
+    )
+    print(report)
+    if options.out is not None:
+        report.save(options.out)
+    raise SystemExit(report.exit_code)
+
+
 def _comparison_table(compared: Sequence[compare.ComparisonRow]) -> tuple[list[Field], list[Row]]:
     """Return the columns and the numbers of each method."""
     headers = ["relative error", "bias²", "variance", "cosine", "standard error", "units", "seconds", "memory, MiB"]
@@ -256,7 +289,10 @@ def _with_interval(row: compare.ComparisonRow, name: str) -> str:
 def _plan(rest: list[str]) -> None:
     from bilevel.cli import plan_command
 
-    if not rest or rest[0].startswith("-"):
+    if not rest:
+        print(plan_command.USAGE)
+        return
+    if rest[0].startswith("-"):
         (sizes,) = arguments.parse("bilevel plan", plan_command.FROM_SIZES, rest, sizes=plan_command.SizeOptions())
         plan_command.show(plan_command.plan_from_sizes(sizes), "from sizes", in_units=True)
         return
@@ -281,10 +317,36 @@ def _report(rest: list[str]) -> None:
     if len(rest) != 1 or rest[0].startswith("-"):
         raise ValueError("usage: bilevel report DIR, the folder of a finished run")
     folder = Path(rest[0])
+    if not (folder / run_folder.CONFIG).exists() and metrics.exist(folder):  # fit in a script of the user's
+        print(f"report: {run_page.write_run_page(folder)}")
+        return
     name = run_folder.read_json(folder / run_folder.CONFIG).get("task")
     if name not in TASKS:
         raise ValueError(f"{folder} holds a run of task {name!r}; there are {', '.join(TASKS)}")
     print(f"report: {running.write_report(TASKS[name], folder)}")
+
+
+def _completion(rest: list[str]) -> None:
+    if rest != ["bash"]:
+        raise ValueError("usage: bilevel completion bash; zsh takes the same script after bashcompinit")
+    print(completion.bash_script())
+
+
+def _common_options() -> str:
+    """Return a line or two for each option that `bilevel run` has for every task."""
+    from docstring_parser import parse_from_object
+
+    from bilevel.tasks.options import RunOptions
+
+    lines = ["  --preset NAME\n      The configuration to start from; `bilevel list` names them."]
+    kinds = {"int": " INT", "float": " FLOAT", "Path": " DIR", "bool": ""}
+    texts = {found.arg_name: found.description for found in parse_from_object(RunOptions).params}
+    for option in fields(RunOptions):
+        kind = str(option.type).removesuffix(" | None")
+        flag = arguments.flag(option.name) + (f" {name}" if (name := option.metadata.get("metavar")) else kinds[kind])
+        default = "" if option.default is None or option.default is False else f" (default: {option.default})"
+        lines.append(f"  {flag}\n      {texts[option.name]}{default}")
+    return "\n".join(lines)
 
 
 def _task_and_preset(command: str, rest: list[str]) -> tuple[Task[Any], str]:
@@ -295,7 +357,7 @@ def _task_and_preset(command: str, rest: list[str]) -> tuple[Task[Any], str]:
     from bilevel.tasks.registry import TASKS
 
     if not rest or rest[0] not in TASKS:
-        wrong = f"there is no task {rest[0]!r}" if rest else "a task is needed"
+        wrong = f"there is no task {rest[0]!r}{checks.did_you_mean(rest[0], TASKS)}" if rest else "a task is needed"
         raise ValueError(f"{wrong}; there are {', '.join(TASKS)}: bilevel {command} {next(iter(TASKS))} [options]")
     task = TASKS[rest[0]]
     preset = next(iter(task.presets))
@@ -305,7 +367,8 @@ def _task_and_preset(command: str, rest: list[str]) -> tuple[Task[Any], str]:
         elif flag.startswith("--preset="):
             preset = flag.removeprefix("--preset=")
     if preset not in task.presets:
-        raise ValueError(f"{task.name} has no preset {preset!r}; there are {', '.join(task.presets)}")
+        meant = checks.did_you_mean(preset, task.presets)
+        raise ValueError(f"{task.name} has no preset {preset!r}{meant}; there are {', '.join(task.presets)}")
     return task, preset
 
 

@@ -17,15 +17,27 @@ from bilevel.planning import planner
 if TYPE_CHECKING:
     from bilevel.tasks.task import Setup
 
+USAGE = """usage: bilevel plan TASK [--memory 4GB] [options]
+       bilevel plan --params M --meta-params N --steps T [--memory 80GB] [options]
+
+The first form measures one inner step of a task and predicts the memory and the time of every estimator on it. The
+second form needs no task and no machine: it counts from the number of inner parameters M, of meta parameters N and of
+inner steps T. Both recommend an estimator and say why. For example:
+
+  bilevel plan condensation --memory 20MB
+  bilevel plan --params 1.5e9 --meta-params 8e7 --steps 48 --workers 64 --memory 80GB
+
+`bilevel list` names the tasks; `bilevel plan --params 1 --help` and `bilevel plan TASK --help` show all options. In a
+program, bilevel.plan(problem, meta, inner_batches, outer_batch, memory="8GB") does the same for your own problem."""
 FROM_SIZES = "Memory and time of every estimator from sizes alone; times in units of one inner gradient."
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of `bilevel plan TASK`, besides the settings of the task."""
+    """The options of `bilevel plan TASK`, in addition to the settings of the task."""
 
     memory: str = "4GB"
-    """What a worker may use beyond the model and the data, such as 8GB or 512MiB."""
+    """Memory that a worker may use beyond the model and the data, such as 8GB or 512MiB."""
     directions: int = 16
     """Random directions, where a method has them."""
     workers: int = 1
@@ -33,29 +45,29 @@ class PlanOptions:
     seed: int = 0
     """The seed of the inner step that is measured."""
     data_dir: Path | None = None
-    """Folder with the data files, for presets that need any."""
+    """Folder with the data files, for presets that need files."""
 
 
 @dataclass(frozen=True)
 class SizeOptions:
     """Options of `bilevel plan` without a task."""
 
-    params: float = 1e6
+    params: float | None = None
     """M, inner parameters, such as 1.5e9."""
-    meta_params: float = 1e3
+    meta_params: float | None = None
     """N, meta parameters."""
-    steps: int = 100
+    steps: int | None = None
     """T, inner steps."""
     memory: str = "80GB"
-    """What a worker may use beyond the model and the data."""
+    """Memory that a worker may use beyond the model and the data."""
     directions: int = 64
     """Random directions, where a method has them."""
     workers: int = 1
     """The number of workers that share the directions."""
     optimizer_memory: float = 2
-    """Numbers the inner optimiser keeps for a parameter: 0 for SGD, 1 with momentum, 2 for Adam."""
+    """Numbers that the inner optimiser keeps for each parameter: 0 for SGD, 1 with momentum, 2 for Adam."""
     bytes_per_number: float = 4
-    """4 for float32."""
+    """Bytes of a number, 4 for float32."""
     activation_bytes: float = 0
     """Bytes of the activations of one inner forward pass."""
 
@@ -76,14 +88,22 @@ def plan_task(setup: Setup, options: PlanOptions) -> planner.Plan:
 
 def plan_from_sizes(options: SizeOptions) -> planner.Plan:
     """Return the plan that follows from sizes alone."""
-    for name in ("params", "meta_params"):
-        if not 1 <= getattr(options, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: a number of at least 1 is needed")
-    whole_number(options.steps, "steps")
+    params, meta_params, steps = options.params, options.meta_params, options.steps
+    if params is None or meta_params is None or steps is None:
+        sizes = {"--params": params, "--meta-params": meta_params, "--steps": steps}
+        missing = ", ".join(flag for flag, size in sizes.items() if size is None)
+        raise ValueError(
+            f"{missing} missing: a plan from sizes needs --params, --meta-params and --steps; `bilevel plan` without "
+            "arguments explains both kinds of plans"
+        )
+    for flag, size in (("--params", params), ("--meta-params", meta_params)):
+        if not 1 <= size < float("inf"):
+            raise ValueError(f"{flag} {size}: a number of at least 1 is needed")
+    whole_number(steps, "steps")
     return planner.plan_from_sizes(
-        options.params,
-        options.meta_params,
-        options.steps,
+        params,
+        meta_params,
+        steps,
         memory=options.memory,
         directions=options.directions,
         workers=options.workers,
@@ -126,12 +146,12 @@ def show(plan: planner.Plan, where: str, in_units: bool = False) -> None:
 
 
 def exchange_texts(row: planner.PlanRow) -> tuple[str, str]:
-    """What several workers exchange, and how much each of them sends."""
+    """Return the data that several workers exchange, and the amount that each of them sends, as texts."""
     return ("nothing", "–") if row.sent_bytes is None else (str(row.exchange), planner.size_text(row.sent_bytes))
 
 
 def error_text(row: planner.PlanRow) -> str:
-    """What is known of a method's error."""
+    """Return the known properties of a method's error as text."""
     if row.relative_variance is None:
         return "biased"
     if row.exact:

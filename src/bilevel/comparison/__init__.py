@@ -1,1 +1,1 @@
-"""Methods side by side at one point."""
+"""Comparison of methods at one point."""

@@ -1,4 +1,4 @@
-"""Methods side by side: each one's hypergradient at the same point, against the exact one."""
+"""Comparison of the hypergradients of several methods with the exact hypergradient, at the same point."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from bilevel.unrolling.unroll import unroll
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """A row of the table of `compare`: one method. Errors are relative to ‖exact‖, squared errors to ‖exact‖²."""
+    """A row of the result of `compare`, for one method.
+
+    Errors are relative to ‖exact‖, and squared errors are relative to ‖exact‖².
+    """
 
     estimator: str
     repeats: int
-    """Estimates, each with other random directions; 1 for a deterministic method."""
+    """The number of estimates, each with other random directions; 1 for a deterministic method."""
     relative_error: float
-    """√ of the mean of ‖grad − exact‖²/‖exact‖² over the draws."""
+    """The square root of the mean of ‖grad − exact‖²/‖exact‖² over the draws."""
     squared_bias: float | None
-    """‖E grad − exact‖², estimated without bias (so a little below 0 at times); `None` for one random draw."""
+    """An unbiased estimate of ‖E grad − exact‖², which can be slightly negative; `None` for one random draw."""
     variance: float | None
-    """E‖grad − E grad‖²; `None` for one random draw."""
+    """An estimate of E‖grad − E grad‖²; `None` for one random draw."""
     cosine: float
     """The cosine of the angle between grad and exact, averaged over the draws."""
     standard_error: float | None
@@ -46,8 +49,8 @@ class ComparisonRow:
     seconds: float
     """Wall time of one estimate."""
     peak_memory_bytes: int | None
-    """Bytes held at the peak of a call, above those held before it: on a GPU torch's memory, on a CPU the resident
-    memory of the process, sampled; `None` if the system does not report it."""
+    """The peak memory of a call in bytes, above the memory before it. On a GPU it is torch's memory, on a CPU the
+    resident memory of the process, which is sampled; `None` if the system does not report it."""
     compile_seconds: float | None = None
     """Seconds that this method took to compile, before it was timed; `None` if the problem is not compiled."""
 
@@ -66,20 +69,26 @@ def compare(
 ) -> list[ComparisonRow]:
     """Estimate one hypergradient by several methods and compare each with the exact one.
 
+    A problem with `compile=True` is compiled again for each method, before the method is timed. The exact hypergradient
+    and the inner loop that defines the unit are computed without compiling.
+
     Args:
-        problem: as in the call of an estimator, and so are `meta`, the batches and `seed`.
+        problem: the bilevel problem.
         meta: φ, the point at which to compare.
         inner_batches: T batches by random access, or the whole number T for a problem without data.
         outer_batch: passed to the outer loss.
-        seed: the same for all methods.
-        estimators: what to compare.
-        exact: what to compare with; `Reverse("sqrt")` by default.
-        repeats: draws of random directions for each method that has any, at the same initialisation and dropout; with
-            two or more, bias and variance are told apart.
-        progress: show a progress bar.
+        seed: the seed, which is the same for all methods.
+        estimators: the methods to compare.
+        exact: the method whose result counts as exact; `Reverse("sqrt")` by default.
+        repeats: the number of draws of random directions for each random method, at the same initialisation and
+            dropout. With two or more, bias and variance are reported separately.
+        progress: whether to show a progress bar.
 
-    A problem with `compile=True` is compiled for each method anew, before that is timed; the exact hypergradient, and
-    the inner loop that is the unit, are computed without.
+    Returns:
+        A row for each method, in the order of `estimators`.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used, or the exact hypergradient is zero.
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -127,7 +136,7 @@ def compare(
 
 
 def as_dicts(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
-    """The rows as dicts, for JSON."""
+    """Return the rows as dicts, for JSON."""
     return [asdict(row) for row in rows]
 
 
@@ -153,7 +162,7 @@ def _compared(
     values = _statistics(products, cosines)
     claimed = [None if e.standard_error is None else (float(e.standard_error) / length) ** 2 for e in found]
     known = [c for c in claimed if c is not None]
-    if not estimator.is_random:  # all of the error is bias
+    if not estimator.is_random:  # the whole error is bias
         values["squared_bias"], values["variance"] = values["squared_error"], 0.0
     return ComparisonRow(
         estimator=name,
@@ -188,7 +197,7 @@ def _statistics(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
 
 
 def _half_widths(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
-    """1.96 jackknife standard errors of each statistic, as long as leaving one draw out leaves it defined."""
+    """Compute 1.96 jackknife standard errors of each statistic that is still defined with one draw left out."""
     count = len(products)
     if count < 3:
         return {}
@@ -198,9 +207,9 @@ def _half_widths(products: np.ndarray, cosines: np.ndarray) -> dict[str, float]:
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
-    """The result, and the least process time and wall time of up to three calls.
+    """Return the result, and the shortest process time and wall time of up to three calls.
 
-    A first call may pay for what torch sets up only once, so short ones are repeated.
+    The first call may include the cost of things that torch sets up only once, so short calls are repeated.
     """
     process_times: list[float] = []
     wall_times: list[float] = []

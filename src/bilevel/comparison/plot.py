@@ -1,4 +1,4 @@
-"""Error against units, on logarithmic axes: what each method makes of its time."""
+"""Plot of the error of each method against its cost in units, on logarithmic axes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from bilevel.report.files import write_bytes
 
 
 def write(path: Path, rows: Sequence[ComparisonRow], title: str) -> None:
-    """A PNG file with a point for each row: round for random estimates, with their intervals, square for biased ones,
-    and a triangle at the bottom for an error of 0.
+    """Write a PNG file with a point for each row.
+
+    Random estimates are round points with their intervals, and biased ones are squares. An error of 0 is a triangle at
+    the bottom.
+
+    Args:
+        path: the file to write.
+        rows: the rows of a comparison.
+        title: the title of the plot.
     """
     write_bytes(path, as_png(rows, title))
 
 
 def as_png(rows: Sequence[ComparisonRow], title: str) -> bytes:
-    """The picture itself."""
+    """Return the plot as the content of a PNG file."""
     figure, axis = page.figure(figsize=(7.5, 4.5))
     squared = [row.relative_error**2 for row in rows]
     floor = min([value for value in squared if value > 1e-12], default=1e-2) / 10

@@ -1,21 +1,22 @@
-"""The inner gradient and its derivatives as compiled code, once for each set of shapes.
+"""The inner gradient and its derivatives as compiled code, compiled once for each set of shapes.
 
-What a step of `GradientDescent` costs lies in the gradient of the inner loss and in that gradient's derivatives; the
-optimiser's update around it is a few operations an entry, and its step numbers would be compiled anew at every step.
-So three functions of tensors are compiled, when they are first called for:
+The cost of a step of `GradientDescent` is mostly that of the gradient of the inner loss and of the gradient's
+derivatives. The optimiser's update takes only a few operations per entry, and would be compiled again at every step
+because of its step numbers. Therefore three functions of tensors are compiled, at their first call:
 
     gradient        (θ, φ, batch) ↦ ∇_θ g
-    pulled back     (θ, φ, batch), then w ↦ wᵀ ∂(∇_θ g)/∂(θ, φ): two halves, between which only what the second one
-                    needs is kept (the least that can be, by a minimal cut)
+    pulled back     (θ, φ, batch), then w ↦ wᵀ ∂(∇_θ g)/∂(θ, φ): two halves, between which only the tensors that the
+                    second half needs are kept (as few as possible, by a minimal cut)
     pushed          (θ, φ, batch, k tangents) ↦ ∇_θ g and its derivative along each
 
-Each is traced with all its differentiation inside, by the very code that computes it uncompiled, so that what
-autograd would do (`torch.no_grad()`, custom functions) is in the trace, and nothing is differentiated afterwards.
+Each function is traced together with its differentiation, by the same code that computes it without compiling. The
+effects of `torch.no_grad()` and custom functions on autograd are therefore part of the trace, and nothing is
+differentiated afterwards.
 
-A trace holds the operations and nothing of the Python that led to them. So whatever else a loss reads is fixed when it
-is compiled: numbers, flags, the way taken at a branch. A branch on a tensor's value is refused. For the rest, the
-first call of each function in each estimate is compared with the gradient computed without compiling: a loss that has
-changed since is an error.
+A trace contains the operations and not the Python code that led to them. Everything else that a loss reads is therefore
+fixed when it is compiled: numbers, flags, and the direction taken at a branch. A branch on a tensor's value is refused.
+To detect other changes, the first call of each function in each estimate is compared with the gradient computed without
+compiling. A loss that has changed since it was compiled is an error.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ JointGradient = Callable[[Tree, Tree, Any], "list[Tensor]"]
 Tensors = Sequence[Tensor]
 
 MOST_CASES = 16
-"""Sets of shapes (and numbers) for which one function is compiled at most."""
+"""The largest number of sets of shapes (and numbers) for which one function is compiled."""
 
 
 _HAS_CHANGED = (
@@ -54,7 +55,7 @@ class _Clock:
 
 
 def compile_seconds() -> float:
-    """Wall time that this process has spent on compiling so far."""
+    """Return the wall time in seconds that this process has spent on compiling so far."""
     return _Clock.seconds
 
 
@@ -68,7 +69,11 @@ def _timed() -> Iterator[None]:
 
 
 def backend_named(compile: bool | str) -> str | None:
-    """The backend of `torch.compile` that `compile=` asks for; `None` for none."""
+    """Return the name of the backend of `torch.compile` for a value of `compile=`; `None` for no compiling.
+
+    Raises:
+        ValueError: there is no such backend. The message lists the names.
+    """
     if compile is False:
         return None
     name = "inductor" if compile is True else compile
@@ -87,27 +92,27 @@ class _Case:
     """One function compiled for one set of shapes."""
 
     run: Callable[[Tensors], Sequence[Tensor]]
-    """From all inputs to all outputs, the gradient first."""
+    """The compiled function from all inputs to all outputs, of which the gradient is the first."""
     reached: list[bool] | None = None
-    """For each leaf of θ, whether the loss reaches it; the compiled function has zeros for the others. `None` for a
-    product, which holds every leaf."""
+    """Whether the loss reaches each leaf of θ. The compiled function returns zeros for the other leaves. `None` for a
+    product, which has every leaf."""
     back: Callable[[Tensors], Sequence[Tensor]] | None = None
-    """Of a function in two halves, the second: from what was kept and the cotangents to the products."""
+    """The second half of a function in two halves, from the kept tensors and the cotangents to the products."""
     connected: list[bool] = field(default_factory=list)
-    """Of a function in two halves: on which of θ and φ the gradient depends."""
+    """Whether the gradient depends on each of θ and φ, for a function in two halves."""
     checked: int = -1
-    """In which estimate it was last compared with the gradient computed without compiling."""
+    """The number of the estimate in which it was last compared with the gradient computed without compiling."""
     largest: float = 0.0
-    """Norm of a gradient, at the comparisons so far."""
+    """The largest norm of a gradient in the comparisons so far."""
 
     def where_reached(self, found: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradient with `None` for leaves that the loss does not reach."""
+        """Return the gradient with `None` for leaves that the loss does not reach."""
         assert self.reached is not None
         return [g if there else None for g, there in zip(found, self.reached, strict=True)]
 
 
 class CompiledGradient:
-    """What `GradientDescent(..., compile=...)` computes its gradients with."""
+    """The compiled gradient and its derivatives, which `GradientDescent(..., compile=...)` uses."""
 
     def __init__(self, gradient: Gradient, backend: str) -> None:
         self._gradient, self.backend = gradient, backend
@@ -115,11 +120,11 @@ class CompiledGradient:
         self._estimate = 0
 
     def check_again(self) -> None:
-        """From here on, compare every function once more with what it stands for, at its next call."""
+        """Compare every function with the gradient computed without compiling again, at its next call."""
         self._estimate += 1
 
     def gradient(self, params: Tree, meta: Tree, batch: Any) -> list[Tensor | None]:
-        """Compute ∇_θ g, with a graph if θ or φ have one; `None` for leaves that g does not reach."""
+        """Compute ∇_θ g, with a graph if θ or φ has one. The result has `None` for leaves that g does not reach."""
         _require_no_transform()
         call = LossCall(params, meta, batch)
         if autodiff.has_graph([params, meta]):
@@ -141,7 +146,7 @@ class CompiledGradient:
     ) -> autodiff.Pushed:
         """Compute ∇_θ g and its derivatives along k tangents `[k, *leaf.shape]` of the leaves of θ and of φ.
 
-        The value is that of `gradient`; there are tangents for those of its entries that are not `None`.
+        The value is that of `gradient`. There is a tangent for each of its entries that is not `None`.
         """
         call = LossCall(params, meta, batch)
         tangents = [t.contiguous() for t in (*along, *along_meta)]
@@ -186,7 +191,7 @@ class CompiledGradient:
         return _Case(run, reached, back, connected)
 
     def _filled(self, params: Tree, meta: Tree, batch: Any, reached: list[bool]) -> list[Tensor]:
-        """The uncompiled gradient with zeros for `None`, and in `reached` which entries are not `None`."""
+        """Return the uncompiled gradient with zeros for `None`. Store in `reached` which entries are not `None`."""
         found = self._gradient(params, meta, batch)
         reached[:] = [g is not None for g in found]
         return autodiff.fill_zeros(found, params)
@@ -203,7 +208,7 @@ class CompiledGradient:
             return trace(function, primals, tangents)
         except (CompileError, MissingDerivativeError):
             raise
-        except Exception as error:  # whatever tracing does not take
+        except Exception as error:  # tracing raises errors of many kinds
             raise CompileError(
                 f"inner_loss can't be compiled: {type(error).__name__}: {_first_line(error)}. A compiled loss is a "
                 "fixed sequence of operations: write torch.where for a branch on a tensor's value, no .item() or "
@@ -211,13 +216,13 @@ class CompiledGradient:
             ) from error
 
     def _built(self, graph: torch.fx.GraphModule, inputs: Tensors) -> Callable[[Tensors], Sequence[Tensor]]:
-        """The graph as the backend compiles it, run once."""
+        """Compile the graph by the backend, and run it once."""
         from torch._dynamo import lookup_backend
         from torch._inductor import config
 
         inputs = [t.detach() for t in inputs]
         try:
-            # Random numbers are drawn as without compiling, so that they are the same.
+            # Random numbers are drawn in the same way as without compiling, so that they are equal.
             with torch.no_grad(), config.patch(fallback_random=True):
                 made: Any = lookup_backend(self.backend)(graph, inputs)
                 made(*inputs)
@@ -225,7 +230,7 @@ class CompiledGradient:
             raise CompileError(
                 f"the backend {self.backend!r} of torch.compile failed on inner_loss: {type(error).__name__}: "
                 f"{_first_line(error)}. On a CPU, inductor needs a C++ compiler (g++ or clang++ on PATH, or the "
-                "variable CXX), on a GPU Triton; compile='aot_eager' does without, at no gain in speed; or leave "
+                "variable CXX), on a GPU Triton; compile='aot_eager' needs neither and is not faster; or leave "
                 "compile=False"
             ) from error
         return lambda inputs: made(*inputs)
@@ -236,28 +241,31 @@ class CompiledGradient:
         if key not in cases:
             if len(cases) == MOST_CASES:
                 raise CompileError(
-                    f"inner_loss has been compiled for {MOST_CASES} different sets of shapes, dtypes and numbers, and "
-                    "here comes another; let batches have few shapes (drop the last one, pad), and pass numbers "
-                    "that change as tensors; or leave compile=False"
+                    f"inner_loss has been compiled for {MOST_CASES} different sets of shapes, dtypes and numbers, the "
+                    "most allowed, and this call needs another; let batches have few shapes (drop the last one, pad), "
+                    "and pass numbers that change as tensors; or leave compile=False"
                 )
             with randomness.replayed(randomness.generator_states()):
-                self._reference(call)  # what is wrong without compiling is reported as without
+                self._reference(call)  # an error that also occurs without compiling is raised here
                 with _timed():
                     cases[key] = make()
         return cases[key]
 
     def _reference(self, call: LossCall) -> tuple[list[Tensor], list[bool]]:
-        """The gradient computed without compiling, and which of its leaves the loss reaches."""
+        """Return the gradient computed without compiling, and whether the loss reaches each leaf."""
         reached: list[bool] = []
         with call.with_inputs(call.inputs) as (params, meta, batch):
             return self._filled(params, meta, batch, reached), reached
 
     @torch.no_grad()
     def _check(self, case: _Case, call: LossCall, run: Callable[[Tensors], Sequence[Tensor]]) -> None:
-        """Compare a function with the gradient computed without compiling, once in an estimate.
+        """Compare a function with the gradient computed without compiling, once in each estimate.
 
-        Rounding differs. The fourth root of the machine epsilon, 1e-4 in float64 and 2e-2 in float32, leaves room for
-        cancellation in the gradient, and none for another loss.
+        The rounding errors differ. The tolerance is the fourth root of the machine epsilon, 1e-4 in float64 and 2e-2 in
+        float32. It is large enough for cancellation in the gradient, and too small for a different loss.
+
+        Raises:
+            CompileError: the gradients differ.
         """
         if case.checked == self._estimate:
             return
@@ -274,7 +282,7 @@ class CompiledGradient:
         own = float(trees.squared_norm(expected).sqrt())
         apart = float(trees.squared_norm([a - b for a, b in zip(found, expected, strict=True)]).sqrt())
         root = max(torch.finfo(t.dtype).eps for t in call.theta) ** 0.25
-        if own < float("inf"):  # diagnosed later otherwise
+        if own < float("inf"):  # an infinite gradient is diagnosed later
             case.largest = max(case.largest, own)
             if not apart <= root * max(own, root * case.largest):
                 raise CompileError(
@@ -285,7 +293,7 @@ class CompiledGradient:
 
 
 class _Differentiable(torch.autograd.Function):
-    """∇_θ g(θ, φ) in two compiled halves."""
+    """Compute ∇_θ g(θ, φ), and its backward pass, by two compiled halves."""
 
     @staticmethod
     def forward(ctx: Any, case: _Case, count: int, rest: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -298,7 +306,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise MissingDerivativeError(
-                "a compiled inner gradient is differentiated once, and a second derivative of it was asked for; "
+                "a compiled inner gradient can be differentiated only once, and a second derivative is needed; "
                 "take compile=False"
             )
         case: _Case = ctx.case

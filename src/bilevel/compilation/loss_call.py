@@ -1,4 +1,4 @@
-"""One call of a loss as a function of tensors alone, and what a compiled form of it holds for."""
+"""One call of a loss as a function of tensors, and the conditions under which compiled code can be used for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class LossCall:
-    """One call of a loss, taken apart into tensors and what they stand in."""
+    """One call of a loss, separated into tensors and the structures that contain them."""
 
     def __init__(self, params: Tree, meta: Tree, batch: Any) -> None:
         self._trees = (params, meta, batch)
@@ -35,12 +35,12 @@ class LossCall:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """θ, φ and all other tensors."""
+        """Return the leaves of θ, those of φ, and all other tensors."""
         return [t.detach() for t in (*self.theta, *self.phi, *self.rest)]
 
     @property
     def key(self) -> Hashable:
-        """What a compiled function holds for."""
+        """Return a key. A compiled function can be used for all calls with the same key."""
         numbers = tuple(part.rest for part in self._parts)
         if not all(isinstance(each, _PLAIN) for rest in numbers for each in rest):
             self._refuse_opaque()
@@ -64,7 +64,10 @@ class LossCall:
 
     @contextmanager
     def with_inputs(self, inputs: Sequence[Tensor]) -> Iterator[tuple[Tree, Tree, Any]]:
-        """Inside, the three trees with other tensors in them, and in their modules; modules are left as they were."""
+        """Context that yields the three trees with other tensors in them and in their modules.
+
+        The modules are unchanged afterwards.
+        """
         rest = iter(inputs)
 
         def following(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -84,8 +87,9 @@ class LossCall:
 
 
 def _constants_of(view: ModuleView) -> list[Constant]:
-    """The buffers and frozen parameters of a module: inputs, since a module may be built anew for every solve, with
-    other ones in it.
+    """Return the buffers and frozen parameters of a module.
+
+    They are inputs of the compiled function, because a module may be built again for every solve, with other tensors.
     """
     return [*view._layout.constants, *view._layout.frozen]
 
@@ -105,20 +109,20 @@ def _with_constants(view: ModuleView, constants: Sequence[Constant]) -> Iterator
 
 
 def _outline(module: nn.Module) -> Hashable:
-    """What a module computes, as far as its layers say."""
+    """Return a description of what a module computes, as far as its layers reveal it."""
     found = []
     for layer in module.modules():
         if isinstance(layer, Recomputed):
             raise CompileError(
-                "a Recomputed layer has no effect in a compiled gradient, which decides itself what to keep; use the "
-                "layer without it, or leave compile=False"
+                "a Recomputed layer has no effect in a compiled gradient, because the compiler decides what to keep; "
+                "use the layer without it, or leave compile=False"
             )
         found.append((type(layer), layer.training, layer.extra_repr()))
     return tuple(found)
 
 
 def _switches() -> tuple[Hashable, ...]:
-    """What decides on the kernels that a trace holds."""
+    """Return the global settings that determine which kernels a trace contains."""
     cuda = torch.backends.cuda
     return (
         cuda.flash_sdp_enabled(),

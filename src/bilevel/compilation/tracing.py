@@ -1,4 +1,4 @@
-"""Functions of tensors as graphs of operations that change nothing in place."""
+"""Tracing of functions of tensors to graphs of operations that change nothing in place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Tensors = Sequence[Tensor]
 def trace(
     function: Callable[[Tensors, Tensors], list[Tensor]], primals: Tensors, tangents: Tensors
 ) -> torch.fx.GraphModule:
-    """The operations of `function(primals, tangents)`, for inputs of these shapes, dtypes and devices.
+    """Return the operations of `function(primals, tangents)`, for inputs of these shapes, dtypes and devices.
 
-    It is run on tensors without values, so that an operation that asks for one is an error, instead of the way that
-    these values happen to take. Tensors that it reads besides are constants of the graph, by reference.
+    The function runs on tensors without values. An operation that needs a value raises an error, so the trace cannot
+    depend on the values. Other tensors that the function reads are constants of the graph, by reference.
 
     >>> x = torch.ones(2)
     >>> graph = trace(lambda primals, tangents: [primals[0].clone().add_(tangents[0])], [x], [x])
@@ -30,7 +30,7 @@ def trace(
     primals, tangents = ([t.detach() for t in tensors] for tensors in (primals, tangents))
     with torch.no_grad(), _said_to_compile():
         first = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(primals, tangents)
-        # A second time, since autograd inside of functionalize would take other ways than outside.
+        # The graph is traced a second time, because autograd behaves differently inside functionalize.
         pure = functionalize(lambda primals, tangents: first(primals, tangents))
         traced = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(primals, tangents)
     for node in traced.graph.nodes:
@@ -41,7 +41,7 @@ def trace(
 
 @contextmanager
 def _said_to_compile() -> Iterator[None]:
-    """Inside, `torch.compiler.is_compiling()` is true, by which libraries leave out what can't be traced."""
+    """Context in which `torch.compiler.is_compiling()` is true, so that libraries leave out untraceable operations."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:
@@ -51,9 +51,17 @@ def _said_to_compile() -> Iterator[None]:
 
 
 def halves(traced: torch.fx.GraphModule, count: int) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """The graph cut in two: primals ↦ the first `count` outputs and what is kept; that and tangents ↦ the others.
+    """Cut a graph in two.
 
-    What is kept is a minimal cut, as `torch.compile` makes it between a forward and a backward pass.
+    The kept tensors are a minimal cut, as `torch.compile` makes it between a forward and a backward pass.
+
+    Args:
+        traced: the graph.
+        count: the number of outputs that the first half computes.
+
+    Returns:
+        The first half, from primals to the first `count` outputs and the kept tensors, and the second half, from the
+        kept tensors and the tangents to the other outputs.
     """
     from functorch.compile import min_cut_rematerialization_partition
 

@@ -1,24 +1,25 @@
-"""Control variates: cheap biased gradients that take variance out of random estimates and leave no bias behind.
+"""Control variates: cheap biased gradients that reduce the variance of random estimates without adding a bias.
 
 With variates c_1 … c_m `[m, N]` that do not depend on the directions, slopes w_i = ∇h · v_i and p_i = c v_i `[m]`,
 
     ∇h ≈ (1/b) Σ_i [ (w_i − s_i · p_i) v_i + s_i · c ]
 
-is unbiased as long as the scales s_i `[m]` are a function of the other directions alone ("leave one out"). They are
-fitted to those by least squares, with a further direction of slope 0 that weighs 1/b:
+is unbiased as long as the scales s_i `[m]` are a function of the other directions alone ("leave one out"). The scales
+are fitted to the other directions by least squares, with a further direction of slope 0 and weight 1/b:
 
     s_i = (Σ_{j≠i} p_j p_jᵀ + c cᵀ/b)⁺ Σ_{j≠i} w_j p_j.
 
-The variance is then that of the estimate of ∇h − s·c. The further direction keeps the fit bounded where few directions
-are there to fit to (docs/theory.md says why 1/b). A fit that includes direction i itself would be biased.
+The variance is then that of the estimate of ∇h − s·c. The further direction keeps the fit bounded where there are few
+directions (docs/theory.md derives the weight 1/b). A fit that includes direction i itself would be biased.
 
-Directions drawn without replacement from an orthogonal basis are not independent, and leaving one out is not enough:
-the others say where v_i is not. Given them, E[v_i v_iᵀ] = (N I − Σ_{j≠i} v_j v_jᵀ)/(N − b + 1). Solving for ∇h gives
-the same formula, with the scales (b/N) s̄ + (1 − b/N) s_i in the first place and their mean s̄ in the second; it is
-exact at b = N. Directions in one leaf alone have E[v_i v_iᵀ] = L on that leaf, so s_i · c is added there L-fold.
+Directions drawn without replacement from an orthogonal basis are not independent, and leaving one out is not enough,
+because the other directions restrict where v_i can lie. Given the other directions,
+E[v_i v_iᵀ] = (N I − Σ_{j≠i} v_j v_jᵀ)/(N − b + 1). Solving for ∇h gives the same formula, with the scales
+(b/N) s̄ + (1 − b/N) s_i in the first place and their mean s̄ in the second. It is exact at b = N. Directions that lie
+in a single leaf have E[v_i v_iᵀ] = L on that leaf, so s_i · c is added there L times.
 
-Reference: the leave-one-out idea is that of Kool et al., 2019 (REINFORCE with a baseline from the other samples); its
-forms for regression on several variates and for bases are derived in docs/theory.md.
+Reference: the leave-one-out idea is due to Kool et al., 2019 (REINFORCE with a baseline from the other samples).
+docs/theory.md derives the forms for regression on several variates and for bases.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from bilevel.distributed.workers import Workers
 
 _ALONE = Workers()
 DRAWN_AT_ONCE = 64
-"""How many directions are drawn and added up at a time, at most, unless the caller says otherwise."""
+"""The default for the largest number of directions that are drawn and added up at a time."""
 
 
 @trees.without_autocast()
@@ -48,12 +49,12 @@ def scaled(
     """Scale the gradients of m control variates to length 1.
 
     Args:
-        found: for each variate its gradient, one tensor for each leaf of φ.
+        found: the gradient of each variate, with one tensor for each leaf of φ.
         like: the leaves of φ.
-        support: for each leaf a mask; outside of it the result is 0.
+        support: a boolean mask for each leaf; the result is 0 outside of the mask. `None` for no masks.
 
     Returns:
-        For each leaf of φ a tensor `[m, *leaf.shape]`.
+        A tensor `[m, *leaf.shape]` for each leaf of φ.
     """
     result: list[Tensor] = []
     for number, leaf in enumerate(like):
@@ -89,13 +90,16 @@ def combine(
 
     Args:
         directions: the b directions v_i.
-        slopes: w_i = ∇h · v_i `[b]`, all of them on every worker; for a vector of m outer losses `[b, m]`.
-        variates: for each leaf of φ the gradients of q control variates `[q, *leaf.shape]`; for a vector
+        slopes: w_i = ∇h · v_i `[b]`, all b of them on every worker; for a vector of m outer losses `[b, m]`.
+        variates: the gradients of q control variates, `[q, *leaf.shape]` for each leaf of φ. For a vector they are
             `[m, q, *leaf.shape]`, and the scales are fitted for each outer loss by itself.
-        at_once: how many directions may be in memory together.
-        workers: the workers who all call this function.
-        exchange: whether each of them adds up all directions ("slopes"), or its own before the sums are added up
-            ("gradient"); see `bilevel.distributed.communication`.
+        at_once: the largest number of directions that may be in memory together.
+        workers: the workers, all of which call this function.
+        exchange: with "slopes" each worker adds up all directions. With "gradient" each worker adds up its own
+            directions, and the sums are then added up over the workers. See `bilevel.distributed.communication`.
+
+    Returns:
+        The gradient, its standard error, and the share of the variance that remains.
     """
     if slopes.ndim == 1:
         found = combine(directions, slopes.unsqueeze(1), [c.unsqueeze(0) for c in variates], at_once, workers, exchange)
@@ -113,7 +117,7 @@ def combine(
         for numbers in chunks:
             for v, c in zip(directions.draw(numbers), variates, strict=True):
                 p[numbers.start : numbers.stop] += (_rows(v) @ _rows(c.flatten(0, 1)).T).to(p).reshape(-1, m, q)
-        (p,) = among.sum("predicted slopes", [p])  # zeros where they are another's
+        (p,) = among.sum("predicted slopes", [p])  # p is 0 for the directions of other workers
     scales = torch.stack([fitted_scales(w[:, j], p[:, j], [c[j] for c in variates]) for j in range(m)], 1)
     mean = scales.mean(0)
     used = scales
@@ -140,7 +144,13 @@ def combine(
 
 
 def fitted_scales(w: Tensor, p: Tensor, variates: list[Tensor]) -> Tensor:
-    """Return the scales s_i `[b, m]` for slopes w `[b]` and predictions p `[b, m]`, each fitted without direction i."""
+    """Compute the scales s_i `[b, m]`, each fitted without direction i.
+
+    Args:
+        w: the slopes `[b]`.
+        p: the slopes that the variates predict, `[b, m]`.
+        variates: the gradients of the variates, `[m, *leaf.shape]` for each leaf of φ.
+    """
     if not p.shape[1]:
         return p
     gram = torch.stack([_rows(c) @ _rows(c).T for c in variates]).sum(0).to(p)
@@ -151,5 +161,5 @@ def fitted_scales(w: Tensor, p: Tensor, variates: list[Tensor]) -> Tensor:
 
 
 def _rows(stack: Tensor) -> Tensor:
-    """`[k, *shape]` as `[k, size]`, in float64."""
+    """Reshape `[k, *shape]` to `[k, size]`, in float64."""
     return stack.reshape(len(stack), math.prod(stack.shape[1:])).double()

@@ -1,4 +1,4 @@
-"""Directions and control variates spread over workers: each does its share, and all have everything in the end."""
+"""Slopes and control variates computed by several workers: each computes its share, and all receive every result."""
 
 from __future__ import annotations
 
@@ -23,20 +23,30 @@ def spread_slopes(
     variate: Callable[[int], list[Tensor]],
     workers: Workers,
 ) -> tuple[Slopes, list[list[Tensor]]]:
-    """The slopes of all directions, and all control variates' gradients.
+    """Compute the slopes of all directions and the gradients of all control variates on several workers.
 
-    `push` takes a worker's chunks, `variate` the number of a control variate. Which numbers share a chunk has an effect
-    on their last bits, and which worker has the chunk none. The outer loss is the first worker's.
+    The result does not depend on which worker computes a chunk. The division of the directions into chunks affects the
+    last bits of the slopes.
+
+    Args:
+        run: the inner loop.
+        deal: the assignment of chunks and control variates to workers.
+        push: computes the slopes of the directions in a worker's chunks.
+        variate: computes the gradient of the control variate with this number.
+        workers: the workers, all of which call this function.
+
+    Returns:
+        The slopes `[b]` with the outer loss of the first worker, and the gradient of each control variate.
     """
 
     def mine() -> tuple[Slopes, dict[int, list[Tensor]]]:
         computed = {number: variate(number) for number in deal.variates_of(workers.rank)}
         chunks = deal.chunks_of(workers.rank)
-        if not chunks:  # more workers than chunks
+        if not chunks:  # there are more workers than chunks
             value, state = run.value()
             return Slopes(value, state, trees.leaves(run.meta)[0].new_zeros(0, *value.shape), False), computed
         pushed = push(chunks)
-        if workers.size > 1:  # while it is known whose they are
+        if workers.size > 1:  # here it is still known which worker computed them
             require_finite(run, pushed.value, pushed.state, pushed.slopes)
         return pushed, computed
 
@@ -57,27 +67,45 @@ def spread_slopes(
 def everybodys_variates(
     run: Unroll, deal: Assignment, computed: dict[int, list[Tensor]], workers: Workers, lead: torch.Size
 ) -> list[list[Tensor]]:
-    """Return the control variates' gradients, each from the worker that computed it.
+    """Collect the control variates' gradients on every worker, each from the worker that computed it.
 
-    `lead` is the shape of the outer loss, which the gradients have in front of that of their leaf.
+    `lead` is the shape of the outer loss. The gradients have it in front of the shape of their leaf.
     """
     found = []
     for number, owner in enumerate(deal.variates):
-        # What another worker computed has the same shapes, and fills these tensors.
+        # The gradients of another worker have the same shapes. The broadcast fills in the values.
         mine = computed.get(number) or [leaf.expand((*lead, *leaf.shape)) for leaf in trees.leaves(run.meta)]
         found.append(mine if owner is None else workers.broadcast_tensors("control variates", mine, owner))
     return found
 
 
 def everybodys_numbers(what: str, deal: Assignment, mine: Tensor, workers: Workers) -> Tensor:
-    """Return the numbers of each direction, `[b]` or `[b, m]`, in their order, from each worker's for its own."""
+    """Collect one number for each direction on every worker, as `[b]` or `[b, m]` in the order of the directions.
+
+    Args:
+        what: the name of the numbers in error messages.
+        deal: the assignment of directions to workers.
+        mine: the numbers of this worker's directions.
+        workers: the workers, all of which call this function.
+    """
     return _in_order(workers, deal, workers.gather(what, _padded(mine, deal, workers)))
 
 
 def everybodys_rows(
     what: str, deal: Assignment, mine: Sequence[list[Tensor]], state: Tree, workers: Workers
 ) -> list[Tensor]:
-    """Tangents `[b, *leaf.shape]` of all directions, a stack for each leaf of a state, from everybody's chunks."""
+    """Collect the tangents of all directions on every worker, as `[b, *leaf.shape]` for each leaf of a state.
+
+    Args:
+        what: the name of the tangents in error messages.
+        deal: the assignment of directions to workers.
+        mine: the tangents of each of this worker's chunks.
+        state: the state to which the tangents belong.
+        workers: the workers, all of which call this function.
+
+    Raises:
+        ValueError: the state is sharded over several workers.
+    """
     leaves = trees.split(state).differentiable
     if workers.size > 1 and any(map(trees.is_spread, leaves)):
         raise ValueError(
@@ -93,13 +121,13 @@ def everybodys_rows(
 
 
 def _padded(rows: Tensor, deal: Assignment, workers: Workers) -> Tensor:
-    """With zeros up to the length of the longest share."""
+    """Append zeros up to the length of the longest share."""
     most = max(len(deal.numbers_of(rank)) for rank in range(workers.size))
     return torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
 
 
 def _in_order(workers: Workers, deal: Assignment, received: Tensor) -> Tensor:
-    """Shares `[size, most, ...]` as the rows `[b, ...]` of all directions."""
+    """Rearrange shares `[size, most, ...]` to the rows `[b, ...]` of all directions."""
     shares = [deal.numbers_of(rank) for rank in range(workers.size)]
     result = received.new_empty(sum(map(len, shares)), *received.shape[2:])
     for share, rows in zip(shares, received, strict=True):
@@ -110,8 +138,8 @@ def _in_order(workers: Workers, deal: Assignment, received: Tensor) -> Tensor:
 def agreed_tree(tree: Tree, workers: Workers) -> Tree:
     """Return the first worker's tree of tensors, on every worker.
 
-    The trees of other workers may differ from it in their last bits, since each pushes other directions, and so would
-    everything that goes on from there.
+    The trees of the other workers may differ from it in their last bits, because each worker computes with other
+    directions. Without this agreement, all later results would differ as well.
     """
     parts = trees.split(tree)
     mine = [*parts.differentiable, *parts.other]

@@ -1,10 +1,10 @@
 """Random directions v in R^N, for forward gradients and zeroth-order estimates.
 
-Direction number i of a seed is a function of (seed, i) alone: whoever draws it, in whatever chunk or on whatever
-worker, gets the same numbers on every device. Over the seeds, E[v vᵀ] = I.
+Direction number i of a seed is a function of (seed, i) alone. Every chunk, worker and device gets the same numbers.
+Over the seeds, E[v vᵀ] = I.
 
-With w_i = ∇h · v_i, the estimate (1/b) Σ w_i v_i is unbiased for each distribution below; what differs is its relative
-variance E‖estimate − ∇h‖²/‖∇h‖², given beside it.
+With w_i = ∇h · v_i, the estimate (1/b) Σ w_i v_i is unbiased for each distribution below. The distributions differ in
+the relative variance E‖estimate − ∇h‖²/‖∇h‖², which is stated beside each of them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Distribution:
     """A way to draw directions."""
 
     sample: Callable[[int, Sequence[int], Shapes], np.ndarray]
-    """`sample(seed, indices, shapes)`: directions of those numbers, `[len(indices), N]`."""
+    """`sample(seed, indices, shapes)` draws the directions with these numbers, `[len(indices), N]`."""
     excess: Callable[[Shapes, int], np.ndarray]
-    """`excess(shapes, b)`: numbers κ_i `[b]` for which (1/b²) Σ κ_i w_i² estimates E‖(1/b) Σ w_i v_i − ∇h‖² without
-    bias."""
+    """`excess(shapes, b)` returns the numbers κ_i `[b]` for which (1/b²) Σ κ_i w_i² is an unbiased estimate of
+    E‖(1/b) Σ w_i v_i − ∇h‖²."""
     from_basis: bool = False
-    """Whether the b directions are drawn without replacement from one orthogonal basis of N vectors of length √N, so
-    that the others leave (N I − Σ v_j v_jᵀ)/(N − b + 1) as the second moment of each; else they are independent."""
+    """Whether the b directions are drawn without replacement from one orthogonal basis of N vectors of length √N. The
+    second moment of one, given the others, is then (N I − Σ v_j v_jᵀ)/(N − b + 1). Otherwise they are independent."""
     by_leaf: bool = False
-    """Whether direction i lies in one leaf alone, that of number `leaf_of(seed, i, leaves)`."""
+    """Whether direction i lies in a single leaf, whose number is `leaf_of(seed, i, leaves)`."""
 
 
 def _size(shapes: Shapes) -> int:
@@ -90,7 +90,10 @@ def _low_rank(seed: int, indices: Sequence[int], shapes: Shapes) -> np.ndarray:
 
 
 def leaf_of(seed: int, index: int, leaves: int) -> int:
-    """The leaf in which block direction `index` lies: one after the other, from a random first one."""
+    """Return the number of the leaf in which block direction `index` lies.
+
+    Consecutive directions lie in consecutive leaves. The leaf of the first direction is random.
+    """
     return (int(randomness.generator(seed, randomness.DIRECTION).integers(leaves)) + index) % leaves
 
 
@@ -105,45 +108,51 @@ def _block(seed: int, indices: Sequence[int], shapes: Shapes) -> np.ndarray:
 
 
 DISTRIBUTIONS = {
-    # Independent signs: ‖v‖² = N exactly, which makes this the best of the independent choices (paper, Lemma 3.1).
-    # Relative variance (N − 1)/b.
+    # Independent signs. ‖v‖² = N holds exactly, which makes this the best of the independent choices (paper, Lemma
+    # 3.1). The relative variance is (N − 1)/b.
     "rademacher": Distribution(_rademacher, lambda shapes, b: np.full(b, _size(shapes) - 1.0)),
-    # Independent normal numbers: E‖v‖⁴ = N² + 2N adds 2‖∇h‖²/b. Relative variance (N + 1)/b.
+    # Independent normal numbers. E‖v‖⁴ = N² + 2N adds 2‖∇h‖²/b to the variance. The relative variance is (N + 1)/b.
     "gaussian": Distribution(_gaussian, lambda shapes, b: np.full(b, _size(shapes) + 1.0)),
     # √N e_j with distinct j, in the order of one random permutation. The paper draws j with replacement, which has
-    # the variance of Rademacher; without, b = N directions give the exact gradient. Relative variance (N − b)/b.
+    # the variance of Rademacher directions. Without replacement, b = N directions give the exact gradient. The relative
+    # variance is (N − b)/b.
     "coordinate": Distribution(_coordinate, lambda shapes, b: np.full(b, float(_size(shapes) - b)), from_basis=True),
-    # Distinct rows of a random orthogonal basis whose entries all have about the same size. Relative variance
-    # (N − b)/b as for coordinates, but the slopes are of equal size, so the standard error is reliable.
+    # Distinct rows of a random orthogonal basis whose entries all have about the same size. The relative variance is
+    # (N − b)/b as for coordinates. The slopes are of similar size, which makes the standard error reliable.
     "orthogonal": Distribution(_orthogonal, lambda shapes, b: np.full(b, float(_size(shapes) - b)), from_basis=True),
-    # For each leaf with two or more dimensions the outer product of two sign vectors (its first dimension by the
-    # others), so a direction takes the memory of a row and a column. ‖v‖² = N: relative variance (N − 1)/b.
+    # For each leaf with two or more dimensions, the outer product of two sign vectors (the first dimension by the
+    # others). A direction takes the memory of a row and a column. ‖v‖² = N, and the relative variance is (N − 1)/b.
     "low-rank": Distribution(_low_rank, lambda shapes, b: np.full(b, _size(shapes) - 1.0)),
-    # √L times signs on one of the L leaves at a time, each leaf in its turn, b a multiple of L. Variance
-    # (L/b) Σ_l (N_l − 1) ‖∇h_l‖² over the leaves l: better than Rademacher where small leaves (learning rates) have
-    # large derivatives beside big leaves (images) with small ones, worse the other way round.
+    # √L times signs on one of the L leaves, each leaf in its turn; b is a multiple of L. The variance is
+    # (L/b) Σ_l (N_l − 1) ‖∇h_l‖² over the leaves l. It is smaller than that of Rademacher directions where small leaves
+    # (learning rates) have large derivatives and large leaves (images) have small derivatives, and larger in the
+    # opposite case.
     "block": Distribution(_block, lambda shapes, b: _block_excess(shapes, b), by_leaf=True),
 }
 
 
 def _block_excess(shapes: Shapes, count: int) -> np.ndarray:
-    """Of directions that start with leaf 0; `Directions.excess` turns them."""
+    """Return κ_i for directions of which the first lies in leaf 0. `Directions.variance` permutes them."""
     return np.array([len(shapes) * (math.prod(shapes[i % len(shapes)]) - 1.0) for i in range(count)])
 
 
 def distribution(name: str) -> Distribution:
-    """The distribution of that name."""
+    """Return the distribution with this name.
+
+    Raises:
+        ValueError: there is no such distribution. The message lists the names.
+    """
     return DISTRIBUTIONS[checks.one_of(name, "distribution", DISTRIBUTIONS)]
 
 
 def seed_of_draw(seed: int, draw: int) -> int:
-    """The seed of the directions of draw number 0, 1, 2, … of an estimate's seed."""
+    """Return the seed for the directions of draw number 0, 1, 2, … of an estimate with this seed."""
     return randomness.derive(seed, randomness.DIRECTION, draw) if draw else seed
 
 
 @dataclass(frozen=True)
 class Directions:
-    """b directions of one distribution for the leaves of φ, or for those of their entries that a mask names.
+    """b random directions of one distribution, for all entries of φ or for those that a mask selects.
 
     >>> like = [torch.zeros(3, 2), torch.zeros(())]
     >>> [v.shape for v in Directions("rademacher", 0, 5, like).draw(range(5))]
@@ -156,32 +165,32 @@ class Directions:
     like: Sequence[Tensor]
     """The leaves of φ."""
     support: Sequence[Tensor] | None = None
-    """For each leaf a mask of the entries on which directions may differ from 0; `None` for all."""
+    """A mask for each leaf of the entries on which directions may differ from 0; `None` for all entries."""
 
     @property
     def distribution(self) -> Distribution:
-        """How they are drawn."""
+        """The distribution of the directions."""
         return distribution(self.name)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the leaves; of a leaf under a mask, the number of its entries."""
+        """The shapes of the leaves. With a mask, each shape is the number of entries that the mask selects."""
         if self.support is None:
             return [tuple(leaf.shape) for leaf in self.like]
         return [(int(mask.sum()),) for mask in self.support]
 
     @property
     def size(self) -> int:
-        """N, or how much of it the mask leaves."""
+        """N, the number of entries in which directions may differ from 0."""
         return _size(self.shapes)
 
     @property
     def leaves(self) -> list[int]:
-        """For distributions by leaf: the leaf of each direction."""
+        """The number of the leaf in which each direction lies, for distributions with `by_leaf`."""
         return [leaf_of(self.seed, i, len(self.like)) for i in range(self.count)]
 
     def draw(self, indices: Sequence[int]) -> list[Tensor]:
-        """Directions of those numbers, `[len(indices), *leaf.shape]` for each leaf."""
+        """Draw the directions with these numbers, `[len(indices), *leaf.shape]` for each leaf."""
         shapes = self.shapes
         flat = torch.from_numpy(self.distribution.sample(self.seed, indices, shapes))
         result, start = [], 0
@@ -198,7 +207,10 @@ class Directions:
         return result
 
     def variance(self, slopes: Tensor) -> float:
-        """An unbiased estimate of E‖(1/b) Σ w_i v_i − ∇h‖² from the slopes w_i `[b]`; exact zeros for a whole basis."""
+        """Return an unbiased estimate of E‖(1/b) Σ w_i v_i − ∇h‖² from the slopes w_i `[b]`.
+
+        The estimate is exactly 0 for a whole basis.
+        """
         excess = self.distribution.excess(self.shapes, self.count)
         if self.distribution.by_leaf:
             excess = excess[np.asarray(self.leaves)]
@@ -206,7 +218,15 @@ class Directions:
         return float((weights * slopes.double().square()).sum()) / self.count**2
 
     def require_count(self, exact_instead: str) -> None:
-        """Raise when there are more directions than meta parameters, where the exact gradient is cheaper."""
+        """Raise if the number of directions does not fit the meta parameters.
+
+        Args:
+            exact_instead: how to compute the exact gradient, for the error message.
+
+        Raises:
+            ValueError: there are more directions than meta parameters, so that the exact gradient is cheaper, or the
+                distribution goes by leaf and the number is not a multiple of the number of leaves.
+        """
         if self.count > self.size:
             raise ValueError(
                 f"directions={self.count} for {self.size} {'' if self.support is None else 'reached '}meta "
@@ -216,5 +236,5 @@ class Directions:
         if self.distribution.by_leaf and self.count % len(self.like):
             raise ValueError(
                 f'directions={self.count} with distribution="{self.name}": each of the {len(self.like)} tensors in '
-                f"meta takes its turn, so take a multiple of {len(self.like)}"
+                f"meta needs as many directions, so take a multiple of {len(self.like)}"
             )

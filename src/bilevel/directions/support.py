@@ -1,4 +1,4 @@
-"""Finds the meta parameters that an inner loop depends on; all others have derivative zero and need no directions."""
+"""Find the meta parameters that an inner loop depends on. All others have derivative zero and need no directions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bilevel.unrolling.unroll import Unroll
 
 
 def reached(run: Unroll) -> list[Tensor]:
-    """Return for each leaf of φ a mask of the entries on which θ_0, an inner step or the outer loss depends.
+    """Return a mask for each leaf of φ of the entries on which θ_0, an inner step or the outer loss depends.
 
-    Entry j counts if uᵀB_t is not zero there for a random normal u, t = 0..T, or ∂outer/∂φ_j is not: if column j of B_t
-    is not zero, uᵀB_t vanishes there with probability 0. One vector-Jacobian product of each step: about 3T units, and
-    the memory of one step.
+    Entry j is in the mask if (uᵀB_t)_j ≠ 0 for a random normal u at any t = 0..T, or if ∂outer/∂φ_j ≠ 0. If column j of
+    B_t is not zero, (uᵀB_t)_j is zero with probability 0. The cost is one vector-Jacobian product for each step, about
+    3T units in total. The memory is that of one step.
     """
     masks = [torch.zeros_like(leaf, dtype=torch.bool) for leaf in trees.leaves(run.meta)]
 

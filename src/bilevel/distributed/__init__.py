@@ -1,4 +1,4 @@
-"""Several processes at one estimate: the workers, who does which part of the work, and what they send each other."""
+"""Several processes that compute one estimate: the workers, the assignment of work, and their communication."""
 
 from bilevel.distributed.workers import (
     TIMEOUT,

@@ -1,14 +1,14 @@
-"""What workers send each other for an estimate from b directions of N numbers.
+"""The communication of workers for an estimate from b directions of N numbers.
 
-The slopes, one number for each direction, every worker needs in any case: for the standard error, and because a control
-variate's scale is fitted to all of them. The gradient (1/b) Σ w_i v_i can then be put together in two ways:
+Every worker needs all slopes, one number for each direction: for the standard error, and because a control variate's
+scale is fitted to all of them. The gradient (1/b) Σ w_i v_i can then be computed in two ways:
 
 - `"slopes"`: every worker draws all b directions again and adds them up in the same order. Nothing more is sent, and
-  the sum is the same to the last bit for any number of workers.
+  the sum is exactly the same for any number of workers.
 - `"gradient"`: every worker adds up its own directions, and one all-reduce adds up those N numbers.
 
-Both give the same up to the order of the sum. `"auto"` takes the one that takes less time by the constants below; it
-depends on b, N and the number of workers alone, so it is the same in every run.
+The results are the same up to the order of the sum. `"auto"` selects the way that takes less time by the constants
+below. The choice depends only on b, N and the number of workers, so it is the same in every run.
 """
 
 from __future__ import annotations
@@ -22,16 +22,24 @@ Exchange: TypeAlias = Literal["auto", "slopes", "gradient"]
 EXCHANGES = ("auto", "slopes", "gradient")
 
 SECONDS_PER_ENTRY = 1e-8
-"""Of drawing and adding up one entry of a direction on one core: 2 ns for signs, 12 for normal numbers, 23 for an
-orthogonal basis (`python benchmarks/scaling.py --draws`), and several times that where memory is contended for."""
+"""The time to draw and add up one entry of a direction on one core. It is 2 ns for signs, 12 ns for normal numbers and
+23 ns for an orthogonal basis (`python benchmarks/scaling.py --draws`), and several times as long if other processes use
+the memory's bandwidth."""
 BYTES_PER_SECOND = 1.25e9
-"""Of a link between two workers: ten-gigabit Ethernet."""
+"""The bandwidth of a link between two workers, for ten-gigabit Ethernet."""
 SECONDS_PER_MESSAGE = 1e-4
-"""Of the smallest message."""
+"""The time for the smallest message."""
 
 
 def chosen(exchange: Exchange, directions: int, meta_size: int, workers: int, bytes_per_number: int = 4) -> str:
-    """`"slopes"` or `"gradient"`, also where "auto" was asked for.
+    """Return the way in which the gradient is computed, `"slopes"` or `"gradient"`.
+
+    Args:
+        exchange: the user's choice, which may be "auto".
+        directions: b, the number of directions.
+        meta_size: N, the number of meta parameters.
+        workers: the number of workers.
+        bytes_per_number: the size of a number of the gradient.
 
     >>> chosen("auto", directions=16, meta_size=640, workers=2)
     'slopes'
@@ -47,21 +55,29 @@ def chosen(exchange: Exchange, directions: int, meta_size: int, workers: int, by
 
 
 def gathered_bytes(numbers: int, workers: int) -> float:
-    """What a worker sends until everybody has so many numbers, in float64, round a ring."""
+    """Return the bytes that a worker sends in an all-gather of this many float64 numbers around a ring."""
     return 8 * numbers * (workers - 1) / workers
 
 
 def reduced_bytes(numbers: int, workers: int, bytes_per_number: int) -> float:
-    """What a worker sends in an all-reduce of so many numbers, round a ring."""
+    """Return the bytes that a worker sends in an all-reduce of this many numbers around a ring."""
     return 2 * bytes_per_number * numbers * (workers - 1) / workers
 
 
 def sent_bytes(
     how: str, directions: int, meta_size: int, workers: int, bytes_per_number: int = 4, variates: int = 0
 ) -> float:
-    """What a worker sends for one estimate; see `chosen` for `how`.
+    """Return the bytes that a worker sends for one estimate, as a mean over the workers.
 
-    Control variates that were dealt out go from whoever computed them to all the others; the mean over the workers.
+    Each control variate that is assigned to a worker is sent from that worker to all others.
+
+    Args:
+        how: "slopes" or "gradient", the result of `chosen`.
+        directions: b, the number of directions.
+        meta_size: N, the number of meta parameters.
+        workers: the number of workers.
+        bytes_per_number: the size of a number of the gradient.
+        variates: the number of control variates that are assigned to workers.
 
     >>> sent_bytes("slopes", 16, 640, 2), sent_bytes("gradient", 16, 640, 2)
     (64.0, 2624.0)
@@ -74,6 +90,6 @@ def sent_bytes(
 
 
 def partners(exchange: Exchange, directions: int, meta_size: int, bytes_per_number: int, workers: Workers) -> Workers:
-    """Return the workers who share the adding up of directions: all of them, or this one alone."""
+    """Return the workers that share the sum over directions: all of them, or only this one."""
     how = chosen(exchange, directions, meta_size, workers.size, bytes_per_number)
     return workers if how == "gradient" else Workers()

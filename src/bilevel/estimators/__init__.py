@@ -12,7 +12,10 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.persistent_es import PersistentES
 from bilevel.estimators.reverse import Reverse
+from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.streaming_forward_gradient import StreamingForwardGradient
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.variates import Variate
@@ -30,7 +33,10 @@ __all__ = [
     "ForwardGradient",
     "HessianFree",
     "Implicit",
+    "Penalty",
+    "PersistentES",
     "Reverse",
+    "SingleLoop",
     "Slopes",
     "StreamingForwardGradient",
     "TruncatedReverse",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,11 +15,15 @@ from torch import Tensor
 from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
-from bilevel.models.conversion import as_plain_tree
+from bilevel.estimators.differentiable_value import differentiable_value
+from bilevel.estimators.reverse_pass import ReversePass
+from bilevel.models.conversion import as_plain_tree, original_tensors
 from bilevel.models.module_view import modules_in
+from bilevel.models.numpy_forms import as_tensors, in_form_of
+from bilevel.models.sharing import leaves_once
 from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
 from bilevel.trees import Tree
-from bilevel.unrolling import diagnosis, vectorised_steps
+from bilevel.unrolling import argument_checks, diagnosis, short_check, vectorised_steps
 from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import Unroll, unroll
 from bilevel.vectorised_tasks import Tasks, joined
@@ -26,11 +31,35 @@ from bilevel.vectorised_tasks import Tasks, joined
 
 @dataclass(frozen=True)
 class Estimate:
-    """A hypergradient and what is known about it.
+    """A hypergradient, and what is known about it.
+
+    Attributes:
+        value: the outer loss h(φ); `[m]` for a vector of outer losses. If meta parameters require gradients,
+            `value.backward()` adds cotangent · `grad` to them, so that an estimate is one more term of a loss in any
+            training loop. The meta parameters may be those of a module, or tensors that a network computes. Under
+            `torch.no_grad()`, or where no meta parameter requires gradients, it is a tensor without a graph. A second
+            `backward()` needs `retain_graph=True`, as in PyTorch. `create_graph=True` raises a
+            `MissingDerivativeError`, because the derivative of `grad` is not computed. All other fields are detached.
+            For a vector, call `backward()` on a scalar made from it.
+        grad: an estimate of ∇h, with the structure of `meta`, and NumPy arrays and floats where `meta` has them. For an
+            `nn.Module` it is a dict from parameter name to tensor. For a vector of outer losses its leaves are
+            `[m, *leaf.shape]`.
+        state: the final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its
+            parameters and running statistics, in the form that the module's `load_state_dict` takes.
+        standard_error: the estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method.
+            For a vector of outer losses it is a tensor `[m]`, one error for each.
+        diagnostics: what the method observed on the way, such as the residual of a linear solve. Where an operation has
+            no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the inner steps and
+            functions whose tangents took another route. The same names with `_units` say what they cost in inner
+            gradients. Where the short check is on (in `fit`, or by `bilevel.experimental.short_check(True)`), `checked`
+            is a text that says what was verified for this kind of problem, and when.
+        carried: the end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from
+            there.
+        compile_seconds: wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up
+            for the first time.
 
     An outer loss that returns a vector `[m]` stands for m outer losses of one inner loop, such as one for each query or
-    validation example. The value and the standard error are then `[m]`, and the leaves of the gradient
-    `[m, *leaf.shape]`: the numbers of m separate estimates at the same seed, for one inner loop.
+    validation example. The numbers are those of m separate estimates at the same seed, for one inner loop:
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -42,31 +71,43 @@ class Estimate:
     >>> estimate = bilevel.Reverse()(problem, torch.ones(2), 2, outer_batch=torch.zeros(3, 2))
     >>> estimate.value.shape, estimate.grad.shape
     (torch.Size([3]), torch.Size([3, 2]))
+
+    An estimate as a term of a loss in a loop of one's own:
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.GradientDescent(
+    ...     inner_loss=lambda theta, phi, batch: 0.5 * (theta - phi) ** 2,
+    ...     outer_loss=lambda theta, phi, batch: 0.5 * (theta - 3.0) ** 2,
+    ...     params=torch.tensor(0.0),
+    ...     optimizer=bilevel.optimizer(torch.optim.SGD, lr=0.5),
+    ... )
+    >>> phi = torch.nn.Parameter(torch.tensor(0.0))
+    >>> optimizer = torch.optim.SGD([phi], lr=0.5)
+    >>> for number in range(50):
+    ...     loss = bilevel.Reverse()(problem, phi, 10, seed=number).value + 0.001 * phi.square()
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> round(phi.item(), 2)
+    3.0
     """
 
     value: Tensor
-    """The outer loss h(φ); `[m]` for a vector of outer losses."""
     grad: Tree
-    """An estimate of ∇h, with the structure of `meta`; for an `nn.Module`, a dict from parameter name to tensor. For a
-    vector of outer losses its leaves are `[m, *leaf.shape]`."""
     state: Tree
-    """The final inner state θ_T. If the inner loop trains a module, `state.params.state_dict()` has its parameters and
-    running statistics, in the form that the module's `load_state_dict` takes."""
     standard_error: float | Tensor | None = None
-    """Estimated √E‖grad − ∇h‖² over the random directions; `None` for a deterministic method. For a vector of outer
-    losses a tensor `[m]`, one error for each."""
-    diagnostics: Mapping[str, float] = field(default_factory=dict)
-    """What the method observed on the way, such as the residual of a linear solve.
-
-    Where an operation has no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the
-    inner steps and functions whose tangents took another route. The same names with `_units` say what they cost in
-    inner gradients.
-    """
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
     carried: WindowEnd | None = None
-    """The end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from there."""
     compile_seconds: float = 0.0
-    """Wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up for the first time.
-    """
+
+    def __repr__(self) -> str:
+        value = f"{self.value.item():.6g}" if self.value.ndim == 0 else trees.summary(self.value)
+        error = ""
+        if isinstance(self.standard_error, Tensor):
+            error = f", standard_error={trees.summary(self.standard_error)}"
+        elif self.standard_error is not None:
+            error = f", standard_error={self.standard_error:.3g}"
+        return f"Estimate(value={value}, grad: {trees.summary(self.grad)}{error})"
 
 
 @dataclass(frozen=True)
@@ -75,6 +116,8 @@ class Estimator(ABC):
 
     needs_derivatives: ClassVar[bool] = True
     """Whether the inner loop is differentiated; if so, a `BlackBox` is refused."""
+    is_biased: ClassVar[bool] = False
+    """Whether an estimate differs from ∇h by more than rounding and the spread of random directions, by design."""
     is_random: ClassVar[bool]
     """Whether an estimate depends on random directions that the estimator draws itself. Every estimator states it.
 
@@ -103,9 +146,10 @@ class Estimator(ABC):
 
         Args:
             problem: a `Problem`, `GradientDescent` or (for `ZerothOrder`) `BlackBox`.
-            meta: φ: a tensor, a tree of tensors, or an `nn.Module`. It is not changed.
+            meta: φ: a tensor, a tree of tensors, or an `nn.Module`. It is not changed. NumPy arrays and Python floats
+                are taken too. Losses receive tensors for them, and `grad` has arrays and floats in their places.
             inner_batches: T batches by random access, one for each inner step; or the whole number T for a problem
-                without data; `None` for a black box.
+                without data; or batches of a dataset by `bilevel.epochs`; `None` for a black box.
             outer_batch: passed to the outer loss.
             seed: determines every random number: directions, dropout, random initialisation.
             carried: `estimate.carried` of the call before, for an inner loop that goes on from call to call (a stream),
@@ -116,22 +160,36 @@ class Estimator(ABC):
             NonFiniteError: the outer loss, an inner state or the hypergradient is NaN or infinite.
             NoDependenceError: the inner loop does not use the meta parameters, or the outer loss not the inner state.
             MissingDerivativeError: an operation lacks the derivative this method needs.
+            CheckError: the short check, if it is on, found the loop, or a derivative of a step, to be wrong (see
+                `bilevel.experimental.short_check`).
             TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
         """
         problem = as_problem(problem)
-        if problem.is_black_box and self.needs_derivatives:
-            raise TypeError(
-                f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
-                "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
-            )
+        self.require_derivatives_of(problem)
         run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
+        checked = None if self.computes_steps_once else short_check.checked_once(run, meta)
         with randomness.preserved(), autodiff.noted_routes() as routes:
             resolved = self.resolved(run)
             if isinstance(problem, Tasks) and (parts := problem.parts()):
                 found = _of_parts(resolved, run, problem, parts)
             else:
                 found = resolved._of(run)
-        return replace(found, compile_seconds=compile_seconds() - before, diagnostics={**found.diagnostics, **routes})
+        gradients = leaves_once(found.grad, run.meta)
+        return replace(
+            found,
+            value=differentiable_value(found.value, gradients, original_tensors(as_tensors(meta))),
+            grad=in_form_of(meta, found.grad),
+            compile_seconds=compile_seconds() - before,
+            diagnostics={**found.diagnostics, **routes, **({} if checked is None else {"checked": checked})},
+        )
+
+    def require_derivatives_of(self, problem: BilevelProblem) -> None:
+        """Raise if this estimator differentiates the inner loop, and the problem is a black box."""
+        if problem.is_black_box and self.needs_derivatives:
+            raise TypeError(
+                f"{type(self).__name__} differentiates the inner loop, and a BlackBox has no derivatives; take "
+                "ZerothOrder(directions, step_size), or describe the steps with bilevel.Problem"
+            )
 
     # -- what an estimator says about itself ---------------------------------------------------------------------
 
@@ -157,9 +215,28 @@ class Estimator(ABC):
             losses: m, the number of entries of the outer loss; 1 for a scalar.
         """
 
+    def reverse_pass(self, run: Unroll) -> ReversePass:  # noqa: ARG002
+        """Run the inner loop, and return the way from its final state back to the meta parameters.
+
+        `bilevel.solve` makes the final state differentiable with it. An estimator without such a way raises.
+
+        Raises:
+            TypeError: this estimator does not go back from the final state.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no reverse pass, which makes the state of bilevel.solve differentiable: take "
+            "Reverse(), TruncatedReverse(steps), Implicit() or HessianFree(). Any estimator gives the derivative of an "
+            "outer loss: estimator(problem, meta, inner_batches, outer_batch).value.backward()"
+        )
+
     def resolved(self, run: Unroll) -> Estimator:  # noqa: ARG002
         """Return the estimator that makes the estimate of this inner loop: itself, unless it chooses another one."""
         return self
+
+    @property
+    def computes_steps_once(self) -> bool:
+        """Whether each inner step is computed once, so that losses may have a memory; they are not checked then."""
+        return False
 
     @property
     def first_order(self) -> bool:
@@ -169,11 +246,16 @@ class Estimator(ABC):
     # -- the estimate ----------------------------------------------------------------------------------------------
 
     def _of(self, run: Unroll) -> Estimate:
+        with self.kernels(run):
+            if self.needs_derivatives and not self.first_order:
+                _verify_tasks(run)
+            return _checked(run, self._estimate(run))
+
+    def kernels(self, run: Unroll) -> AbstractContextManager[None]:
+        """Context in which PyTorch takes kernels with the derivatives that this estimator needs."""
         if not self.needs_derivatives or self.first_order:
-            return _checked(run, self._estimate(run))
-        with autodiff.differentiable_kernels(modules_in([run.meta, run.start()])):  # which is not held any longer
-            _verify_tasks(run)
-            return _checked(run, self._estimate(run))
+            return nullcontext()
+        return autodiff.differentiable_kernels(modules_in([run.meta, run.start()]))  # which is not held any longer
 
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:
@@ -265,6 +347,16 @@ def _require_shapes(run: Unroll, estimate: Estimate) -> None:
 def like_meta(run: Unroll, tensors: list[Tensor]) -> Tree:
     """Tensors for the leaves of φ as a tree like φ."""
     return trees.split(run.meta).rebuild(tensors)
+
+
+def require_one_outer_loss(estimator: Estimator, value: Tensor) -> None:
+    """Raise if `outer_loss` returned a vector of losses, for a method that takes a single one."""
+    argument_checks.one_outer_loss(
+        value,
+        f"{type(estimator).__name__} takes",
+        ", call it once for each with an outer_loss that returns that entry, or take Reverse, Implicit, HessianFree, "
+        "ForwardGradient or ZerothOrder, which take the vector as it is",
+    )
 
 
 def require_gradient_descent(run: Unroll, estimator: Estimator) -> GradientDescent:

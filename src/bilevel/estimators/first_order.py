@@ -12,7 +12,7 @@ from bilevel.errors import NoDependenceError
 from bilevel.estimators.base import Estimate, Estimator, like_meta
 from bilevel.problem import Descent
 from bilevel.trees import Tree
-from bilevel.unrolling.finite_differences import outer_gradients
+from bilevel.unrolling.first_order import outer_gradients
 from bilevel.unrolling.unroll import Losses, Unroll
 
 
@@ -47,6 +47,7 @@ class FirstOrder(Estimator):
     tensor([1., 1.])
     """
 
+    is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002

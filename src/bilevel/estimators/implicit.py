@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from bilevel import autodiff, checks, trees
 from bilevel.errors import NoDependenceError, NonFiniteError
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
+from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.problem import Descent, GradientDescent
 from bilevel.solvers import ConjugateGradient, LinearSolver
+from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.unroll import Losses, Unroll
 
@@ -32,8 +35,8 @@ class Implicit(Estimator):
     where that acts through the gradient.
 
     Args:
-        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)`, `Neumann(...)` or
-            `Nystrom(...)`.
+        solver: how Hλ = d is solved without forming H: `ConjugateGradient(...)`, `Neumann(...)`, `Nystrom(...)`, or
+            `EmpiricalFisher(...)`, which is made from the gradients of the inner steps.
         batches: g is the mean over the last so many inner batches.
 
     Cost: T + 3 + 2·products units: T for the inner loop, 1 for a gradient with its graph, 2 for each of the solver's
@@ -61,6 +64,7 @@ class Implicit(Estimator):
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)
     batches: int = 1
+    is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -75,16 +79,50 @@ class Implicit(Estimator):
         # For each batch: the gradient with its graph, and two units for each product with H and for the one with Y.
         return steps + self.batches * (1.0 + 2.0 * losses * (self.solver.products + 1))
 
+    def reverse_pass(self, run: Unroll) -> ReversePass:
+        self._problem_of(run)
+        solver, final = self._after_inner_loop(run)
+        return StationaryPoint(run, final, lambda *through: self._through(run, solver, *through)[0])
+
     def _estimate(self, run: Unroll) -> Estimate:
+        self._problem_of(run)
+        solver, state = self._after_inner_loop(run)
+        value, d, c = run.outer_cotangents(state)
+        grad, diagnostics = self._through(run, solver, state, d, c, Losses.of(value).number)
+        return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
+
+    def _problem_of(self, run: Unroll) -> GradientDescent:
         problem = require_gradient_descent(run, self)
         if self.batches > run.steps:
             raise ValueError(
                 f"Implicit(batches={self.batches}) of an inner loop with {run.steps} batches; take batches <= "
                 f"{run.steps}"
             )
-        state: Descent = run.final_state()
-        value, d, c = run.outer_cotangents(state)
-        reached: list[bool] = []
+        return problem
+
+    def _after_inner_loop(self, run: Unroll) -> tuple[LinearSolver, Descent]:
+        """Return θ_T, and the solver, made from the gradients on the way if it needs them."""
+        if not self.solver.gradients_wanted:
+            return self.solver, run.final_state()
+        last: deque[list[Tensor | None]] = deque(maxlen=self.solver.gradients_wanted)
+        state: Descent = run.final_state(seen=last.append)
+        gradients = [trees.detach(autodiff.fill_zeros(gradient, state.params)) for gradient in last]
+        return self.solver.with_gradients(gradients), state
+
+    def _through(
+        self,
+        run: Unroll,
+        solver: LinearSolver,
+        state: Descent,
+        d: Sequence[Tensor],
+        c: list[Tensor],
+        count: int | None,
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Return c − λᵀY with Hλ = d, and what the solver observed.
+
+        With a count m, the leaves of d and c have a leading axis of that length, for m outer losses.
+        """
+        problem, reached = self._problem_of(run), list[bool]()
         jacobian = stationarity_transpose(run, problem, state, self.batches, reached)
         theta = trees.split(state.params).differentiable
         # Neither the optimiser's memory nor parameters that g does not reach are part of the solution.
@@ -93,9 +131,9 @@ class Implicit(Estimator):
         def hessian(vector: Sequence[Tensor]) -> list[Tensor]:
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
 
-        sides = [[part[j] for part in d] for j in range(len(value))] if value.ndim else [d]
+        sides = [[part[j] for part in d] for j in range(count)] if count is not None else [d]
         with trees.without_autocast():
-            solutions = [self.solver.solve(hessian, side) for side in sides]
+            solutions = [solver.solve(hessian, side) for side in sides]
         for solution in solutions:
             if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
                 raise NonFiniteError(
@@ -104,18 +142,44 @@ class Implicit(Estimator):
                     last_finite_state=state,
                 )
         vector = solutions[0].x
-        if value.ndim:
+        if count is not None:
             vector = [torch.stack(parts) for parts in zip(*(solution.x for solution in solutions), strict=True)]
-        grad = subtract_mixed_product(run, problem, state, c, jacobian, vector, Losses.of(value).number)
+        grad = subtract_mixed_product(run, problem, state, c, jacobian, vector, count)
         left = next((solution for solution in solutions if not solution.converged), None)
         if left is not None:
-            warnings.warn(f"Implicit: {left.message}", stacklevel=4)  # where the estimator was called
+            warnings.warn(f"Implicit: {left.message}", stacklevel=5)  # where the estimator was called
         diagnostics = {
             "solver_iterations": float(max(solution.iterations for solution in solutions)),
             "solver_residual": max(solution.residual for solution in solutions),
             "gradient_norm": float(trees.squared_norm(jacobian.value).sqrt()),
         }
-        return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
+        return grad, diagnostics
+
+
+class StationaryPoint(ReversePass):
+    """Multiplies by what stands for dθ_T/dφ at a stationary point; nothing is kept but the final state."""
+
+    def __init__(
+        self,
+        run: Unroll,
+        state: Descent,
+        through: Callable[[Descent, Sequence[Tensor], list[Tensor], int | None], list[Tensor]],
+    ) -> None:
+        """`through(state, d, c, count)` returns c + d · dθ_T/dφ; with a count, for a leading axis of that length."""
+        self._run, self._through = run, through
+        self.from_start = False
+        self.state = state
+
+    def pull_back(
+        self,
+        last: Tree,
+        d: Sequence[Tensor],
+        keep: bool = False,  # noqa: ARG002
+        count: int | None = None,
+    ) -> list[Tensor]:
+        meta = self._run.meta
+        zeros = autodiff.fill_zeros([None] * len(trees.split(meta).differentiable), meta, count)
+        return self._through(last, d, zeros, count)
 
 
 def stationarity_transpose(
@@ -125,11 +189,18 @@ def stationarity_transpose(
 
     g is the mean over the last `batches` batches. `reached`, if given, is filled with whether g reaches each leaf of θ.
     """
+    return stationarity_transpose_at(run, problem, state, range(run.steps - batches, run.steps), reached)
+
+
+def stationarity_transpose_at(
+    run: Unroll, problem: GradientDescent, state: Descent, steps: Sequence[int], reached: list[bool] | None = None
+) -> autodiff.Transpose:
+    """Evaluate (θ, φ) ↦ ∇_θ g at a state, where g is the mean over the batches of these inner steps."""
 
     def gradient(params: trees.Tree, meta: trees.Tree) -> list[Tensor]:
         moved = state._replace(params=params)
         each = []
-        for t in range(run.steps - batches, run.steps):
+        for t in steps:
             each.append(run.at_step(t, lambda batch: problem.stationarity(moved, meta, batch)))
         if reached is not None:
             reached[:] = [any(part is not None for part in parts) for parts in zip(*each, strict=True)]
@@ -155,13 +226,13 @@ def subtract_mixed_product(
     """
     mixed = (jacobian(vector, of=[1], keep=False) if count is None else jacobian.many_or_none(vector, of=[1]))[0]
     if all(part is None for part in mixed):
-        _require_dependence_of_loss(run, problem, state)
+        require_dependence_of_loss(run, problem, state)
     if not any(part is not None and bool(part.any()) for part in mixed):
         diagnosis.require_finite_losses(run)
     return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta, count), strict=True)]
 
 
-def _require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
+def require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:
     """Raise unless ∇_θ g is computed from φ on some batch, if not on the last ones."""
     meta = autodiff.start_graph(run.meta)
     for t in range(run.steps):

@@ -13,11 +13,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from bilevel import checks
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.variates import CoarserProblem, RunningMean, Variate
-from bilevel.solvers import ConjugateGradient, LinearSolver, Neumann, Nystrom
+from bilevel.solvers import ConjugateGradient, EmpiricalFisher, LinearSolver, Neumann, Nystrom
 
-SOLVERS: tuple[type[LinearSolver], ...] = (ConjugateGradient, Neumann, Nystrom)
+SOLVERS: tuple[type[LinearSolver], ...] = (ConjugateGradient, Neumann, Nystrom, EmpiricalFisher)
 """The solvers that a text may name."""
 VARIATES: tuple[type[Variate], ...] = (CoarserProblem, RunningMean)
 """The control variates, besides estimators, that a text may name."""
@@ -27,10 +28,10 @@ Kind = TypeVar("Kind")
 def kebab(name: str) -> str:
     """Return a class name in kebab case.
 
-    >>> kebab("ForwardGradient")
-    'forward-gradient'
+    >>> kebab("ForwardGradient"), kebab("PersistentES")
+    ('forward-gradient', 'persistent-es')
     """
-    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
 def by_name(kinds: Sequence[type[Kind]]) -> dict[str, type[Kind]]:
@@ -55,7 +56,9 @@ def read(text: str, estimators: Sequence[type[Estimator]]) -> tuple[type[Estimat
     name, settings = _name_and_settings(text)
     known = by_name(estimators)
     if name not in known:
-        raise ValueError(f"there is no estimator {name!r}; there are {', '.join(known)}")
+        raise ValueError(
+            f"there is no estimator {name!r}{checks.did_you_mean(name, known)}; there are {', '.join(known)}"
+        )
     return known[name], settings
 
 
@@ -92,7 +95,8 @@ def _build(kind: type[Any], settings: dict[str, Any], estimators: Sequence[type[
     for setting in settings:
         if setting not in known:
             has = ", ".join(known) if known else "none"
-            raise ValueError(f"{name} has no setting {setting!r}; its settings: {has}")
+            meant = checks.did_you_mean(setting, known)
+            raise ValueError(f"{name} has no setting {setting!r}{meant}; its settings: {has}")
     solver = settings.get("solver")
     if "solver" in settings and not isinstance(solver, LinearSolver):
         settings = {**settings, "solver": _solver(str(solver))}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from bilevel import autodiff, checks
 from bilevel.estimators.base import Estimate, Estimator, like_meta
+from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.trees import Tree
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.checkpoint_schedules import Checkpoints, Trail
@@ -79,28 +84,94 @@ class Reverse(Estimator):
         made = checkpoint_schedules.steps_computed(steps, checkpoint_schedules.slots(self.checkpoints, steps))
         return made + there_and_back
 
-    def _estimate(self, run: Unroll) -> Estimate:
+    @property
+    def computes_steps_once(self) -> bool:
+        return self.checkpoints == "graph"
+
+    def reverse_pass(self, run: Unroll) -> ReversePass:
         if self.checkpoints == "graph":
-            return _through_one_graph(run, self.chunk_size)
-        with Trail(run, self.checkpoints, self.offload) as trail:
-            state = trail.descend()
-            value, d, c = run.outer_cotangents(state)
-            losses = Losses.of(value, self.chunk_size)
-            through = run.pull_back(trail.backwards(), state, d, losses)
-        run.pull_back_init(d, through, losses)
-        return Estimate(value, like_meta(run, run.add_explicit(through, c)), state)
+            return _OneGraph(run, self.chunk_size)
+        return _StepByStep(run, self.checkpoints, self.offload, self.chunk_size)  # pyright: ignore[reportArgumentType]
+
+    def _estimate(self, run: Unroll) -> Estimate:
+        return estimate_by(self.reverse_pass(run), run)
 
 
-def _through_one_graph(run: Unroll, chunk_size: int | None) -> Estimate:
-    def final_state(meta: Tree) -> Tree:
-        state = run.init(meta)
-        for t in range(run.steps):
-            state = run.step(t, state, meta)
-        return state
+def estimate_by(way: ReversePass, run: Unroll) -> Estimate:
+    """Return the estimate d · dθ_T/dφ + c that a reverse pass gives, and close the pass."""
+    with way:
+        value, d, c = run.outer_cotangents(way.state)
+        through = way.pull_back(way.state, d, count=Losses.of(value).number)
+    return Estimate(value, like_meta(run, run.add_explicit(through, c, way.from_start)), way.state)
 
-    jacobian = autodiff.Transpose(final_state, [run.meta], run.memory)
-    value, d, c = run.outer_cotangents(jacobian.value)
-    count = Losses.of(value).number
-    (through,) = jacobian(d, keep=False) if count is None else jacobian.many_or_none(d, at_once=chunk_size)
-    grad = run.add_explicit(autodiff.fill_zeros(through, run.meta, count), c)
-    return Estimate(value, like_meta(run, grad), jacobian.value)
+
+class _StepByStep(ReversePass):
+    """Goes back through all steps from kept states, each of which is used up."""
+
+    def __init__(self, run: Unroll, checkpoints: Checkpoints, offload: Offload, chunk_size: int | None) -> None:
+        self._run, self._chunk_size = run, chunk_size
+        self._checkpoints: Checkpoints = checkpoints
+        self._offload: Offload = offload
+        self._trail: Trail | None = None
+        self.state = self._descend()
+
+    def _descend(self) -> Tree:
+        trail = Trail(self._run, self._checkpoints, self._offload)
+        self.close = weakref.finalize(self, trail.__exit__)  # pyright: ignore[reportAttributeAccessIssue]
+        self._trail = trail.__enter__()
+        try:
+            return trail.descend()
+        except BaseException:
+            self.close()
+            raise
+
+    def pull_back(
+        self,
+        last: Tree,
+        d: Sequence[Tensor],
+        keep: bool = False,  # noqa: ARG002
+        count: int | None = None,
+    ) -> list[Tensor]:
+        if self._trail is None:
+            self._descend()
+        assert self._trail is not None
+        trail, self._trail, cotangents = self._trail, None, list(d)
+        losses = Losses(count, self._chunk_size)
+        try:
+            through = self._run.pull_back(trail.backwards(), last, cotangents, losses)
+        finally:
+            self.close()
+        self._run.pull_back_init(cotangents, through, losses)
+        return through
+
+
+class _OneGraph(ReversePass):
+    """Holds the graph of all steps."""
+
+    def __init__(self, run: Unroll, chunk_size: int | None) -> None:
+        def final_state(meta: Tree) -> Tree:
+            state = run.init(meta)
+            for t in range(run.steps):
+                state = run.step(t, state, meta)
+            return state
+
+        self._meta, self._chunk_size = run.meta, chunk_size
+        self._jacobian: autodiff.Transpose | None = autodiff.Transpose(final_state, [run.meta], run.memory)
+        self.state = self._jacobian.value
+
+    def pull_back(
+        self,
+        last: Tree,  # noqa: ARG002
+        d: Sequence[Tensor],
+        keep: bool = False,
+        count: int | None = None,
+    ) -> list[Tensor]:
+        assert self._jacobian is not None
+        if count is None:
+            (through,) = self._jacobian(d, keep=keep)
+        else:
+            (through,) = self._jacobian.many_or_none(d, at_once=self._chunk_size)
+        return autodiff.fill_zeros(through, self._meta, count)
+
+    def close(self) -> None:
+        self._jacobian = None

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from bilevel import checks
-from bilevel.estimators.base import Estimate, Estimator, like_meta
+from bilevel.estimators.base import Estimate, Estimator
+from bilevel.estimators.reverse import estimate_by
+from bilevel.estimators.reverse_pass import ReversePass
+from bilevel.trees import Tree
 from bilevel.unrolling.unroll import Losses, Unroll
 
 
@@ -43,6 +49,7 @@ class TruncatedReverse(Estimator):
 
     steps: int = 1
     chunk_size: int | None = None
+    is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -53,20 +60,50 @@ class TruncatedReverse(Estimator):
     def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         return steps + (1.0 + 2.0 * losses) * self.steps
 
-    def _estimate(self, run: Unroll) -> Estimate:
+    def reverse_pass(self, run: Unroll) -> ReversePass:
         if self.steps > run.steps:
             raise ValueError(
                 f"TruncatedReverse(steps={self.steps}) of an inner loop with {run.steps} steps; take steps <= "
                 f"{run.steps}, or Reverse() to go back through all of them"
             )
-        first = run.steps - self.steps
-        trail = [(first, run.descend(run.start(), stop=first))]
-        for t in range(first, run.steps - 1):
-            trail.append((t + 1, run.descend(trail[-1][1], t, t + 1)))
-        state = run.descend(trail[-1][1], run.steps - 1)
-        value, d, c = run.outer_cotangents(state)
-        losses = Losses.of(value, self.chunk_size)
-        through = run.pull_back((trail.pop() for _ in range(self.steps)), state, d, losses)
-        if first == 0:
-            run.pull_back_init(d, through, losses)
-        return Estimate(value, like_meta(run, run.add_explicit(through, c, from_start=first == 0)), state)
+        return _LastSteps(run, self.steps, self.chunk_size)
+
+    def _estimate(self, run: Unroll) -> Estimate:
+        return estimate_by(self.reverse_pass(run), run)
+
+
+class _LastSteps(ReversePass):
+    """Goes back through the last steps from the states before them, each of which is used up."""
+
+    def __init__(self, run: Unroll, steps: int, chunk_size: int | None) -> None:
+        self._run, self._first = run, run.steps - steps
+        self._chunk_size = chunk_size
+        self.from_start = self._first == 0
+        self._trail: list[tuple[int, Tree]] = []
+        self.state = self._descend()
+
+    def _descend(self) -> Tree:
+        run = self._run
+        self._trail = [(self._first, run.descend(run.start(), stop=self._first))]
+        for t in range(self._first, run.steps - 1):
+            self._trail.append((t + 1, run.descend(self._trail[-1][1], t, t + 1)))
+        return run.descend(self._trail[-1][1], run.steps - 1)
+
+    def pull_back(
+        self,
+        last: Tree,
+        d: Sequence[Tensor],
+        keep: bool = False,  # noqa: ARG002
+        count: int | None = None,
+    ) -> list[Tensor]:
+        if not self._trail:
+            self._descend()
+        trail, cotangents = self._trail, list(d)
+        losses = Losses(count, self._chunk_size)
+        through = self._run.pull_back((trail.pop() for _ in range(len(trail))), last, cotangents, losses)
+        if self.from_start:
+            self._run.pull_back_init(cotangents, through, losses)
+        return through
+
+    def close(self) -> None:
+        self._trail = []

@@ -101,15 +101,8 @@ class ZerothOrder(Estimator):
         slopes = everybodys_numbers("slopes", shares, mine, workers).to(value)
         still = ~slopes.any(0)
         if bool(still.any()):
-            which = f"entry {int(still.nonzero()[0])} of " if value.ndim else ""
-            same = float(value[still][0] if value.ndim else value)
-            warnings.warn(
-                f"ZerothOrder: {which}the outer loss is {same:.6g} to the last bit wherever meta moved by "
-                f"step_size={self.step_size:g}, so the estimate is zero: meta does not reach the outer loss, or "
-                f"step_size is too small for {value.dtype}, or (another seed helps then) all directions are at right "
-                "angles to the gradient",
-                stacklevel=4,
-            )
+            entry = int(still.nonzero()[0]) if value.ndim else None
+            warn_of_no_slopes("ZerothOrder", value, self.step_size, stacklevel=5, entry=entry)
         return directional.estimate_from_slopes(self, run, directions, value, state, slopes, gradients)
 
     def _slopes(self, run: Unroll, directions: Directions, numbers: Sequence[int]) -> tuple[Tensor, Tree, Tensor]:
@@ -145,6 +138,17 @@ class ZerothOrder(Estimator):
             what = f"the outer loss at {where} (finite at meta itself; a smaller step_size may help)"
             raise diagnosis.non_finite(run.at(_moved(run, directions, number, offset)), what, value, state)
         return value
+
+
+def warn_of_no_slopes(who: str, value: Tensor, step_size: float, stacklevel: int, entry: int | None = None) -> None:
+    """Warn that no difference of outer losses differs from zero; of a vector, the differences of one entry."""
+    which, same = ("", value) if entry is None else (f"entry {entry} of ", value[entry])
+    warnings.warn(
+        f"{who}: {which}the outer loss is {same.item():.6g} to the last bit wherever meta moved by "
+        f"step_size={step_size:g}, so the estimate is zero: meta does not reach the outer loss, or step_size is too "
+        f"small for {value.dtype}, or (another seed helps then) all directions are at right angles to the gradient",
+        stacklevel=stacklevel,
+    )
 
 
 def _moved(run: Unroll, directions: Directions, number: int, offset: float) -> Tree:

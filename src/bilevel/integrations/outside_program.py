@@ -1,4 +1,4 @@
-"""Another program as the inner solver: processes, several at once, with a time limit and second attempts."""
+"""Another program as the inner solver, run in several processes at once, with a time limit and further attempts."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from bilevel.errors import SolverError
 from bilevel.trees import Tree
 
 _LAST_WORDS = 300
-"""Characters of a failed program's messages that an error repeats."""
+"""The number of characters of a failed program's messages that an error message contains."""
 
 
 @dataclass(frozen=True)
 class FailedAttempt:
-    """One run of the program that gave no result."""
+    """A run of the program that gave no result."""
 
     meta: Tree
     attempt: int
-    """1 for the first."""
+    """The number of the attempt, counted from 1."""
     reason: str
 
 
 class OutsideProgram:
-    """Runs a program for each evaluation of an inner problem, in a folder of its own; for `BlackBox`.
-
-    Args:
-        command: `command(meta, folder) -> argv`: writes what the program reads into the (empty) folder and returns the
-            command line; the program runs inside that folder.
-        read: `read(folder) -> state`: the inner state from what the program left. Its standard output is in the file
-            `stdout`. What it raises makes the attempt a failed one.
-        workers: programs at once. The program's own threads come on top.
-        time_limit: seconds after which an attempt is ended, with all processes it started.
-        attempts: runs of the program for one evaluation, before it counts as failed.
+    """An inner solver for `BlackBox` that runs a program for each evaluation, in its own folder.
 
     Failed attempts are kept in `failures`, and `started` counts all attempts. An evaluation without a result raises
     `SolverError`. With `fit(..., update=bilevel.OuterUpdate(max_backtracks=…))` the outer step is then halved.
+
+    Args:
+        command: `command(meta, folder) -> argv` writes the program's input files into the (empty) folder and returns
+            the command line. The program runs inside that folder.
+        read: `read(folder) -> state` returns the inner state from the program's output files. The program's standard
+            output is in the file `stdout`. An attempt counts as failed if `read` raises an error.
+        workers: the number of programs that run at the same time. Each program may use several threads in addition.
+        time_limit: the number of seconds after which an attempt is ended, with all processes that it started.
+        attempts: the number of runs of the program for one evaluation, before the evaluation counts as failed.
 
     >>> import sys, torch, bilevel
     >>> program = OutsideProgram(
@@ -78,18 +78,26 @@ class OutsideProgram:
         self.started = 0
 
     def solve(self, meta: Tree) -> Tree:
-        """The state at one point."""
+        """Compute the state at one point.
+
+        Raises:
+            SolverError: all attempts failed.
+        """
         return self.solve_all([meta])[0]
 
     def solve_all(self, metas: Sequence[Tree]) -> list[Tree]:
-        """The states at several points, in their order."""
+        """Compute the states at several points, in their order.
+
+        Raises:
+            SolverError: all attempts at one of the points failed.
+        """
         self._stopped = False
         pool = ThreadPoolExecutor(self._workers)
         try:
             return [future.result() for future in [pool.submit(self._evaluate, meta) for meta in metas]]
         except (
             BaseException
-        ):  # one evaluation has failed for good, or the user has had enough: the others are not needed
+        ):  # all attempts of one evaluation failed, or the user interrupts: the other evaluations are not needed
             with self._lock:
                 self._stopped = True
                 for process in self._running:
@@ -119,7 +127,7 @@ class OutsideProgram:
             self._run(argv, folder)
             try:
                 state = self._read(folder)
-            except Exception as error:  # whatever a reader of files makes of a wrong one
+            except Exception as error:  # the user's function may raise any error for a wrong file
                 reason = f"its result cannot be read ({type(error).__name__}: {error})"
                 raise SolverError(f"{reason}{_messages(folder)}") from error
             if not trees.all_finite(state):
@@ -127,7 +135,7 @@ class OutsideProgram:
             return state
 
     def _run(self, argv: list[str], folder: Path) -> None:
-        """Run the program to its end in a session of its own, so that all it started can be ended with it."""
+        """Run the program to its end in its own session, so that all processes that it started can be ended with it."""
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             with self._lock:
                 if self._stopped:

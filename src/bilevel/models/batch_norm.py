@@ -1,14 +1,14 @@
 """Batch and instance normalisation whose running statistics can be differentiated.
 
-PyTorch's kernels update running statistics in place and without a derivative, and do not differentiate with respect to
-them in evaluation mode. Both matter here: function transforms refuse the update, and an outer loss in evaluation mode
-depends on the statistics, which depend on the parameters and the meta parameters of all inner steps. So in training
-mode the layer's output is computed without running statistics, and they beside it:
+PyTorch's kernels update running statistics in place and without a derivative. In evaluation mode they do not
+differentiate with respect to the statistics. Function transforms do not accept the update. An outer loss in evaluation
+mode depends on the statistics, which depend on the parameters and the meta parameters of all inner steps. In training
+mode this module therefore computes the layer's output without running statistics, and the statistics separately:
 
     mean' = (1 − m) mean + m · batch mean,    var' = (1 − m) var + m · batch variance (unbiased)
 
-with the momentum m that the layer passes (1/number of batches where it is a cumulative average). In evaluation mode the
-output is (x − mean)/√(var + ε) · weight + bias, in plain operations.
+with the momentum m that the layer passes (1/number of batches for a cumulative average). In evaluation mode the output
+is (x − mean)/√(var + ε) · weight + bias, computed by plain operations.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Normalized:
-    """`torch.nn.functional.batch_norm` out of place; `training` says whether statistics are those of the batch."""
+    """Compute `torch.nn.functional.batch_norm` out of place.
+
+    With `training=True` the output is normalised by the statistics of the batch, otherwise by the running statistics.
+    """
     if not training:
         return Normalized(_by(running_mean, running_var, input, weight, bias, eps), running_mean, running_var)
     output = functional.batch_norm(input, None, None, weight, bias, True, momentum, eps)
@@ -62,7 +65,10 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Normalized:
-    """`torch.nn.functional.instance_norm` out of place: the statistics of the examples are averaged over the batch."""
+    """Compute `torch.nn.functional.instance_norm` out of place.
+
+    The running statistics take in the mean over the batch of the statistics of its examples.
+    """
     if not use_input_stats:
         return Normalized(_by(running_mean, running_var, input, weight, bias, eps), running_mean, running_var)
     output = functional.instance_norm(input, None, None, weight, bias, True, momentum, eps)
@@ -80,7 +86,7 @@ def _moved(average: Tensor, value: Tensor, momentum: float) -> Tensor:
 
 
 def _by(mean: Tensor, var: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The input normalised by given statistics."""
+    """Normalise the input by given statistics."""
     shape = [1, -1, *[1] * (input.ndim - 2)]
     scale = (var + eps).rsqrt()
     if weight is not None:
@@ -97,10 +103,10 @@ class Normalization(NamedTuple):
     out_of_place: Callable[..., Normalized]
     """The function of this module with the same result."""
     names: tuple[str, ...]
-    """The names of its arguments, in the function of this module; others are left out."""
+    """The names of its arguments in the function of this module. Arguments with other names are left out."""
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, for `out_of_place`."""
+        """Return the arguments of a call by their names in `out_of_place`."""
         found = {**dict(zip(self.names, args, strict=False)), **kwargs}
         found.pop("cudnn_enabled", None)
         return found

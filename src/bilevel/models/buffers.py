@@ -1,11 +1,11 @@
 """Tensors that a module updates while it computes, such as BatchNorm's running statistics, as part of the inner state.
 
 An inner step is a pure function of the state, so the module's own tensors are never written to. A loss is computed with
-copies in their places, each held by a `Cell`. Whatever the module writes, by assignment or in place, becomes the new
-value of the cell, and all cells together become the next state's `buffers`.
+copies of these tensors, each held by a `Cell`. When the module writes a value, by assignment or in place, the value
+becomes the new value of the cell. The values of all cells become the `buffers` of the next state.
 
-A write in place cannot be followed by function transforms. `Writes` therefore turns it into an operation that makes a
-new tensor, and hands that one to all later operations that read the old one.
+Function transforms cannot follow a write in place. `Writes` therefore replaces it by an operation that makes a new
+tensor, and passes the new tensor to all later operations that read the old one.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from bilevel.models.places import Cell
 
 
 class Writes(TorchFunctionMode):
-    """Context in which writes into the tensors of cells, in place, give the cells new values instead."""
+    """Context in which an in-place write into the tensor of a cell gives the cell a new tensor instead."""
 
     def __init__(self, cells: Iterable[Cell]) -> None:
         super().__init__()
         self._cells: dict[int, Cell] = {}
         self._stale: dict[int, Cell] = {}
-        """The cells of tensors that were written to, by the identity of these."""
+        """The cell of each tensor that was written to, by the tensor's `id`."""
         self._kept: dict[Cell, list[Tensor]] = {}
-        """All tensors that were ever the value of a cell, so that no identity is used again."""
+        """All tensors that were ever the value of a cell. They are kept so that Python does not reuse their `id`."""
         for cell in cells:
             self._note(cell, cell.value)
 
@@ -80,7 +80,7 @@ class Writes(TorchFunctionMode):
         return argument
 
     def _replace(self, cell: Cell, value: Tensor) -> Tensor:
-        """The cell's new value, in the dtype and shape of the old one, as a write in place would leave it."""
+        """Give the cell a new value, with the dtype and shape of the old value as after a write in place."""
         old = cell.value
         value = value.to(old.dtype)
         if value.shape != old.shape:
@@ -92,7 +92,7 @@ class Writes(TorchFunctionMode):
         return value
 
     def _attribute(self, cell: Cell, func: Any, args: Any) -> Any:
-        """An attribute; `.data` is an alias without a derivative, and what is written to it is written to the cell."""
+        """Return an attribute of the cell's tensor. Writes into its `.data` are writes into the cell."""
         found = func(*args)
         if func == _DATA and isinstance(found, Tensor):
             self._note(cell, found)
@@ -120,7 +120,7 @@ class Writes(TorchFunctionMode):
         return self._replace(cell, getattr(Tensor, plain)(before, *rest, **kwargs))
 
     def _normalized(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A normalisation whose running statistics are in cells, updated out of place."""
+        """Compute a normalisation and update the running statistics, which are in cells, out of place."""
         normalization = NORMALIZATIONS[func]
         named = normalization.arguments(args, kwargs)
         mean, var = self._cell(named.get("running_mean")), self._cell(named.get("running_var"))
@@ -146,10 +146,10 @@ def _writes(name: str) -> bool:
 
 
 def cells_of(buffers: Mapping[str, Tensor]) -> dict[str, Cell]:
-    """Cells with copies of the tensors of an inner state."""
+    """Make a cell with a copy of each of an inner state's buffers."""
     return {name: Cell(tensor.clone()) for name, tensor in buffers.items()}
 
 
 def values_of(cells: Mapping[str, Cell]) -> dict[str, Tensor]:
-    """What a state keeps of cells."""
+    """Return the values of cells, as the buffers of an inner state."""
     return {name: cell.value for name, cell in cells.items()}

@@ -1,8 +1,9 @@
-"""Modules that are built from meta parameters, with the derivative of their parameters kept.
+"""Modules that are built from meta parameters, and the derivatives of their parameters.
 
-`nn.Parameter(f(meta))` is a leaf: PyTorch cuts the graph of its data. So do `load_state_dict`, `copy.deepcopy` and
-`vector_to_parameters`, which copy values under `torch.no_grad()` or through `.data`. While a user's `params(meta)`
-runs, `Origins` remembers the tensor from which each parameter got its values. An inner state starts from that tensor.
+`nn.Parameter(f(meta))` is a leaf, because PyTorch drops the graph of its data. `load_state_dict`, `copy.deepcopy` and
+`vector_to_parameters` drop it as well: they copy values under `torch.no_grad()` or through `.data`. While a user's
+`params(meta)` runs, `Origins` records the tensor from which each parameter got its values. An inner state starts from
+that tensor.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class Origins(TorchFunctionMode):
-    """Context that remembers, for tensors without a graph, the tensors with one of which they hold the values."""
+    """Context that records, for each tensor without a graph, the tensor with a graph from which its values came."""
 
     def __init__(self) -> None:
         super().__init__()
         self._sources: dict[int, Tensor] = {}
         self._owners: dict[int, Tensor] = {}
-        """The tensors of which others are `.data`."""
+        """The tensor whose `.data` a tensor is, by the `id` of the latter."""
         self._kept: list[Tensor] = []
-        """All tensors above, so that no identity is used again."""
+        """All recorded tensors. They are kept so that Python does not reuse their `id`."""
 
     def __enter__(self) -> Origins:
         _RECORDING.origins.append(self)
@@ -43,7 +44,7 @@ class Origins(TorchFunctionMode):
         kwargs = kwargs or {}
         name, first = getattr(func, "__name__", ""), args[0] if args else None
         if name == "__set__" and func == _SET_DATA and torch._C._are_functorch_transforms_active():
-            with torch.no_grad():  # transforms forbid setting data
+            with torch.no_grad():  # function transforms do not allow setting .data
                 args[0].copy_(args[1])
             self.remember(args[0], args[1])
             return None
@@ -61,7 +62,7 @@ class Origins(TorchFunctionMode):
         elif name == "copy_" and isinstance(args[1], Tensor):
             with torch.enable_grad():
                 self.remember(self._owners.get(id(first), first), self.source(args[1]).expand(first.shape))
-        elif name == "module_load":  # load_state_dict, which then exchanges the contents of two parameters
+        elif name == "module_load":  # from load_state_dict, which then swaps the contents of two parameters
             self.remember(result, args[1])
             self.remember(first, args[1])
         elif _writes(name):
@@ -69,7 +70,9 @@ class Origins(TorchFunctionMode):
         return result
 
     def remember(self, tensor: Tensor, source: Tensor) -> None:
-        """Note that the values of a tensor come from a source, unless that is a parameter, which has no graph."""
+        """Record that the values of a tensor come from a source. A source that is a parameter has no graph and is not
+        recorded.
+        """
         source = self.source(source)
         if isinstance(source, nn.Parameter):
             self._forget(tensor)
@@ -82,14 +85,16 @@ class Origins(TorchFunctionMode):
             self._sources.pop(id(each), None)
 
     def source(self, tensor: Tensor) -> Tensor:
-        """The tensor with a graph that has the values of this one, as far as is known; else the tensor itself."""
+        """Return the tensor with a graph from which this tensor got its values. Return the tensor itself if there is
+        none on record.
+        """
         return self._sources.get(id(tensor), tensor)
 
     def initial(self, tensor: Tensor) -> Tensor:
-        """What an inner state starts from: the values of a module's tensor, with the graph of their source.
+        """Return the tensor from which an inner state starts: a module's tensor, with the graph of its source.
 
-        A parameter that was written to since then (`nn.init.zeros_`) has no source any more; it is a constant. Buffers
-        and attributes have graphs of their own.
+        A parameter that was written to after it was made (`nn.init.zeros_`) no longer has a source and is a constant.
+        Buffers and attributes have graphs of their own.
         """
         source = self._sources.get(id(tensor))
         constant = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
@@ -117,7 +122,7 @@ def _may_have_derivative(tensor: Tensor) -> bool:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The values of a tensor outside of all function transforms."""
+    """Return the values of a tensor outside of all function transforms."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor.detach()
@@ -127,7 +132,7 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 class _Recording(threading.local):
-    """The contexts of this thread, the innermost last."""
+    """The active contexts of this thread; the innermost is the last."""
 
     def __init__(self) -> None:
         self.origins: list[Origins] = []
@@ -148,7 +153,7 @@ def _recording_new(cls: type[nn.Parameter], data: Any = None, *args: Any, **kwar
 
 
 def _install() -> None:
-    """Exchange `nn.Parameter.__new__`, which no mode can intercept, while there is a context in any thread."""
+    """Replace `nn.Parameter.__new__`, which no mode can intercept, as long as any thread has an active context."""
     global _contexts
     with _INSTALLING:
         _contexts += 1
@@ -165,9 +170,9 @@ def _uninstall() -> None:
 
 @contextmanager
 def convertible() -> Iterator[None]:
-    """Context in which `module.to(device)` and `.double()` exchange parameters.
+    """Context in which `module.to(device)` and `.double()` replace the parameters of a module.
 
-    Function transforms forbid setting their data, which is what PyTorch does by default.
+    By default PyTorch sets the parameters' `.data`, which function transforms do not allow.
     """
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)

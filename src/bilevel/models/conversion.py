@@ -1,4 +1,7 @@
-"""What users hand over as trees of tensors, and back: modules become views, and shared tensors stand once."""
+"""Conversion between the values that users pass and trees of tensors.
+
+Modules become views. A tensor that occurs in several places becomes one leaf.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from bilevel.models.buffers import cells_of
 from bilevel.models.locks import locked
 from bilevel.models.module_view import ModuleView, is_view, view_of, views_in
 from bilevel.models.parameter_hooks import has_hooks
-from bilevel.models.places import Cell, Constant, Layout, Place, in_use
+from bilevel.models.places import Cell, Constant, Layout, ModulesInUse, Place
 from bilevel.models.recomputed import Recomputed
 from bilevel.models.refusals import refuse_unfit, refuse_unfit_tensor, unwrapped
 from bilevel.models.sharing import is_frozen, presented, shared
@@ -30,14 +33,14 @@ Initial = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Memory:
-    """Which tensors of modules are part of the inner state, besides the trained ones."""
+    """A rule for which tensors of modules are part of the inner state, in addition to the trained parameters."""
 
     names: frozenset[str] = frozenset()
-    """Tensors that were seen to be updated by an inner loss, or to depend on meta."""
+    """The names of tensors that an inner loss was observed to update, or that depend on meta."""
     of_normalizations: bool = True
-    """Whether running statistics always are; if not, only those of layers in training mode."""
+    """Whether all running statistics are part of the state. If not, only those of layers in training mode are."""
     everything: bool = False
-    """Whether all tensors are."""
+    """Whether all tensors are part of the state."""
 
     def includes(self, name: str, layer: nn.Module, key: str) -> bool:
         """Whether the tensor in this place is part of the inner state."""
@@ -48,7 +51,7 @@ class Memory:
 
 
 def as_tree(value: Tree) -> Tree:
-    """The value with every `nn.Module` in it replaced by a `ModuleView` of its parameters.
+    """Return the value with every `nn.Module` in it replaced by a `ModuleView` of its parameters.
 
     A tensor with several places in the tree is one parameter.
 
@@ -58,11 +61,37 @@ def as_tree(value: Tree) -> Tree:
     return _converted(value, None, lambda tensor: tensor, "meta")
 
 
-def as_params(value: Tree, memory: Memory, initial: Initial = Tensor.detach) -> tuple[Tree, dict[str, Tensor]]:
-    """What an inner loop trains, as a tree, and the other tensors of its state by name.
+def original_tensors(meta: Tree) -> list[Tensor]:
+    """Return the tensors of a tree as the user passed them, in the order of the leaves of `as_tree(meta)`.
 
-    `initial` gives the value from which a parameter starts. Constants are the parameters with `requires_grad=False`,
-    and plain tensors that do not require gradients in a tree that also holds an `nn.Parameter` which does.
+    A module stands for its parameters that require gradients. A tensor with several places comes once.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> [tensor is parameter for tensor, parameter in zip(original_tensors([layer]), layer.parameters())]
+    [True, True]
+    """
+    found: dict[int, Tensor] = {}
+    for leaf in trees.leaves(presented(meta)):
+        if isinstance(leaf, nn.Module):
+            found.update((id(p), p) for p in unwrapped(leaf).parameters() if p.requires_grad)
+        elif isinstance(leaf, Tensor):
+            found.setdefault(id(leaf), leaf)
+    return list(found.values())
+
+
+def as_params(value: Tree, memory: Memory, initial: Initial = Tensor.detach) -> tuple[Tree, dict[str, Tensor]]:
+    """Split the tensors that a user passes as `params` into the trained parameters and the buffers of the inner state.
+
+    A parameter with `requires_grad=False` is a constant. In a tree with an `nn.Parameter` that requires a gradient,
+    plain tensors that do not require gradients are constants as well.
+
+    Args:
+        value: the tree of modules and tensors.
+        memory: the rule for which tensors of modules are buffers of the inner state.
+        initial: a function that returns the value from which a parameter or a buffer starts.
+
+    Returns:
+        The tree of trained parameters, and the buffers by name.
     """
     tree = _converted(value, memory, initial, "params")
     buffers = {}
@@ -110,7 +139,7 @@ def _converted(value: Tree, memory: Memory | None, initial: Initial, argument: s
 
 
 def _view(module: nn.Module, prefix: str, memory: Memory | None, initial: Initial, known: dict[int, str]) -> ModuleView:
-    """A view with the module's places; `known` has the names of the state's buffers by the identity of the tensors."""
+    """Return a view of the module. `known` has the names of the inner state's buffers by the `id` of the tensors."""
     fsdp.reshard(module)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     layout = Layout.of(module, trained)
@@ -135,8 +164,19 @@ def _view(module: nn.Module, prefix: str, memory: Memory | None, initial: Initia
 # -- the trees that losses are called with -----------------------------------------------------------------------------
 
 
-def with_buffers(tree: Tree, buffers: Mapping[str, Tensor] | tuple[()]) -> tuple[Tree, dict[str, Cell]]:
-    """The tree as the user wrote it, its modules with copies of an inner state's buffers, and the cells of these."""
+def with_buffers(
+    tree: Tree, buffers: Mapping[str, Tensor] | tuple[()], is_final: bool = False
+) -> tuple[Tree, dict[str, Cell]]:
+    """Return the tree as the user wrote it, with copies of an inner state's buffers in its modules.
+
+    Args:
+        tree: the tree of views and tensors.
+        buffers: the buffers of an inner state by name.
+        is_final: whether the views are called outside of losses.
+
+    Returns:
+        The tree, and the cells of the copies by name.
+    """
     tree = presented(tree)
     if not buffers:
         return tree, {}
@@ -144,7 +184,7 @@ def with_buffers(tree: Tree, buffers: Mapping[str, Tensor] | tuple[()]) -> tuple
     cells = cells_of(buffers)
     return (
         optree.tree_map(
-            lambda node: view_of(node._layout, node.named_tensors, cells) if is_view(node) else node,
+            lambda node: view_of(node._layout, node.named_tensors, cells, is_final) if is_view(node) else node,
             tree,
             is_leaf=is_view,
             namespace=NAMESPACE,
@@ -155,9 +195,9 @@ def with_buffers(tree: Tree, buffers: Mapping[str, Tensor] | tuple[()]) -> tuple
 
 @contextmanager
 def standing_in(*places: Tree) -> Iterator[None]:
-    """Context in which the tensors of every view stand in the places of its module's own, also between calls.
+    """Context in which the modules of all views hold the views' tensors, also between calls.
 
-    Activation checkpointing computes layers again in the backward pass, when a view's own call is over.
+    Activation checkpointing computes layers again in the backward pass, after the call of the view has returned.
     """
     with ExitStack() as stack:
         for view in views_in(places):
@@ -165,18 +205,19 @@ def standing_in(*places: Tree) -> Iterator[None]:
         yield
 
 
-def modules_in_use(*places: Tree) -> Any:
-    """Context of a loss, see `places.in_use`."""
-    return in_use([view._layout for view in views_in(places)])
+def modules_in_use(*places: Tree) -> ModulesInUse:
+    """Context of a loss, or of several losses one after the other; see `ModulesInUse`."""
+    return ModulesInUse([view._layout for view in views_in(places)])
 
 
 # -- the way back ------------------------------------------------------------------------------------------------------
 
 
 def as_plain_tree(tree: Tree) -> Tree:
-    """The tree as the user wrote it, with a dict from parameter name to tensor in place of every `ModuleView`.
+    """Return the tree as the user wrote it, with a dict from parameter name to tensor in place of every `ModuleView`.
 
-    An `OrderedDict`, because the leaves of a plain one are sorted by name, and would not come in the view's order.
+    The dicts are of class `OrderedDict`, which keeps the order of the view. The leaves of a plain dict are sorted by
+    name.
     """
     return optree.tree_map(
         lambda leaf: OrderedDict(leaf.named_tensors) if is_view(leaf) else leaf,
@@ -187,7 +228,7 @@ def as_plain_tree(tree: Tree) -> Tree:
 
 
 def written_back(tree: Tree) -> Tree:
-    """Copy the tensors of every view into its module; the tree with the modules themselves in place of the views."""
+    """Copy the tensors of every view into its module. Return the tree with modules in place of the views."""
 
     def write(node: Any) -> Any:
         if not isinstance(node, ModuleView):

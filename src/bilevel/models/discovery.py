@@ -1,4 +1,4 @@
-"""Find out which tensors of a user's modules an inner loss updates, by computing it once and looking."""
+"""Find out which tensors of a user's modules an inner loss updates, by computing the loss once."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from bilevel.trees import NAMESPACE, Tree
 
 
 class Discovered:
-    """The names of tensors that are part of a problem's inner state because of what its functions do."""
+    """The names of tensors that calls of a problem's functions showed to be part of its inner state."""
 
     def __init__(self) -> None:
         self.names: frozenset[str] = frozenset()
         self.complete = False
 
     def add(self, names: Iterable[str]) -> None:
-        """Add names to those that are known."""
+        """Add names to the known names."""
         self.names |= frozenset(names)
 
 
 def updated_tensors(params: Tree, tensors: Mapping[str, Tensor], loss: Callable[[Tree], Any]) -> list[str]:
-    """The names of those of the modules' tensors that `loss(params)` assigns or writes to.
+    """Return the names of the tensors of modules that `loss(params)` assigns or writes to.
 
-    Nothing is written into the module's own tensors. Buffers are copied. Frozen parameters may be large, so they are
-    not; writes into them are intercepted, except those through a view of a part of one.
+    Nothing is written into the module's own tensors. Buffers are copied. Frozen parameters are not copied, because they
+    may be large. Writes into them are intercepted, except writes through a view of a part of one.
     """
     copied = {name: not isinstance(tensor, nn.Parameter) for name, tensor in tensors.items()}
     before = {name: tensor.detach() for name, tensor in tensors.items()}

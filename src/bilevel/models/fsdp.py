@@ -1,12 +1,12 @@
 """Modules sharded by `fully_shard` (FSDP2), called with other parameters than their own.
 
-Such a module gathers a layer's parameters just before the layer is computed, and frees them behind it. Its hooks look
-at the parameters that they know, and at nothing that stands in for them; and they leave gradients in `.grad`, once. So
-for another point θ, of which each process has its shards, the shards are copied into the module's own for the time of a
-call, and again for the time of its backward pass. Before and after that the module is as the user left it.
+A sharded module gathers a layer's parameters just before the layer is computed, and frees them after it. Its hooks use
+the module's own parameters, so no other tensors can take their place, and they leave gradients in `.grad`, once. To
+compute at another point θ, of which each process has its shards, this module copies the shards into the module's own
+parameters during a call, and again during its backward pass. Before and after that the module is unchanged.
 
-Every process of the module's mesh makes the same call with the same inputs. Beside the shards of θ, one more copy of
-the module's own is held during a call.
+Every process of the module's mesh makes the same call with the same inputs. During a call, one copy of the module's own
+shards is held in addition to the shards of θ.
 """
 
 from __future__ import annotations
@@ -33,21 +33,25 @@ def is_sharded(module: nn.Module) -> bool:
 
 def _sharded_layers(module: nn.Module) -> list[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # where it was never imported, nothing is sharded
+    if fsdp is None:  # FSDP was never imported, so nothing is sharded
         return []
     return [layer for layer in module.modules() if isinstance(layer, fsdp.FSDPModule)]
 
 
 def reshard(module: nn.Module) -> None:
-    """Free layers that are whole: after a forward pass the root stays so, at the point where that was made."""
+    """Free the gathered parameters of layers. After a forward pass the root layer keeps its parameters of that pass."""
     for layer in _sharded_layers(module):
         layer.reshard()
 
 
 def call(module: nn.Module, tensors: Mapping[nn.Parameter, Tensor], args: Any, kwargs: Any) -> Any:
-    """`module(*args, **kwargs)` with these tensors in the places of its parameters.
+    """Compute `module(*args, **kwargs)` with these tensors in place of its parameters.
 
-    First derivatives in reverse mode exist, by the tensors and by the arguments; no others.
+    The result has first derivatives in reverse mode, with respect to the tensors and the arguments, and no others.
+
+    Raises:
+        MissingDerivativeError: another derivative is required.
+        ValueError: `fully_shard` was applied to layers of the module and not to the module itself.
     """
     if torch._C._are_functorch_transforms_active():
         raise MissingDerivativeError(_FIRST_ORDER.format(type(module).__name__))
@@ -66,15 +70,19 @@ def call(module: nn.Module, tensors: Mapping[nn.Parameter, Tensor], args: Any, k
 
 @contextmanager
 def uncalled(module: nn.Module) -> Iterator[None]:
-    """Inside, sharded layers of the module may be looked at, and a call is an error: it would be made with their own
-    parameters, whatever stands in for them.
+    """Context in which sharded layers of the module may be inspected and must not be called.
+
+    A call would be computed with the layers' own parameters.
+
+    Raises:
+        ValueError: a sharded layer is called.
     """
 
     def refuse(layer: nn.Module, *_: Any) -> None:
         raise ValueError(
             f"a method or property of {type(module).__name__} calls its layer {type(layer).__name__}, to which "
-            "fully_shard was applied; with a sharded module, losses call the module itself, model(...), and its "
-            "forward does the rest"
+            "fully_shard was applied; with a sharded module, a loss must call the module itself, "
+            "model(...), and the module's forward must contain that method's computation"
         )
 
     hooks = [layer.register_forward_pre_hook(refuse, prepend=True) for layer in _sharded_layers(module)]
@@ -86,19 +94,19 @@ def uncalled(module: nn.Module) -> Iterator[None]:
 
 
 class _Call:
-    """One call of a sharded module, with a graph of its own."""
+    """One call of a sharded module, with its own autograd graph."""
 
     def __init__(
         self, module: nn.Module, tensors: Mapping[nn.Parameter, Tensor], leaves: Sequence[Any], spec: TreeSpec
     ) -> None:
         self.module, self.tensors = module, {p: t.detach() for p, t in tensors.items()}
         self._spec = spec
-        # Fresh leaves: their gradients are collected in `.grad`.
+        # These are new leaves, because their gradients are collected in `.grad`.
         self._leaves = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
         self._inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
 
     def forward(self, recorded: bool) -> list[Tensor]:
-        """The tensors of the result."""
+        """Compute the call. Return the tensors of the result."""
         with self._in_place():
             args, kwargs = tree_unflatten(self._leaves, self._spec)
             with torch.set_grad_enabled(recorded):
@@ -108,14 +116,14 @@ class _Call:
         return self._outputs
 
     def result(self, outputs: Sequence[Tensor]) -> Any:
-        """What the module returned, with other tensors."""
+        """Return the module's result with these tensors in it."""
         given = iter(outputs)
         leaves = [next(given) if isinstance(x, Tensor) else x for x in self._result]
         self._result = []
         return tree_unflatten(leaves, self._result_spec)
 
     def backward(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients by the parameters' tensors, then by the inputs; the graph is freed."""
+        """Compute the gradients with respect to the parameters and then the inputs, and free the graph."""
         pairs = [
             (output, cotangent)
             for output, cotangent in zip(self._outputs, cotangents, strict=True)
@@ -137,7 +145,7 @@ class _Call:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Inside, the module's shards are those of this call."""
+        """Context in which the module holds the shards of this call."""
         with without_modes():
             yield from self._exchanged()
 
@@ -154,7 +162,7 @@ class _Call:
 
 
 class _AsOneOperation(torch.autograd.Function):
-    """A call in the graph of those around it."""
+    """A call as one operation in the graph of the surrounding computation."""
 
     @staticmethod
     def forward(ctx: Any, inside: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004 (for autograd)
@@ -181,7 +189,7 @@ _FIRST_ORDER = (
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """In place, unseen by autograd: each of these changes is undone before anybody else looks."""
+    """Copy in place without raising version counts. Each of these changes is undone before other code can see it."""
     with torch.no_grad(), _unsafe_preserve_version_counter(tuple(targets)):
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)

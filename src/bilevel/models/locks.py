@@ -1,11 +1,10 @@
-"""Locks of modules: a call exchanges a module's tensors, so threads that use a layer in common wait for each other."""
+"""Locks of modules. A call replaces a module's tensors, so threads that use the same layer wait for each other."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _LOCKS: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
-"""For each layer the number of its lock, and the lock."""
+"""The number of each layer's lock, and the lock."""
 _NUMBERS = itertools.count()
 _MAKING = threading.Lock()
 
@@ -28,6 +27,11 @@ class ModuleLock:
     def by_layer(self) -> dict[int, Any]:
         """The locks by their numbers."""
         return dict(_lock_of(layer) for layer in self.module.modules())
+
+    @cached_property
+    def in_order(self) -> list[Any]:
+        """The locks in the order in which they are taken."""
+        return [lock for _, lock in sorted(self.by_layer.items())]
 
 
 def _lock_of(layer: nn.Module) -> tuple[int, Any]:
@@ -47,28 +51,44 @@ class _Held(threading.local):
 _HELD = _Held()
 
 
-@contextmanager
-def held(locks: Sequence[ModuleLock]) -> Iterator[None]:
-    """Context in which other threads that use one of the modules, or a layer of it, wait.
+class held:  # noqa: N801  (a context manager, named like a function)
+    """Context during which other threads that use one of the modules, or a layer of it, wait.
 
-    Locks are taken in the order of their numbers, so that two threads never wait for each other.
+    Locks are acquired in the order of their numbers, so that two threads cannot block each other. Entered once.
     """
-    new = [lock for lock in locks if not any(lock.module is module for module in _HELD.modules)]
-    if not new:
-        yield
-        return
-    numbered = {number: lock for each in new for number, lock in each.by_layer.items()}
-    with ExitStack() as stack:
-        for number in sorted(numbered):
-            stack.enter_context(numbered[number])
-        before = _HELD.modules
+
+    __slots__ = ("_before", "_locks", "_taken")
+
+    def __init__(self, locks: Sequence[ModuleLock]) -> None:
+        self._locks = locks
+
+    def __enter__(self) -> None:
+        before = self._before = _HELD.modules
+        new = [lock for lock in self._locks if not any(lock.module is module for module in before)]
+        if not new:
+            self._taken: Sequence[Any] = ()
+            return
+        if len(new) == 1:
+            taken = new[0].in_order
+        else:
+            numbered = {number: lock for each in new for number, lock in each.by_layer.items()}
+            taken = [numbered[number] for number in sorted(numbered)]
+        for count, lock in enumerate(taken):
+            try:
+                lock.acquire()
+            except BaseException:  # an interruption
+                for each in taken[:count]:
+                    each.release()
+                raise
+        self._taken = taken
         _HELD.modules = [*before, *(lock.module for lock in new)]
-        try:
-            yield
-        finally:
-            _HELD.modules = before
+
+    def __exit__(self, *_: object) -> None:
+        _HELD.modules = self._before
+        for lock in reversed(self._taken):
+            lock.release()
 
 
-def locked(module: nn.Module) -> Any:
-    """Context in which no other thread uses the module, or a layer of it."""
+def locked(module: nn.Module) -> held:
+    """Context during which no other thread uses the module, or a layer of it."""
     return held([ModuleLock(module)])

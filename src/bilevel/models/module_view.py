@@ -1,11 +1,11 @@
-"""A view of an `nn.Module`: a tree of tensors that can be called as the module is."""
+"""A view of an `nn.Module`: a tree of tensors that can be called like the module."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import optree
 from torch import Tensor, nn
 
 from bilevel.models import fsdp
+from bilevel.models.buffers import Writes
 from bilevel.models.locks import held, locked
 from bilevel.models.places import Cell, Layout, standing
 from bilevel.models.sharing import presented
@@ -22,14 +23,15 @@ from bilevel.trees import NAMESPACE, Tree
 class ModuleView:
     """A module whose parameters are held outside of it: a tree of tensors, used like the module itself.
 
-    Losses receive one wherever the user handed over an `nn.Module`. What is reached through it is computed with
-    `named_tensors`: calls `view(x)`, submodules `view.encoder(x)` and `view.layers[0](x)`, methods, properties, and
-    iterators such as `view.parameters()`; other attributes, such as `view.config`, are the module's own. Parameters
-    with `requires_grad=False` are not part of the tree: they stay in the module as constants. Buffers that the module
-    updates, such as running statistics, are part of the inner state, and the view of a final state computes with them:
-    `net.load_state_dict(estimate.state.params.state_dict())` puts all of it into a module.
+    Losses receive a view wherever the user passed an `nn.Module`. Calls `view(x)`, submodules `view.encoder(x)` and
+    `view.layers[0](x)`, methods, properties, and iterators such as `view.parameters()` are computed with
+    `named_tensors`. Other attributes, such as `view.config`, are the module's own.
 
-    Threads may use one module at the same time: each waits for the others' losses to end.
+    Parameters with `requires_grad=False` are not part of the tree. They stay in the module as constants. Buffers that
+    the module updates, such as running statistics, are part of the inner state, and the view of a final state computes
+    with them. `net.load_state_dict(estimate.state.params.state_dict())` copies parameters and buffers into a module.
+
+    Several threads may use one module. Each waits until the losses of the others are computed.
 
     >>> import torch
     >>> layer = nn.Linear(2, 1)
@@ -50,11 +52,11 @@ class ModuleView:
             for name in named_tensors:
                 if name not in known:
                     raise ValueError(f"{type(module).__name__} has no parameter {name!r}; it has: {', '.join(known)}")
-            self._hold(Layout.of(module, named_tensors), named_tensors, {})
+            self._hold(Layout.of(module, named_tensors), named_tensors, {}, False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if fsdp.is_sharded(self.module):
-            fsdp.reshard(self.module)  # a loss may have called it too, past this view
+        if self._layout.sharded:
+            fsdp.reshard(self.module)  # a loss may also have called the module itself
             tensors = {parameter: self.named_tensors[name] for parameter, name in self._layout.names.items()}
             return fsdp.call(self.module, tensors, args, kwargs)
         with self.standing_in():
@@ -64,7 +66,7 @@ class ModuleView:
         if name.startswith("__") or "module" not in self.__dict__:
             raise AttributeError(name)
         on_class = inspect.getattr_static(type(self.module), name, None)
-        if isinstance(on_class, functools.cached_property):  # computed afresh: a cache would outlive these tensors
+        if isinstance(on_class, functools.cached_property):  # not cached, because the cache would outlive these tensors
             return self._evaluate(on_class.func)
         if isinstance(on_class, property):
             return self._evaluate(lambda module: getattr(module, name))
@@ -95,30 +97,42 @@ class ModuleView:
         shapes = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self.named_tensors.items())
         return f"ModuleView({type(self.module).__name__}{', ' * bool(shapes)}{shapes})"
 
-    def standing_in(self) -> AbstractContextManager[None]:
-        """Context in which the view's tensors stand in the places of the module's own."""
-        return standing(self._layout, self.named_tensors, self._cells)
+    def standing_in(self) -> AbstractContextManager[Any]:
+        """Context in which the module holds the view's tensors in place of its own."""
+        there = standing(self._layout, self.named_tensors, self._cells)
+        if not (self._is_final and any(cell.value.requires_grad for cell in self._cells.values())):
+            return there
+        stack = ExitStack()
+        stack.enter_context(Writes(self._cells.values()))
+        stack.enter_context(there)
+        return stack
 
-    def _hold(self, layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell]) -> None:
+    def _hold(
+        self, layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell], is_final: bool
+    ) -> None:
         self.__dict__.update(
-            module=layout.module, named_tensors=dict(named_tensors), _layout=layout, _cells=dict(cells)
+            module=layout.module,
+            named_tensors=dict(named_tensors),
+            _layout=layout,
+            _cells=dict(cells),
+            _is_final=is_final,
         )
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate(lambda module: getattr(module, name)(*args, **kwargs))
 
     def _evaluate(self, access: Callable[[nn.Module], Any]) -> Any:
-        """`access(module)`, computed while the view's tensors stand in the places of the module's own."""
+        """Compute `access(module)` while the module holds the view's tensors in place of its own."""
         with fsdp.uncalled(self.module), self.standing_in():
             result = access(self.module)
-            if isinstance(result, Iterator):  # lazy: it would read the module's own tensors later
+            if isinstance(result, Iterator):  # an iterator would read the module's own tensors later
                 result = _Iterated(list(result))
             elif isinstance(result, KeysView | ValuesView | ItemsView):
                 result = list(result)
         return self._viewed(result)
 
     def _viewed(self, value: Any) -> Any:
-        """The value with the view's tensors for parameters, and views for modules that share them."""
+        """Replace parameters in a value by the view's tensors, and modules that share parameters by views."""
         names, tensors = self._layout.names, self.named_tensors
 
         def viewed(value: Any) -> Any:
@@ -126,7 +140,7 @@ class ModuleView:
                 return tensors[names[value]] if value in names else value
             if isinstance(value, nn.Module):
                 layout = self._layout.of_layer(value)
-                return view_of(layout, self._layout.renamed(tensors, layout), self._cells)
+                return view_of(layout, self._layout.renamed(tensors, layout), self._cells, self._is_final)
             if isinstance(value, _Iterated):
                 return iter([viewed(each) for each in value.items])
             if type(value) in (list, tuple):
@@ -140,15 +154,21 @@ class ModuleView:
 
 @dataclass
 class _Iterated:
-    """What an iterator gave."""
+    """The items of an iterator."""
 
     items: list[Any]
 
 
-def view_of(layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell]) -> ModuleView:
-    """A view whose places were found before."""
+def view_of(
+    layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell], is_final: bool = False
+) -> ModuleView:
+    """Return a view with a layout that is already known.
+
+    With `is_final`, it belongs to a final state, and is called outside of losses. Running statistics with a derivative
+    are then updated as in a loss, since PyTorch's own kernels do not take them.
+    """
     view = ModuleView.__new__(ModuleView)
-    view._hold(layout, named_tensors, cells)
+    view._hold(layout, named_tensors, cells, is_final)
     return view
 
 
@@ -177,7 +197,7 @@ def is_view(node: Any) -> bool:
 
 
 def views_in(tree: Tree) -> list[ModuleView]:
-    """The views in a tree."""
+    """Return the views in a tree."""
     found: list[ModuleView] = []
 
     def note(node: Any) -> bool:
@@ -192,5 +212,5 @@ def views_in(tree: Tree) -> list[ModuleView]:
 
 
 def modules_in(tree: Tree) -> list[nn.Module]:
-    """The modules behind the views in a tree."""
+    """Return the modules behind the views in a tree."""
     return [view.module for view in views_in(tree)]

@@ -1,7 +1,8 @@
 """Hooks that users registered on parameters (`parameter.register_hook`), applied to inner gradients.
 
-In a backward pass PyTorch calls such a hook with the parameter's gradient, and goes on with what the hook returns. Here
-the hooks are part of the optimiser's update, so every method differentiates them like the update itself.
+In a backward pass PyTorch calls such a hook with the parameter's gradient, and replaces the gradient by the tensor that
+the hook returns. In this library the hooks are part of the optimiser's update, and every method differentiates them
+together with the update.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bilevel.trees import Tree
 
 
 def has_hooks(parameter: Any) -> bool:
-    """Whether a parameter's gradient is changed, or looked at, by hooks."""
+    """Whether hooks are registered that change or read a parameter's gradient."""
     return isinstance(parameter, nn.Parameter) and bool(parameter._backward_hooks)
 
 
@@ -28,14 +29,21 @@ def are_registered(params: Tree) -> bool:
 
 
 def applied(params: Tree, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients after the hooks, in the order in which these were registered.
+    """Apply the hooks to the gradients, in the order in which the hooks were registered.
 
-    `tensors` are the current values of the parameters, which a hook sees in their places. A hook may work in place: it
-    is given a copy.
+    A hook may write in place into the gradient that it receives, which is a copy.
+
+    Args:
+        params: the tree of parameters.
+        tensors: the current values of the parameters. A hook that reads a parameter reads its current value.
+        gradients: the gradient of each parameter, or `None`, for which no hook is called.
+
+    Returns:
+        The gradient of each parameter after its hooks.
 
     Raises:
-        ValueError: a hook works under `torch.no_grad()` or through `.data`, which hides its derivative, or returns
-            something else than a gradient of the parameter's shape.
+        ValueError: a hook works under `torch.no_grad()` or through `.data`, which hides its derivative, or does not
+            return a gradient of the parameter's shape and dtype.
     """
     if not are_registered(params):
         return list(gradients)
@@ -45,7 +53,7 @@ def applied(params: Tree, tensors: Sequence[Tensor], gradients: Sequence[Tensor 
     for number, parameter in hooked:
         for hook in list((parameter._backward_hooks or {}).values()):
             before = found[number]
-            if before is None:  # as in PyTorch: without a gradient, a hook is not called
+            if before is None:  # PyTorch does not call a hook without a gradient either
                 break
             gradient = before.clone()
             with _Watched(params.sources.names[number], current):
@@ -67,7 +75,7 @@ def _checked(name: str, gradient: Tensor, result: Any) -> Tensor:
 
 
 class _Watched(TorchFunctionMode):
-    """Context of a hook: parameters have their current values, and what hides a derivative is refused."""
+    """Context of a hook, in which parameters have their current values and operations that hide a derivative raise."""
 
     def __init__(self, name: str, current: dict[int, Tensor]) -> None:
         super().__init__()

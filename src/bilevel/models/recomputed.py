@@ -1,4 +1,4 @@
-"""Layers whose activations are computed again when they are needed: less memory inside one inner step."""
+"""Layers that compute their activations again when they are needed, to save memory inside one inner step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from bilevel.trees import Tree
 
 
 class Recomputed(nn.Module):
-    """A layer that keeps nothing but its inputs until its derivatives are taken, first and second ones alike.
+    """A layer that stores only its inputs until its first or second derivatives are computed.
 
-    `torch.utils.checkpoint` frees a layer's activations after the forward pass; but the backward pass that is to be
-    differentiated again, which every hypergradient contains, stores them anew, and all of them. Here that backward
-    pass keeps its inputs alone as well, and is itself computed again.
+    `torch.utils.checkpoint` frees a layer's activations after the forward pass. Every hypergradient contains a backward
+    pass that is differentiated again, and that backward pass stores all activations. With this class, that backward
+    pass also stores only its inputs and is computed again when it is differentiated.
 
-    With x the layer's inputs and its parameters, y = f(x), and cotangents w: what is stored is x, then (x, w); a second
-    derivative builds the graph of this one layer and frees it. So the graph of an inner step is that of its largest
-    layer, and the borders between layers. Time and memory are measured in `benchmarks/results/products.md`. Dropout
-    draws the same numbers every time. In forward mode the layer is computed as it is, so it saves nothing there: the
-    inner gradient keeps its activations and their tangents until its own backward pass.
+    Let x be the layer's inputs and parameters, y = f(x), and w the cotangents. The layer stores x, and its backward
+    pass stores (x, w). A second derivative builds the graph of this one layer and frees it. The graph of an inner step
+    then takes the memory of its largest layer and of the tensors between layers. Time and memory are measured in
+    `benchmarks/results/products.md`. Dropout draws the same numbers every time.
+
+    In forward mode the layer is computed without recomputation and saves no memory. The inner gradient stores its
+    activations and their tangents until its own backward pass.
 
     Args:
-        layer: a module that is a function of its inputs and parameters: all tensors that need derivatives come in as
-            arguments (in any nesting), and tensors come out.
+        layer: a module that is a function of its inputs and parameters. All tensors that need derivatives must be
+            arguments (in any nesting), and its result must consist of tensors.
+
+    Raises:
+        MissingDerivativeError: a third derivative is required.
 
     >>> import torch, bilevel
     >>> layers = [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()) for _ in range(4)]
@@ -58,9 +63,9 @@ class Recomputed(nn.Module):
 
 
 class _Call:
-    """One call of a layer as a function from tensors to tensors, which gives the same whenever it is made again.
+    """One call of a layer as a function from tensors to tensors, which gives the same result when it is repeated.
 
-    The differentiable tensors themselves are left to autograd to keep, and to free.
+    Autograd stores and frees the differentiable tensors.
     """
 
     def __init__(self, layer: nn.Module, names: list[str], inputs: trees.Split, count: int) -> None:
@@ -70,7 +75,7 @@ class _Call:
         self._output: trees.Split | None = None
 
     def first(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The output; random numbers go on from here."""
+        """Compute the output for the first time. The random number generators advance."""
         args, kwargs = self._inputs.rebuild(tensors[: self._count])
         parameters = dict(zip(self._names, tensors[self._count :], strict=True))
         parts = trees.split(functional_call(self._layer, parameters, args, kwargs))
@@ -78,7 +83,7 @@ class _Call:
         return parts.differentiable
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The output, with the random numbers and the modes of the first time."""
+        """Compute the output again, with the random numbers and the training modes of the first time."""
         modes = _modes(self._layer)
         _switch(self._modes)
         try:
@@ -88,14 +93,14 @@ class _Call:
             _switch(modes)
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> Tree:
-        """The layer's output with these tensors in it."""
+        """Return the layer's output with these tensors in it."""
         assert self._output is not None
         return self._output.rebuild(tensors)
 
     def gradients(
         self, tensors: Sequence[Tensor], needed: Sequence[bool], cotangents: Sequence[Tensor], differentiable: bool
     ) -> list[Tensor | None]:
-        """cotangentsᵀ · ∂output/∂tensor for the tensors that need it."""
+        """Compute cotangentsᵀ · ∂output/∂tensor for the tensors that need it; `None` for the others."""
         outputs = self.again(tensors)
         pairs = [(y, w) for y, w in zip(outputs, cotangents, strict=True) if y.requires_grad]
         wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
@@ -107,7 +112,7 @@ class _Call:
 
 
 class _Layer(torch.autograd.Function):
-    """y = f(x), keeping x."""
+    """Compute y = f(x) and store x."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -122,7 +127,7 @@ class _Layer(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """wᵀ ∂f/∂x, keeping x and w."""
+    """Compute wᵀ ∂f/∂x and store x and w."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, needed: Sequence[bool], *values: Tensor) -> tuple[Tensor | None, ...]:

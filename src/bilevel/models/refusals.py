@@ -1,4 +1,4 @@
-"""Modules that would make a wrong hypergradient, refused by name before anything is computed."""
+"""Checks that refuse modules with which a hypergradient would be wrong, before anything is computed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from bilevel.models.recomputed import Recomputed
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of an `nn.DataParallel`, which computes the same on one device."""
+    """Return the module inside an `nn.DataParallel`, which computes the same on one device, or the module itself."""
     while isinstance(module, nn.DataParallel):
         module = module.module
     return module
 
 
 def refuse_unfit(module: nn.Module, name: str, trained: bool) -> None:
-    """Raise if a module's layers do what no derivative can follow.
+    """Raise if the derivative of a layer of a module would be missing or wrong.
 
     Args:
-        module: as the user passed it, in `params` or `meta`.
+        module: the module as the user passed it, in `params` or `meta`.
         name: the argument in which it was passed.
         trained: whether an inner loop trains it, so that its running statistics are part of the inner state.
 
     Raises:
-        ValueError: with the layer, the reason, and what to write instead.
+        ValueError: a layer is refused. The message names the layer, the reason, and what to write instead.
     """
     for path, layer in module.named_modules():
         fault = _fault(layer)
@@ -53,10 +53,14 @@ def refuse_unfit(module: nn.Module, name: str, trained: bool) -> None:
 
 
 def refuse_unfit_tensor(tensor: Tensor, name: str) -> None:
-    """The same for a tensor of a tree.
+    """Raise if the derivative with respect to a tensor of a tree would be missing or wrong.
+
+    Args:
+        tensor: the tensor as the user passed it.
+        name: the tensor's name in error messages.
 
     Raises:
-        ValueError: with the reason, and what to write instead.
+        ValueError: the tensor is refused. The message has the reason and what to write instead.
     """
     if tensor.is_meta:
         raise ValueError(f"{name} is on the meta device, where tensors have no values; make it on cpu or a GPU")
@@ -65,7 +69,7 @@ def refuse_unfit_tensor(tensor: Tensor, name: str) -> None:
 
 
 def post_accumulate_message(name: str) -> str:
-    """The reason why a parameter with such a hook is refused."""
+    """Return the message with which a parameter with a post-accumulate hook is refused."""
     return (
         f"{name} has a hook from register_post_accumulate_grad_hook, which acts on .grad, and inner steps have none; "
         "register_hook with a differentiable function is applied in every inner step"

@@ -1,8 +1,9 @@
 """Trees in which a tensor has several places, or a place has a tensor that is not trained.
 
-A parameter is a tensor and not a place: a weight that two modules of a tree share, or that stands twice in a tree, is
-one parameter, with one derivative. And a parameter with `requires_grad=False` is a constant. A `Shared` is such a tree:
-to everybody who flattens it, it has each parameter once and no constants; `presented` is the tree as the user wrote it.
+A parameter is a tensor and not a place. A weight that two modules of a tree share, or that occurs twice in a tree, is
+one parameter with one derivative. A parameter with `requires_grad=False` is a constant. A `Shared` represents such a
+tree. When it is flattened, it has each parameter once and no constants. `presented` returns the tree as the user wrote
+it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from bilevel.trees import NAMESPACE, Tree
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Where the leaves of a tree come from: the number of a tensor, or a constant."""
+    """The origin of each leaf of a tree: the number of a tensor, or a constant."""
 
     spec: optree.PyTreeSpec
     numbers: tuple[int | None, ...]
-    """For each leaf of the presented tree the number of its tensor, `None` for a constant."""
+    """The number of the tensor at each leaf of the presented tree; `None` for a constant."""
     constants: tuple[Any, ...]
-    """For each leaf of the presented tree the constant, or `None`."""
+    """The constant at each leaf of the presented tree; `None` for a tensor that is trained."""
     names: tuple[str, ...]
     """The path of each tensor's first place."""
     hooked: tuple[tuple[int, nn.Parameter], ...] = ()
@@ -41,7 +42,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Shared:
-    """A tree whose leaves are the parameters of another one, each of them once."""
+    """A tree whose leaves are the parameters of another tree, each of them once."""
 
     tensors: tuple[Tensor, ...]
     sources: Sources
@@ -75,12 +76,17 @@ optree.register_pytree_node(
 
 
 def presented(tree: Tree) -> Tree:
-    """The tree as the user wrote it: shared tensors in all their places, and the constants."""
+    """Return the tree as the user wrote it, with shared tensors in all their places and with the constants."""
     return tree.tree if type(tree) is Shared else tree
 
 
 def leaves_once(tree: Tree, like: Tree) -> list[Any]:
-    """The leaves of a tree as users see it, one for each parameter of `like`, the same tree with parameters once."""
+    """Return one leaf for each parameter of `like`, from a tree in the form in which users see it.
+
+    Args:
+        tree: a tree with the structure that users see, in which a shared parameter has several leaves.
+        like: the tree in which each parameter occurs once.
+    """
     leaves = trees.leaves(tree)
     if type(like) is not Shared:
         return leaves
@@ -88,8 +94,10 @@ def leaves_once(tree: Tree, like: Tree) -> list[Any]:
 
 
 def is_frozen(leaf: Any) -> bool:
-    """Whether the user said that a tensor is not trained: an `nn.Parameter` with `requires_grad=False`, or an
-    `nn.Buffer`. A plain tensor says nothing, since it has `requires_grad=False` by default.
+    """Whether the user marked a tensor as not trained.
+
+    Such a tensor is an `nn.Parameter` with `requires_grad=False`, or an `nn.Buffer`. A plain tensor is not marked,
+    because it has `requires_grad=False` by default.
     """
     return (isinstance(leaf, nn.Parameter) and not leaf.requires_grad) or isinstance(leaf, nn.Buffer)
 
@@ -100,12 +108,12 @@ def shared(
     constant: Sequence[bool],
     hooked: Mapping[Hashable, nn.Parameter],
 ) -> Tree:
-    """The tree itself if all its leaves are different parameters without hooks, else a `Shared`.
+    """Return the tree itself if all its leaves are different parameters without hooks, else a `Shared`.
 
     Args:
-        tree: with views in place of modules.
-        identities: one for each leaf; equal ones mark the places of one tensor.
-        constant: one for each leaf.
+        tree: the tree, with views in place of modules.
+        identities: an identity for each leaf. Leaves with equal identities are places of one tensor.
+        constant: whether each leaf is a constant.
         hooked: the parameters with hooks, by identity.
     """
     if len(set(identities)) == len(identities) and not any(constant) and not hooked:

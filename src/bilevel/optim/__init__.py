@@ -1,1 +1,1 @@
-"""Optimisers of torch.optim as update rules that can be differentiated."""
+"""The optimisers of `torch.optim` as update rules that can be differentiated."""

@@ -1,7 +1,7 @@
-"""Small tensors joined into long ones, for operations that go element by element.
+"""Small tensors joined into long ones, for operations that work element by element.
 
-Every operation on a tensor costs some microseconds whatever its size, and many times that in forward mode. An optimiser
-that treats every number alike can therefore update the numbers of many small parameters in one tensor.
+Every operation on a tensor costs some microseconds whatever its size, and many times as much in forward mode. An
+optimiser that treats every number in the same way can update the numbers of many small parameters in one tensor.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 LIMIT = 2**15
-"""The largest number of elements in a bucket of several tensors. Above it the work outweighs the fixed cost of an
-operation, and temporary tensors grow."""
+"""The largest number of elements in a bucket of several tensors. Above it the fixed cost of an operation is small
+compared with its work, and temporary tensors grow."""
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """A partition of a list of tensors, or of some of them, into buckets of equal dtype and device.
+    """A partition of tensors of a list into buckets of equal dtype and device. It may leave tensors out.
 
     >>> tensors = [torch.ones(2, 2), torch.ones(1, dtype=torch.float64), torch.zeros(3)]
     >>> buckets = Buckets.of(tensors)
@@ -30,7 +30,7 @@ class Buckets:
     """
 
     members: tuple[tuple[int, ...], ...]
-    """For each bucket, the places of its tensors in the list."""
+    """The places in the list of the tensors of each bucket."""
     shapes: Mapping[int, torch.Size]
     """The shape of every tensor in a bucket, by its place."""
 
@@ -59,7 +59,9 @@ class Buckets:
     def joined(self, tensors: Sequence[Tensor | None], fresh: bool = False) -> list[Tensor]:
         """Join the tensors of each bucket into one, which is flat if the bucket has several members.
 
-        With `fresh=True` no result is an argument itself.
+        Args:
+            tensors: the tensors of the list; each bucket has either all of its tensors or `None` for all.
+            fresh: whether every result is a copy, also that of a bucket with a single member.
         """
         found = []
         for bucket in self.members:
@@ -71,7 +73,7 @@ class Buckets:
         return found
 
     def parted(self, joined: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Take joined tensors apart: for the place of each member, its part as a view."""
+        """Split joined tensors. Return the part of each member as a view, by its place in the list."""
         found = {}
         for tensor, bucket in zip(joined, self.members, strict=True):
             shapes = [self.shapes[i] for i in bucket]

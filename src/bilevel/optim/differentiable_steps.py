@@ -1,22 +1,22 @@
-"""A mode in which the `step` of an optimiser that was written without derivatives in mind has one.
+"""A mode that makes the `step` of an arbitrary optimiser differentiable.
 
-Optimisers update parameters in place, under `torch.no_grad()`, through `.data` or `.detach()`, by fused and
-`_foreach_` operations. Each of these hides the update from autograd or stops it with an error, though the update is a
+Optimisers update parameters in place, under `torch.no_grad()`, through `.data` or `.detach()`, and by fused and
+`_foreach_` operations. Each of these either hides the update from autograd or raises an error. The update itself is a
 differentiable function of the parameters, the gradients and the memory. Inside `DifferentiableStep` the same calls
-compute the same numbers by operations that autograd and the function transforms follow:
+compute the same numbers by operations that autograd and the function transforms can differentiate:
 
-- `torch.no_grad()` and `torch.set_grad_enabled(False)` have no effect; `.data`, `.detach()` and `.detach_()` give the
-  tensor itself, so that writing into them writes into it, and `parameter.data = x` copies x into it.
-- `x.op_(…)` and `op(…, out=x)` compute the result out of place and then copy it into x. Arguments are copied before an
-  operation may keep them for its derivative, since a later line may write into them.
-- `_foreach_` operations are made tensor by tensor.
-- `.item()` gives a `TensorNumber` where it may have a derivative, whose tensor takes its place in every operation:
-  `x.add(y, alpha=a)` is computed as x + a·y.
-- √x is √max(x, 100·tiny), because the derivative of √ at 0 is infinite and one such entry would make everything NaN; in
-  float32 the value differs by at most 1e-18.
+- `torch.no_grad()` and `torch.set_grad_enabled(False)` have no effect. `.data`, `.detach()` and `.detach_()` return the
+  tensor itself, so writing into the result writes into the tensor. `parameter.data = x` copies x into the parameter.
+- `x.op_(…)` and `op(…, out=x)` compute the result out of place and then copy it into x. Arguments that an operation
+  may keep for its derivative are copied first, because a later line may write into them.
+- `_foreach_` operations are computed tensor by tensor.
+- `.item()` returns a `TensorNumber` if the tensor may have a derivative. Every operation uses the tensor in place of
+  the number: `x.add(y, alpha=a)` is computed as x + a·y.
+- √x is computed as √max(x, 100·tiny). The derivative of √ at 0 is infinite, and one such entry would make everything
+  NaN. In float32 the value differs by at most 1e-18.
 
-The mode does not follow numbers that leave PyTorch by `float(…)`, `.tolist()` or NumPy; `bilevel.optim.verification`
-finds steps whose derivative is wrong for that reason.
+The mode does not follow numbers that leave PyTorch through `float(…)`, `.tolist()` or NumPy.
+`bilevel.optim.verification` finds steps whose derivative is wrong for that reason.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _ARITHMETIC = {
     **{f"__{r}{name}__": f"{r * (name == 'sub')}{name}" for name in ("add", "sub", "mul", "pow") for r in ("", "r")},
     **dict.fromkeys(("__truediv__", "__rtruediv__", "__div__", "__rdiv__", "divide", "true_divide"), "div"),
 }
-"""Operations by the names of the methods that Python calls for operators."""
+"""The operation that each method for a Python operator stands for."""
 _UNCHANGED = frozenset({"copy_", "zero_", "fill_", "set_", "resize_", "squeeze_", "unsqueeze_", "t_", "transpose_"})
-"""In-place operations that keep nothing for a derivative."""
+"""In-place operations that save nothing for a derivative."""
 _KEEPING_PRECISION = frozenset({"add", "sub", "rsub", "mul", "div", "pow", "rpow", "addcmul", "addcdiv"})
 """Operations in which a float64 number does not change the dtype of the other tensors."""
 _FACTOR = {"add": "alpha", "sub": "alpha", "addcmul": "value", "addcdiv": "value"}
 
 
 class DifferentiableStep(TorchFunctionMode):
-    """Context in which in-place updates under `torch.no_grad()` can be differentiated, in both modes.
+    """Context in which in-place updates under `torch.no_grad()` can be differentiated, in reverse and in forward mode.
 
-    Every tensor that the step may write into has to be a copy that nobody else holds.
+    Every tensor that the step may write into must be a copy to which there is no other reference.
 
     >>> x = torch.ones(2, requires_grad=True)
     >>> y = x.clone()
@@ -61,8 +61,10 @@ class DifferentiableStep(TorchFunctionMode):
     """
 
     def __init__(self, without_gradient: Collection[Tensor] = ()) -> None:
-        """`without_gradient` are parameters whose `grad` is `None`; PyTorch warns when it is asked for that of a
-        copy.
+        """Set up the context.
+
+        Args:
+            without_gradient: parameters whose `grad` is `None`. PyTorch would warn when the `grad` of a copy is read.
         """
         super().__init__()
         self._without_gradient = {id(parameter) for parameter in without_gradient}
@@ -76,7 +78,7 @@ class DifferentiableStep(TorchFunctionMode):
             return args[0] if name == "__get__" else args[0].copy_(args[1])
         if attribute is Tensor.grad and name == "__get__" and id(args[0]) in self._without_gradient:
             return None
-        if attribute is Tensor.is_leaf:  # a constructor asks for leaves, which copies with a derivative are not
+        if attribute is Tensor.is_leaf:  # a constructor requires leaves, and copies with a derivative are no leaves
             return True
         if name in ("detach", "detach_", "requires_grad_"):
             return args[0]
@@ -98,9 +100,9 @@ class DifferentiableStep(TorchFunctionMode):
 
 
 def _one_by_one(name: str, args: Any, kwargs: Any) -> list[Tensor] | None:
-    """Compute a `_foreach_` operation tensor by tensor; lists hold one argument for each tensor."""
+    """Compute a `_foreach_` operation tensor by tensor. Arguments that are lists hold one value for each tensor."""
     count, in_place, name = len(args[0]), name.endswith("_"), name.removesuffix("_")
-    with_factors = name in ("addcmul", "addcdiv")  # these also take a vector with one factor for each tensor
+    with_factors = name in ("addcmul", "addcdiv")  # these also accept a vector with one factor for each tensor
 
     def of(i: int, value: Any) -> Any:
         one_each = isinstance(value, list | tuple) or (with_factors and isinstance(value, Tensor) and value.ndim == 1)
@@ -131,7 +133,7 @@ def _for_one_tensor(name: str, arguments: list[Any]) -> Callable[..., Tensor]:
 
 
 def _computed(name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The result of an operation that changes nothing in place."""
+    """Compute an operation that changes nothing in place, with tensors for the numbers that have a derivative."""
     known = _ARITHMETIC.get(name, name)
     if any(isinstance(value, TensorNumber) for value in (*args, *kwargs.values())):
         like = None if known in _KEEPING_PRECISION else next((arg for arg in args if isinstance(arg, Tensor)), None)
@@ -174,9 +176,9 @@ def _exists(name: str) -> bool:
 
 @functools.cache
 def _keeps_arguments(name: str) -> bool:
-    """Whether an operation computes new tensors, and may keep its arguments or its result for the derivative.
+    """Whether an operation computes new tensors, and may save its arguments or its result for the derivative.
 
-    Views share their argument's memory, so they must get the argument itself. PyTorch's declarations say which
+    A view shares the memory of its argument and must receive the argument itself. PyTorch's schemas declare which
     operations may return a view.
     """
     packet = getattr(torch.ops.aten, name, None)

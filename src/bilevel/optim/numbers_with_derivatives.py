@@ -1,8 +1,8 @@
-"""Python numbers that know the tensor they were taken from.
+"""Python numbers that keep a reference to the tensor they were taken from.
 
-`tensor.item()` gives a number, and PyTorch accepts only numbers in many places (`add_(x, alpha=…)`). A `TensorNumber`
-is such a number. Arithmetic with it gives another one, computed from the tensors as well, so that `DifferentiableStep`
-can put the tensor in the number's place.
+`tensor.item()` returns a number, and PyTorch accepts only numbers in many places (`add_(x, alpha=…)`). A `TensorNumber`
+is such a number. Arithmetic with a `TensorNumber` returns a `TensorNumber` whose tensor is computed by the same
+operation. `DifferentiableStep` can therefore use the tensor in place of the number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class TensorNumber(float):
-    """A float with the float64 tensor without dimensions that it is the value of.
+    """A float together with the float64 tensor without dimensions whose value it is.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
     >>> y = 1 - 2 * TensorNumber(x)
@@ -29,7 +29,7 @@ class TensorNumber(float):
     def __new__(cls, tensor: Tensor) -> TensorNumber:
         with torch._C.DisableTorchFunction():
             number = super().__new__(cls, tensor.detach().item())
-        number.tensor = tensor.reshape(()).double()
+        number.tensor = tensor.reshape(()).double().clone()  # a view would look like the meta parameter itself
         return number
 
     def __neg__(self) -> TensorNumber:
@@ -40,9 +40,9 @@ class TensorNumber(float):
 
 
 class SettingNumber(TensorNumber):
-    """A setting of an optimiser with a derivative. It counts as different from 0 even where it is 0.
+    """A setting of an optimiser with a derivative. Comparisons treat it as different from 0 even if it is 0.
 
-    Optimisers write `if weight_decay != 0:` to save work, and the derivative lies in what they would leave out.
+    Optimisers write `if weight_decay != 0:` to skip work, and the derivative comes from the work that they would skip.
     """
 
     def __bool__(self) -> bool:
@@ -65,7 +65,7 @@ def tensor_of(value: Any) -> Any:
 def _binary(operation: Callable[[Any, Any], Any], swapped: bool) -> Callable[[TensorNumber, Any], Any]:
     def method(self: TensorNumber, other: Any) -> Any:
         if not isinstance(other, int | float):
-            return NotImplemented  # a tensor does it
+            return NotImplemented  # the tensor's own method computes the result
         pair = tensor_of(other), self.tensor
         return TensorNumber(operation(*(pair if swapped else reversed(pair))))
 

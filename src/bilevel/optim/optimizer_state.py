@@ -1,4 +1,4 @@
-"""What an optimiser remembers, as a tree: one entry for every bucket of parameters with the same history of updates."""
+"""The memory of an optimiser as a tree, with one entry for each bucket of parameters that are updated together."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from bilevel.optim.buckets import Buckets
 
 
 class BucketState(NamedTuple):
-    """What the optimiser remembers of one bucket: parameters that have been updated at the same steps so far."""
+    """The optimiser's memory of one bucket, whose parameters have been updated at the same steps so far."""
 
     members: tuple[int, ...]
     """The places of the parameters in the list of all of them."""
     updates: int
-    """The number of updates so far. The first of them initialises the memory, as in PyTorch."""
+    """The number of updates so far. The first update initialises the memory, as in PyTorch."""
     memory: dict[str, Any]
-    """What PyTorch keeps in `optimizer.state[parameter]`, for the joined parameters; counters as numbers."""
+    """The entries of PyTorch's `optimizer.state[parameter]` for the joined parameters. Counters are Python numbers."""
 
 
 OptimizerState: TypeAlias = "list[BucketState]"
-"""What an optimiser remembers of all parameters."""
+"""The memory of an optimiser for all parameters."""
 
 
 def buckets_of(state: Iterable[BucketState], parameters: Sequence[Tensor]) -> Buckets:
@@ -33,9 +33,15 @@ def buckets_of(state: Iterable[BucketState], parameters: Sequence[Tensor]) -> Bu
 
 
 def divided(state: OptimizerState, reached: Collection[int], parameters: Sequence[Tensor]) -> OptimizerState:
-    """Divide every bucket in which only some parameters have a gradient, so that each bucket has a history of its own.
+    """Divide every bucket in which only some parameters have a gradient.
 
-    A bucket that was divided is never joined again.
+    All parameters of a bucket then have the same history of updates. The parts of a divided bucket are not joined
+    again.
+
+    Args:
+        state: the memory of the optimiser.
+        reached: the places of the parameters that have a gradient.
+        parameters: all parameters.
 
     >>> state = [BucketState((0, 1), 3, {"exp_avg": torch.tensor([1.0, 2.0, 5.0]), "step": 3.0})]
     >>> [bucket.members for bucket in divided(state, {1}, [torch.zeros(2), torch.zeros(1)])]
@@ -70,7 +76,7 @@ def is_first_update(bucket: BucketState) -> bool:
 
 
 def same_device(state: OptimizerState, parameters: Sequence[Tensor]) -> OptimizerState:
-    """Move every tensor of a state to the device of the parameters that it belongs to."""
+    """Return the state with every tensor on the device of the parameters that it belongs to."""
     return [
         bucket._replace(
             memory={

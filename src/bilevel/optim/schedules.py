@@ -1,4 +1,4 @@
-"""The settings of an optimiser at each step, read off PyTorch's own schedulers."""
+"""The settings of an optimiser at each step, as PyTorch's own schedulers make them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 class Timetable:
-    """The settings in force at each step: PyTorch's scheduler, run ahead on an optimiser that has nothing to do."""
+    """The settings in force at each step. PyTorch's scheduler runs ahead on an optimiser that updates nothing."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Timetable:
         self.blank: Callable[[], torch.optim.Optimizer] = functools.partial(
             algorithm, [torch.zeros(1, device="cpu")], **constants
         )
-        """Makes an optimiser of these settings whose parameters and state are still to be filled in."""
+        """A function that makes an optimiser with these settings. The caller fills in its parameters and state."""
         self._optimizer = self.blank()
         self.defaults = {name: value for name, value in self._optimizer.param_groups[0].items() if name != "params"}
         self._scheduler = None if schedule is None else schedule(self._optimizer)
@@ -40,12 +40,12 @@ class Timetable:
         self._known = [self._settings_now()]
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """All settings in force at a step, counted from 0."""
+        """Return all settings in force at a step, counted from 0."""
         if self._scheduler is None:
             return dict(self.defaults)
         while len(self._known) <= step:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # it reminds of the optimiser's steps, which are ours
+                warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that the optimiser makes no steps
                 self._scheduler.step()
             self._known.append(self._settings_now())
         return dict(self._known[step])

@@ -1,22 +1,23 @@
 """One step of a `torch.optim` class as a pure function: the step itself, run on copies of parameters and memory.
 
-The arithmetic is PyTorch's own, for small parameters joined (`bilevel.optim.buckets`). A derivative through the plain
-step would be NaN or silently wrong in some places, so the following is done around it:
+The arithmetic is PyTorch's own. Small parameters are joined (`bilevel.optim.buckets`). A derivative through the plain
+step would be NaN or silently wrong in some places. This module avoids that as follows:
 
-- *Second moments have a floor.* Adam and its kin divide by √v. A coordinate whose gradient has always been zero (a dead
-  ReLU, a pixel that is always black) has v = 0, where √ has no derivative, and one NaN spoils everything. Here v is
-  never below `100 · finfo(dtype).tiny` (1.2e-36 in float32). That is far below what any eps lets through, so the
-  trajectory stays that of the plain optimiser; at a zero gradient the derivative is the plain optimiser's own, 1/eps.
-  (Epsilons *under* the root are no remedy: from 1e-16 up they turn the hypergradient's direction.)
+- *Second moments have a lower bound.* Adam and related optimisers divide by √v. A coordinate whose gradient has always
+  been zero (a dead ReLU, a pixel that is always black) has v = 0, where √ has no derivative, and one NaN makes the
+  whole hypergradient NaN. Here v is never below `100 · finfo(dtype).tiny` (1.2e-36 in float32). Its root is negligible
+  beside any eps, so the trajectory stays that of the plain optimiser. At a zero gradient the derivative is 1/eps, as
+  for the plain optimiser. (An epsilon *under* the root does not help: from 1e-16 up it changes the hypergradient's
+  direction.)
 - *Momentum starts as zeros.* `torch.optim.SGD` makes its first buffer a detached copy of the gradient. A buffer of
   zeros, without dampening at the first update, gives the same numbers and keeps the derivative.
-- *Counters are numbers.* Step counts and what follows from them are kept as Python floats, so bias corrections are
-  exact in float64 (except ASGD's rates, which PyTorch rounds to the default dtype).
-- *A learning rate of 0 moves nothing.* Where Adam's code divides by the learning rate (`differentiable=True` folds the
-  rate into the denominator), the memory is updated at a rate of 1, and the parameters stay as they are.
+- *Counters are numbers.* Step counts and numbers computed from them are kept as Python floats. Bias corrections are
+  therefore exact in float64 (except ASGD's rates, which PyTorch rounds to the default dtype).
+- *A learning rate of 0 leaves the parameters unchanged.* With `differentiable=True`, Adam's code divides by the
+  learning rate. If the rate is 0, the memory is updated with a rate of 1 and the parameters are not updated.
 
-The ten classes of `TEN` have a `differentiable` flag, which makes their step fit for this. Every other class runs
-inside `DifferentiableStep`, parameter by parameter.
+The step of the ten classes in `TEN` has a `differentiable` flag, which makes it suitable. Every other class runs inside
+`DifferentiableStep`, parameter by parameter.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ from bilevel.optim.optimizer_state import BucketState, OptimizerState, buckets_o
 from bilevel.optim.schedules import Timetable
 
 TEN = (SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax, ASGD)
-"""The classes of torch.optim whose step PyTorch made differentiable."""
+"""The classes of `torch.optim` that accept `differentiable=True`."""
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "square_avg", "sum"})
 SPEED_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""Settings that decide how fast a step is, and not what it computes. An inner loop has values of its own for them."""
+"""Settings that determine how fast a step is and not what it computes. An inner loop sets its own values for them."""
 
 _AVERAGE = "ax"
-"""ASGD's running average of the parameters, on which they never depend. It is kept without derivatives: PyTorch
-overwrites its weight before a backward pass could use it."""
+"""ASGD's running average of the parameters. The parameters never depend on it. It is kept without derivatives, because
+PyTorch overwrites its weight before a backward pass could use it."""
 _COUNTERS = frozenset({"step", "mu_product", "eta", "mu"})
 
 
@@ -62,10 +63,17 @@ class TorchStep:
         schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None,
         numbers_only: bool,
     ) -> None:
-        """`numbers_only` says that no setting inside the step is a tensor with a derivative."""
+        """Set up the steps of a class.
+
+        Args:
+            algorithm: the class.
+            constants: the settings for the constructor of the class.
+            schedule: a function that makes a scheduler for an optimiser; `None` for constant settings.
+            numbers_only: whether no setting inside the step is a tensor with a derivative.
+        """
         self.algorithm = algorithm
         self.is_pytorchs_own = algorithm in TEN
-        """Whether the step is differentiable as PyTorch wrote it."""
+        """Whether the class is one of PyTorch's ten differentiable classes."""
         self._constants = {name: value for name, value in constants.items() if name not in SPEED_ONLY}
         self._flags = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
         if self.is_pytorchs_own:
@@ -74,7 +82,7 @@ class TorchStep:
         self.timetable = Timetable(algorithm, self._constants, schedule)
 
     def first_state(self, parameters: Sequence[Tensor]) -> OptimizerState:
-        """Return the memory before the first step."""
+        """Return the memory of the optimiser before the first step."""
         parameters = _as_real(parameters)
         buckets = Buckets.of(parameters, LIMIT if self.is_pytorchs_own else 0)
         joined = buckets.joined(parameters, fresh=True)
@@ -89,10 +97,20 @@ class TorchStep:
         step: int,
         settings: Mapping[str, Any],
     ) -> tuple[list[Tensor], OptimizerState]:
-        """Update the parameters that have a gradient, and what is remembered of them.
+        """Update the parameters that have a gradient, and the memory of them.
 
-        A class that PyTorch did not write gets all parameters, as in a loop without this library, and may also change
-        those whose `grad` is `None`.
+        A class that is not part of PyTorch receives all parameters, as in a loop without this library. It may also
+        change parameters whose `grad` is `None`.
+
+        Args:
+            parameters: the parameters before the step.
+            gradients: the gradient of each parameter, or `None`.
+            state: the memory before the step.
+            step: the number of the step, counted from 0.
+            settings: the settings in force at this step.
+
+        Returns:
+            The parameters and the memory after the step.
         """
         given_parameters, parameters, gradients = parameters, _as_real(parameters), _as_real(gradients)
         reached = {i for i, g in enumerate(gradients) if g is not None or not self.is_pytorchs_own}
@@ -103,7 +121,7 @@ class TorchStep:
         clones = buckets.joined(parameters, fresh=True)
         if self.is_pytorchs_own:
             given: Sequence[Tensor | None] = buckets.joined(gradients)
-        else:  # these may write into their gradients
+        else:  # other classes may write into their gradients
             given = [None if (g := gradients[bucket.members[0]]) is None else g.clone() for bucket in active]
         after, new_state = list(parameters), list(state)
         rate = settings.get("lr")
@@ -124,9 +142,13 @@ class TorchStep:
         state: OptimizerState,
         settings: Mapping[str, Any],
     ) -> list[dict[str, Any]]:
-        """Run the step on the clones, in place; return the new memories."""
+        """Run the step on the clones, in place. Return the new memories."""
         instance = self.timetable.blank()
+        has_tensors = any(isinstance(leaf, Tensor) for leaf in trees.leaves(dict(settings)))
         settings = self._with_flags(settings)
+        if has_tensors and "differentiable" in settings:
+            # PyTorch's differentiable code hands some settings to kernels as plain numbers; the mode below does not.
+            settings["differentiable"] = False
         instance.param_groups = [
             {**settings, **special, "params": [clones[number] for number in numbers]}
             for numbers, special in self._groups(state, settings)
@@ -135,12 +157,12 @@ class TorchStep:
             clone.grad = gradient
             instance.state[clone] = self._thawed(bucket.memory)
         step = inspect.unwrap(self.algorithm.step)  # without hooks, and without the no_grad around it
-        if self.is_pytorchs_own:
+        if self.is_pytorchs_own and not has_tensors:
             with _BatchingRules() if any(map(is_batchedtensor, clones)) else nullcontext():
                 step(instance)
         else:
             for group in instance.param_groups:
-                group.update({n: SettingNumber(v) for n, v in group.items() if isinstance(v, Tensor) and v.ndim == 0})
+                group.update({n: _as_numbers(v) for n, v in group.items() if n != "params"})
             with DifferentiableStep([clone for clone, g in zip(clones, gradients, strict=True) if g is None]):
                 step(instance)
         found = [self._frozen(instance.state[clone]) for clone in clones]
@@ -150,7 +172,7 @@ class TorchStep:
         return found
 
     def _groups(self, state: OptimizerState, settings: Mapping[str, Any]) -> list[tuple[list[int], Mapping[str, Any]]]:
-        """The buckets in groups of equal settings: SGD's first buffer is the gradient, without dampening."""
+        """Return the buckets in groups of equal settings. SGD's first momentum buffer is made without dampening."""
         everything = list(range(len(state)))
         if self.algorithm is not SGD or not _may_be_nonzero(settings["momentum"]):
             return [(everything, {})]
@@ -161,7 +183,7 @@ class TorchStep:
     def _begun(
         self, bucket: BucketState, parameters: Sequence[Tensor], step: int, settings: Mapping[str, Any]
     ) -> BucketState:
-        """A bucket with its memory as PyTorch initialises it at the first update, with the settings in force then."""
+        """Return a bucket whose memory is initialised as by PyTorch, with the settings in force at its first update."""
         if not self.is_pytorchs_own:
             return bucket
         late = bucket.updates == 0 and step > 0
@@ -182,7 +204,7 @@ class TorchStep:
             )
 
     def _first_memories(self, joined: Sequence[Tensor], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What the optimiser remembers before the first update, made by its own initialisation."""
+        """Return the memories before the first update, as the optimiser itself initialises them."""
         if not self.is_pytorchs_own:
             return self._made_by_constructor(joined)
         clones = [clone.detach() for clone in joined]
@@ -199,6 +221,15 @@ class TorchStep:
         initialise({**self._with_flags(numbers), "params": clones}, *lists)
         return [self._frozen(instance.state[clone]) for clone in clones]
 
+    def memory_of(self, parameter: Tensor, memory: Mapping[str, Any], updates: int) -> dict[str, Any]:
+        """Return what an ordinary instance keeps of one parameter after so many updates, in the form of a state."""
+        if not updates:
+            return self._first_memories([parameter.detach()], self.timetable(0))[0]
+        found = self._frozen(memory)
+        if self.algorithm is SGD and "momentum_buffer" in found:
+            found["has_begun"] = True
+        return found
+
     def _made_by_constructor(self, joined: Sequence[Tensor]) -> list[dict[str, Any]]:
         with DifferentiableStep():
             instance = self.algorithm(list(joined), **self._constants)  # pyright: ignore[reportCallIssue]
@@ -208,14 +239,14 @@ class TorchStep:
         return {**settings, **{name: value for name, value in self._flags.items() if name in settings}}
 
     def _frozen(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Undone by `_thawed`: counters as numbers."""
+        """Return a memory with counters as numbers. `_thawed` is the inverse."""
         if not issubclass(self.algorithm, TEN):
             return dict(state)
         known = {name: value for name, value in state.items() if value is not None}
         return {name: _frozen_entry(name, value) for name, value in known.items()}
 
     def _thawed(self, memory: Mapping[str, Any]) -> dict[str, Any]:
-        """Copies that the step may change in place."""
+        """Return copies of a memory that the step may change in place."""
         if not issubclass(self.algorithm, TEN):
             return trees.map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(memory))
         return {name: _thawed_entry(name, value) for name, value in memory.items() if name != "has_begun"}
@@ -262,17 +293,24 @@ def _thawed_entry(name: str, value: Any) -> Any:
     return value.clone()
 
 
+def _as_numbers(value: Any) -> Any:
+    """A setting with numbers that have derivatives in place of its scalar tensors."""
+    if isinstance(value, tuple):
+        return tuple(_as_numbers(each) for each in value)
+    return SettingNumber(value) if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
 def _may_be_nonzero(value: Any) -> bool:
     return isinstance(value, Tensor) or value != 0
 
 
 def _adam_may_count_with_numbers(algorithm: type[torch.optim.Optimizer], constants: Mapping[str, Any]) -> bool:
-    """Whether Adam may correct its bias with numbers, as it does when nobody asks for a derivative.
+    """Whether Adam may correct its bias with numbers, as it does with `differentiable=False`.
 
-    `differentiable=True` makes it do so with tensors, for settings that are tensors. Where none is, the other code has
-    the same derivative in fewer operations, and in forward mode without tensors that only seem to be zeros, which
-    PyTorch handles slowly. (This does not hold with `amsgrad=True`, for which that code writes into an `out=` without
-    derivative.)
+    With `differentiable=True` Adam corrects its bias with tensors, for settings that are tensors. If no setting is a
+    tensor, the code for `differentiable=False` has the same derivative and takes fewer operations. In forward mode it
+    also avoids symbolic zero tensors, which PyTorch handles slowly. (This does not hold with `amsgrad=True`, for which
+    that code writes into an `out=` without derivative.)
     """
     inside = {name: value for name, value in constants.items() if name not in SPEED_ONLY}
     usual = inside.keys() <= {"lr", "betas", "eps", "weight_decay", "maximize"}

@@ -1,10 +1,10 @@
 """`torch.optim` optimisers as pure update rules: (parameters, gradients, state) -> (parameters, state).
 
-`TorchStep` runs PyTorch's own step on copies. Around it, an update clips the gradients, leaves parameters without a
-gradient alone, and applies learning rates and weight decay that depend on the meta parameters: PyTorch's update is
-linear in the learning rate, and in forward mode it drops the derivative of a setting that is a tensor. A class that is
-not one of PyTorch's ten differentiable ones is compared with its own steps and with differences once
-(`bilevel.optim.verification`).
+`TorchStep` runs PyTorch's own step on copies. An update also clips the gradients, leaves parameters without a gradient
+unchanged, and applies learning rates and weight decay that depend on the meta parameters. It applies these around the
+step because PyTorch's update is linear in the learning rate, and because in forward mode PyTorch drops the derivative
+of a setting that is a tensor. A class that is not one of PyTorch's ten differentiable classes is compared once with its
+own steps and with finite differences (`bilevel.optim.verification`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bilevel import trees
 from bilevel.optim import verification
 from bilevel.optim.clipping import Bound, Clipping, require_whole
 from bilevel.optim.optimizer_state import OptimizerState
-from bilevel.optim.settings import one_each, settings_of
+from bilevel.optim.settings import of_meta_and_step, one_each, settings_of
 from bilevel.optim.torch_step import SECOND_MOMENTS, SPEED_ONLY, TorchStep
 from bilevel.trees import Tree
 
@@ -34,7 +34,7 @@ _STAND_INS = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.5, "eps": 0.1}
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A `torch.optim` class with its settings, not yet bound to parameters. Made by `optimizer`."""
+    """A `torch.optim` class with its settings, not yet bound to parameters. `bilevel.optimizer` makes it."""
 
     algorithm: type[torch.optim.Optimizer]
     settings: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Optimizer:
     clipping: Clipping = field(default_factory=Clipping)
     _step: TorchStep = field(init=False, repr=False, compare=False)
     _verified: set[str] = field(init=False, repr=False, compare=False, default_factory=set)
-    """Which comparisons of an optimiser that PyTorch did not write have been made: of values, of derivatives."""
+    """The comparisons that have been made of an optimiser that is not part of PyTorch: "values", "derivatives"."""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.algorithm, type) and issubclass(self.algorithm, torch.optim.Optimizer)):
@@ -70,18 +70,19 @@ class Optimizer:
         of_pytorch = self.algorithm.__module__.startswith("torch.optim.")
         return f"torch.optim.{self.algorithm.__name__}" if of_pytorch else self.algorithm.__name__
 
-    @property
-    def meta_settings(self) -> dict[str, Callable[[Tree], Any]]:
-        """The settings that are functions of the meta parameters, or have a value for each parameter."""
+    @functools.cached_property
+    def meta_settings(self) -> dict[str, Callable[[Tree, int], Any]]:
+        """The settings that depend on the meta parameters and the step, or have a value for each parameter."""
         several = {
             name: functools.partial(_constant, value)
             for name in ("lr", "weight_decay")
             if isinstance(value := self.settings.get(name), Mapping | list | tuple)
         }
-        return {**{name: value for name, value in self.settings.items() if callable(value)}, **several}
+        functions = {name: of_meta_and_step(value) for name, value in self.settings.items() if callable(value)}
+        return {**functions, **several}
 
     def _constants(self) -> dict[str, Any]:
-        """Settings for PyTorch's constructor, with stand-ins where the value comes from the meta parameters."""
+        """Return settings for PyTorch's constructor, with placeholders for values from the meta parameters."""
         defaults = settings_of(self.algorithm)
         required = inspect.Parameter.empty
         stand_ins = {n: 0.1 if defaults[n] is required else defaults[n] for n in self.meta_settings} | _STAND_INS
@@ -90,7 +91,18 @@ class Optimizer:
     # -- bound to parameters, updating in place: the outer loop --------------------------------------------------
 
     def bind(self, parameters: Sequence[Tensor]) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-        """The ordinary PyTorch optimiser (and scheduler) over these parameters."""
+        """Make the ordinary PyTorch optimiser and scheduler for these parameters, for the outer loop.
+
+        Args:
+            parameters: the tensors that the optimiser updates in place.
+
+        Returns:
+            The optimiser, and its scheduler or `None`.
+
+        Raises:
+            ValueError: a setting is a function of the meta parameters or differs between parameters, the gradient is
+                to be clipped, or the optimiser evaluates the loss several times in a step.
+        """
         if self.meta_settings:
             names = ", ".join(self.meta_settings)
             raise ValueError(
@@ -112,10 +124,38 @@ class Optimizer:
         bound = self.algorithm(list(parameters), **self.settings)  # pyright: ignore[reportCallIssue]
         return bound, None if self.schedule is None else self.schedule(bound)
 
+    def bound_to(self, parameters: Any) -> torch.optim.Optimizer:
+        """Make an instance of the class over parameters or groups of parameters, for `in_place.InPlaceOptimizer`."""
+        constants = {name: value for name, value in self._constants().items() if name not in SPEED_ONLY}
+        return self.algorithm(parameters, **constants)  # pyright: ignore[reportCallIssue]
+
+    def settings_at(self, step: int, meta: Tree) -> dict[str, Any]:
+        """Return all settings in force at a step, counted from 0; a schedule multiplies a rate that depends on meta."""
+        settings = self._step.timetable(step)
+        special = {name: function(meta, step) for name, function in self.meta_settings.items()}
+        if "lr" in special:
+            factor = settings["lr"]
+            rates = special["lr"]
+            special["lr"] = rates if factor == 1 else _scaled(rates, factor)
+        return {**settings, **special}
+
+    def memory_of(self, parameter: Tensor, memory: Mapping[str, Any], updates: int) -> dict[str, Any]:
+        """Return what PyTorch keeps in `optimizer.state[parameter]` after so many updates, as a state has it."""
+        return self._step.memory_of(parameter, memory, updates)
+
+    @property
+    def is_pytorchs_own(self) -> bool:
+        """Whether the step is differentiable as PyTorch wrote it."""
+        return self._step.is_pytorchs_own
+
     # -- as a pure function: the inner loop ----------------------------------------------------------------------
 
     def require_differentiable(self) -> None:
-        """Raise unless the updates of this optimiser, with these settings, can have a derivative."""
+        """Raise unless the updates of this optimiser have a derivative with these settings.
+
+        Raises:
+            ValueError: the class or one of its settings has no derivative. The message says what to use instead.
+        """
         if issubclass(self.algorithm, torch.optim.LBFGS | torch.optim.SparseAdam):
             raise ValueError(
                 f"{self._name} has no differentiable=True in torch {torch.__version__}, so "
@@ -137,11 +177,15 @@ class Optimizer:
             _require_derivative_of_setting(self, name)
 
     def require_clippable(self, parameters: Sequence[Tensor]) -> None:
-        """Raise where the gradient of these parameters cannot be clipped as asked for."""
+        """Raise a ValueError if the gradient of these parameters cannot be clipped by the given bounds."""
         require_whole(self.clipping, parameters)
 
     def init(self, parameters: Sequence[Tensor]) -> OptimizerState:
-        """Return the state before the first step."""
+        """Return the optimiser's state before the first step.
+
+        Raises:
+            ValueError: a parameter has dtype float16, and the optimiser keeps squares of gradients.
+        """
         state = self._step.first_state(parameters)
         halves = any(p.dtype == torch.float16 for p in parameters)
         if halves and any(SECOND_MOMENTS & bucket.memory.keys() for bucket in state):
@@ -160,21 +204,34 @@ class Optimizer:
         meta: Tree = None,
         params: Tree = None,
     ) -> tuple[list[Tensor], OptimizerState]:
-        """Make one step, number `step` counted from 0. Nothing is changed in place.
+        """Compute one step. Nothing is changed in place.
 
-        A parameter whose gradient is `None` is left alone, and so is what is remembered of it. `params` is the tree
-        whose leaves the parameters are, which a tree of learning rates has to match.
+        Args:
+            parameters: the parameters before the step.
+            gradients: the gradient of each parameter. A parameter whose gradient is `None` and the optimiser's memory
+                of it are left unchanged.
+            state: the optimiser's state before the step.
+            step: the number of the step, counted from 0.
+            meta: the meta parameters, for settings that are functions of them.
+            params: the tree whose leaves the parameters are. A tree of learning rates must match it.
+
+        Returns:
+            The parameters and the optimiser's state after the step.
+
+        Raises:
+            ValueError: a setting does not match the parameters, or the values or derivatives of an optimiser that is
+                not part of PyTorch are wrong.
         """
         settings = self._step.timetable(step)
-        special = {name: function(meta) for name, function in self.meta_settings.items()}
-        gradients = self.clipping(gradients, meta) if self.clipping.is_on else gradients
+        special = {name: function(meta, step) for name, function in self.meta_settings.items()}
+        gradients = self.clipping(gradients, meta, step) if self.clipping.is_on else gradients
         if not self._step.is_pytorchs_own:
             settings = {**settings, **self._inside(special, settings, parameters, params)}
             self._verify(parameters, gradients, settings)
             return self._step(parameters, gradients, state, step, settings)
         learning_rates = decay = None
         if "lr" in special:
-            factor = settings["lr"]  # the schedule's, on a base of one
+            factor = settings["lr"]  # the schedule's factor, because the scheduler runs with a rate of 1
             learning_rates = [factor * lr for lr in one_each(special.pop("lr"), parameters, params, "lr")]
             settings["lr"] = 1.0
         if "weight_decay" in special:
@@ -204,7 +261,12 @@ class Optimizer:
     def _inside(
         self, special: dict[str, Any], settings: Mapping[str, Any], parameters: Sequence[Tensor], params: Tree
     ) -> dict[str, Any]:
-        """Settings from the meta parameters as a class that PyTorch did not write gets them: one value for all."""
+        """Return the settings from the meta parameters for a class that is not part of PyTorch: one value for all
+        parameters.
+
+        Raises:
+            ValueError: a setting differs between parameters.
+        """
         for name in special:
             if name in ("lr", "weight_decay"):
                 values = one_each(special[name], parameters, params, name)
@@ -215,13 +277,13 @@ class Optimizer:
                     )
                 special[name] = values[0]
         if "lr" in special:
-            special["lr"] = settings["lr"] * special["lr"]  # the schedule's factor, on a base of one
+            special["lr"] = settings["lr"] * special["lr"]  # settings["lr"] is the schedule's factor
         return special
 
     def _verify(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], settings: Mapping[str, Any]
     ) -> None:
-        """Compare an optimiser that PyTorch did not write with its own steps and with differences, once."""
+        """Compare an optimiser that is not part of PyTorch once with its own steps and with finite differences."""
         reached = [i for i, g in enumerate(gradients) if g is not None]
         differentiated = torch._C._are_functorch_transforms_active() or any(
             t is not None and t.requires_grad for t in (*parameters, *gradients)
@@ -233,7 +295,7 @@ class Optimizer:
         given = verification.plain_copies([g for g in gradients if g is not None])
         numbers = verification.plain_copies([v for v in settings.values() if isinstance(v, Tensor)])
         if theta is None or given is None or numbers is None:
-            return  # inside torch.vmap over inner loops; the next update outside of it is compared
+            return  # this is inside torch.vmap over inner loops; the next update outside of it is compared
         remaining = iter(numbers)
         plain = {n: float(next(remaining)) if isinstance(v, Tensor) else v for n, v in settings.items()}
         if plain.get("lr") == 0:
@@ -278,7 +340,7 @@ class Optimizer:
                 )
 
     def _own_steps(self, settings: Mapping[str, Any], theta: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """The optimiser's own steps on the parameters, as in a loop without this library."""
+        """Return the parameters after the optimiser's own steps, as in a loop without this library."""
         plain = [t.detach().clone().requires_grad_() for t in theta]
         constants = {name: value for name, value in self._constants().items() if name not in SPEED_ONLY}
         bound = self.algorithm(plain, **constants)  # pyright: ignore[reportCallIssue]
@@ -292,7 +354,7 @@ class Optimizer:
 
     @property
     def sign(self) -> int:
-        """−1 for an optimiser that ascends (`maximize=True`), which is to descend on the negative loss; else 1."""
+        """−1 for an optimiser with `maximize=True`, which descends on the negative loss; else 1."""
         return -1 if self._step.timetable.defaults.get("maximize") else 1
 
     @property
@@ -300,16 +362,20 @@ class Optimizer:
         """Whether weight decay acts on the parameters rather than through the gradient (AdamW)."""
         return bool(self._step.timetable.defaults.get("decoupled_weight_decay", False))
 
-    def coupled_decay(self, parameters: Sequence[Tensor], meta: Tree, params: Tree) -> list[Tensor | float] | None:
-        """λ for each parameter if the optimiser descends on ±g + λ‖θ‖²/2 rather than on ±g alone; else `None`."""
+    def coupled_decay(
+        self, parameters: Sequence[Tensor], meta: Tree, params: Tree, step: int
+    ) -> list[Tensor | float] | None:
+        """Return λ of a step for each parameter if it descends on ±g + λ‖θ‖²/2 and not on ±g alone, else `None`."""
         value = self.settings.get("weight_decay", 0.0)
         if self.decay_is_decoupled or (isinstance(value, float | int) and value == 0):
             return None
-        return one_each(value(meta) if callable(value) else value, parameters, params, "weight_decay")
+        if "weight_decay" in self.meta_settings:
+            value = self.meta_settings["weight_decay"](meta, step)
+        return one_each(value, parameters, params, "weight_decay")
 
 
 def optimizer(
-    algorithm: type[torch.optim.Optimizer] | functools.partial[torch.optim.Optimizer],
+    algorithm: type[torch.optim.Optimizer] | functools.partial[Any],
     *,
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     clip_norm: Bound = None,
@@ -317,34 +383,43 @@ def optimizer(
     clip_norm_type: float = 2.0,
     **settings: Any,
 ) -> Optimizer:
-    """Name a `torch.optim` class and its settings, for the inner or the outer loop.
+    """Describe an optimiser by its `torch.optim` class and its settings, for the inner or the outer loop.
+
+    Parameters that the loss of a step does not reach are left unchanged at that step, and so are their momentum and
+    step count. `torch.optim` does the same for parameters whose `grad` is `None` after `zero_grad()`.
 
     Args:
-        algorithm: for the inner loop, SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam, Adadelta, Adamax or ASGD of
-            `torch.optim`; or a class of your own with a first-order step, whose updates and derivatives are compared
-            with its own steps and with differences at the first update. `functools.partial(torch.optim.SGD, lr=0.1)` is
-            taken as the class with these settings.
-        schedule: makes a scheduler of `torch.optim.lr_scheduler` for an optimiser, such as
-            `functools.partial(CosineAnnealingLR, T_max=100)`; it advances once per step.
-        clip_norm: scale the gradient of each inner step so that its norm over all parameters is at most this, as
-            `torch.nn.utils.clip_grad_norm_` does: g ← g · min(1, clip_norm / (‖g‖ + 1e-6)). A number, or a function of
-            the meta parameters.
-        clip_value: clamp each entry of the gradient to [−clip_value, clip_value], as
-            `torch.nn.utils.clip_grad_value_` does; before `clip_norm`, where both are given.
+        algorithm: the optimiser's class. For the inner loop, this is SGD, Adam, AdamW, RMSprop, Adagrad, NAdam, RAdam,
+            Adadelta, Adamax or ASGD of `torch.optim`, or a class of your own with a first-order step. The updates and
+            derivatives of your own class are compared with its own steps and with finite differences at the first
+            update. `functools.partial(torch.optim.SGD, lr=0.1)` stands for the class with these settings.
+        schedule: a function that makes a scheduler of `torch.optim.lr_scheduler` for an optimiser, such as
+            `functools.partial(CosineAnnealingLR, T_max=100)`. The scheduler advances once per step.
+        clip_norm: the largest norm, over all parameters, of the gradient of an inner step. Larger gradients are
+            scaled as by `torch.nn.utils.clip_grad_norm_`: g ← g · min(1, clip_norm / (‖g‖ + 1e-6)). A number, or a
+            function of the meta parameters.
+        clip_value: the bound to which each entry of the gradient is clamped, to [−clip_value, clip_value], as by
+            `torch.nn.utils.clip_grad_value_`. It is applied before `clip_norm`. A number, or a function of the meta
+            parameters.
         clip_norm_type: p of the p-norm that `clip_norm` bounds; at least 1, or `math.inf`.
         settings: what the class itself takes. For an inner optimiser a setting may be a function of the meta
-            parameters: `lr=lambda meta: meta["log_lr"].exp()`. `lr` and `weight_decay` may then also be a list with
-            one value for each parameter (per-layer rates), or a tree that matches the parameters: for a module, a
-            dict by parameter name. Such a list or tree may also be given as it is, without a function. A schedule
-            multiplies such a rate by what it makes of a rate of one. `foreach`, `fused`, `capturable` and
+            parameters, `lr=lambda meta: meta["log_lr"].exp()`, or of the meta parameters and the number of the step
+            from 0, `lr=lambda meta, step: meta["rates"][step]`: a function with two required positional parameters
+            gets both. This holds for every number, such as momentum, dampening, eps, and `betas` as a pair; a setting
+            whose derivative PyTorch would drop is refused. `lr` and `weight_decay` may also be a list with one value
+            for each parameter, or a tree that matches the parameters, in which one value may stand for a whole branch:
+            for a module, a dict by parameter name. It may be given as it is, or by a function. No decay on biases and
+            norms: `weight_decay={name: 0.1 * (p.ndim > 1) for name, p in net.named_parameters()}`. A
+            schedule multiplies such a rate by what it makes of a rate of one. `foreach`, `fused`, `capturable` and
             `differentiable` are accepted and have no effect in an inner loop, because they change only the speed.
 
-    Parameters that the loss of a step does not reach are left alone at that step, with their own momentum and step
-    count, as `torch.optim` does for parameters whose `grad` is `None` after `zero_grad()`.
+    Returns:
+        The description, for `bilevel.GradientDescent` or for `fit`.
 
     Raises:
-        ValueError: for a setting that the class does not have, one whose derivative PyTorch would drop, or a class
-            whose updates cannot be reproduced or differentiated.
+        TypeError: `algorithm` is not an optimiser class, or `schedule` does not make a scheduler.
+        ValueError: the class does not have a setting, PyTorch would drop the derivative of a setting, or the updates
+            of the class cannot be reproduced or differentiated.
 
     >>> optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, clip_norm=1.0)
     optimizer(torch.optim.SGD, lr=0.1, momentum=0.9, clip_norm=1.0)
@@ -361,7 +436,7 @@ def optimizer(
 
 
 def described(value: Any) -> str:
-    """What was passed as an optimiser, in a few words."""
+    """Return a few words, for an error message, on what was passed as an optimiser."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, torch.optim.Optimizer):
@@ -369,16 +444,24 @@ def described(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _constant(value: Any, meta: Tree) -> Any:
+def _constant(value: Any, meta: Tree, step: int) -> Any:
     return value
+
+
+def _scaled(rates: Any, factor: float) -> Any:
+    """Multiply one rate, or each rate of a list or tree."""
+    return trees.map_leaves(lambda rate: factor * rate, rates)
 
 
 def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
     """Raise unless PyTorch carries derivatives with respect to a setting, in both modes.
 
-    Several settings of `torch.optim` reach kernels as plain numbers, which drops their derivative without a word. So
-    eight steps (RAdam adapts from the sixth on) on two numbers are differentiated in both modes and compared with
-    central differences.
+    Several settings of `torch.optim` reach kernels as plain numbers, which drops their derivative silently. This
+    function differentiates eight steps on two numbers in both modes and compares the derivatives with central
+    differences. It takes eight steps because RAdam adapts only from the sixth step on.
+
+    Raises:
+        ValueError: the setting cannot be a meta parameter.
     """
     if name in ("lr", "weight_decay") and optimizer._step.is_pytorchs_own:
         if name == "lr" and issubclass(optimizer.algorithm, torch.optim.ASGD):
@@ -394,7 +477,10 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
             f"parameter; write {name}=True or {name}=False"
         )
     points = [torch.tensor(float(v), dtype=torch.float64, device="cpu") for v in trees.leaves(default)]
-    rebuild = functools.partial(trees.unflatten, trees.flatten(default)[1])
+
+    def rebuild(values: list[Tensor]) -> Any:
+        return trees.unflatten(trees.flatten(default)[1], values)
+
     subject = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1, name: rebuild})
 
     def trajectory(*values: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""Updates compared with the optimiser's own step, and their derivatives with differences.
+"""Comparison of updates with the optimiser's own step, and of their derivatives with finite differences.
 
-The comparison is made once for an optimiser that PyTorch did not write, at the parameters and gradients of the first
-update that is asked for. In float64 a few updates in a row,
+The comparison is made once for each optimiser that is not part of PyTorch, at the parameters and gradients of the first
+update. It takes three updates in a row, in float64:
 
-    (θ_0, g) ↦ θ_3,   θ_{t+1} = update(θ_t, c_t g),   c = (1, −0.5, 0.8),
+    (θ_0, g) ↦ θ_3,   θ_{t+1} = update(θ_t, c_t g),   c = (1, −0.5, 0.8).
 
-are compared with the steps of the optimiser itself, and their directional derivatives in θ_0 and in g, in reverse and
-in forward mode, with five-point differences. The parameters and gradients are moved by 1e-3 of their size at random, so
-that they do not lie on the edge of a clamp.
+The values are compared with the steps of the optimiser itself. The directional derivatives in θ_0 and in g, in reverse
+and in forward mode, are compared with five-point differences. The parameters and gradients are first moved at random by
+1e-3 of their size, so that they do not lie on the edge of a clamp.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ from bilevel import trees
 from bilevel.autodiff.modes import without_modes
 
 FACTORS = (1.0, -0.5, 0.8)
-"""Multiples of the gradient in consecutive updates."""
+"""The factors c_t of the gradient in consecutive updates."""
 _OFF = 1e-3
 _STEP = 1e-4
 _TOLERANCE = 1e-5
-"""Relative to the larger of two derivatives. The five-point formula is off by O(step⁴) and rounding/step, 1e-12."""
+"""The largest accepted difference, relative to the larger of two derivatives. The error of the five-point formula is
+O(step⁴) plus rounding/step, 1e-12."""
 _ROUNDING = 1e-9
-"""Relative to the length of the direction: differences below it are rounding."""
+"""Differences below this multiple of the length of the direction are rounding errors."""
 
 Tensors = list[Tensor]
 Update = Callable[[Tensors, Tensors], Tensors]
 
 
 def plain_copies(tensors: Sequence[Tensor]) -> Tensors | None:
-    """Return float64 copies on the CPU without derivatives, also from inside function transforms; `None` where a tensor
-    has a batch axis there.
+    """Return float64 copies on the CPU without derivatives, also from inside function transforms.
+
+    Returns:
+        The copies, or `None` if a tensor has a batch axis of `torch.vmap`.
     """
     found = []
     for tensor in tensors:
@@ -55,9 +58,9 @@ def plain_copies(tensors: Sequence[Tensor]) -> Tensors | None:
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Context in which plain tensors are computed with as if no function transform and no mode were active.
+    """Context in which operations on plain tensors are computed as if no function transform and no mode were active.
 
-    The modes are those of the inner loop around an update: replaced operations, and watches.
+    The modes are those of the inner loop around an update. They replace operations or watch what is read.
     """
     with without_modes():
         if not torch._C._are_functorch_transforms_active():
@@ -68,21 +71,34 @@ def outside_of_transforms() -> Iterator[None]:
 
 
 def moved_off(tensors: Tensors, seed: int) -> Tensors:
-    """Return the tensors, each entry moved by about 1e-3 of the root mean square of its tensor (or of 1, if that is
-    0).
+    """Return the tensors with each entry moved at random by about 1e-3 of the root mean square of its tensor.
+
+    A tensor of zeros is moved by about 1e-3.
     """
     return [t + _OFF * u for t, u in zip(tensors, _directions(tensors, seed), strict=True)]
 
 
 def difference_in_values(update: Update, own: Update, theta: Tensors, gradients: Tensors) -> float:
-    """Return how far the two results lie apart, relative to what the optimiser's own steps change."""
+    """Return the difference between two results, relative to the change that the optimiser's own steps make.
+
+    Args:
+        update: the updates to be tested.
+        own: the optimiser's own steps.
+        theta: the parameters.
+        gradients: the gradients.
+    """
     ours, theirs = update(theta, gradients), own(theta, gradients)
     return _apart(_minus(ours, theta), _minus(theirs, theta), _norm(theta) or 1.0)
 
 
 def difference_in_derivatives(update: Update, theta: Tensors, gradients: Tensors) -> tuple[float, str]:
-    """Return how far a derivative of an update and its difference lie apart, relative to the larger one, for the worst
-    of the derivatives in θ (of what the update changes) and in the gradients, in both modes; and which one that is.
+    """Compare the derivatives of an update with finite differences, in reverse and in forward mode.
+
+    The derivatives are those of the change θ_3 − θ_0, with respect to θ_0 and with respect to the gradients.
+
+    Returns:
+        The largest difference, relative to the larger of derivative and finite difference, and the name of the
+        derivative for which it occurs.
     """
     worst = 0.0, ""
     for what, seed in (("parameters", 1), ("gradients", 2)):
@@ -113,7 +129,7 @@ def difference_in_derivatives(update: Update, theta: Tensors, gradients: Tensors
 
 
 def is_off(difference: float) -> bool:
-    """Whether a relative difference is too large for rounding."""
+    """Whether a relative difference is too large to be a rounding error. NaN counts as too large."""
     return not difference <= _TOLERANCE
 
 
@@ -129,7 +145,7 @@ def _five_points(
 
 
 def _directions(tensors: Sequence[Tensor], seed: int) -> Tensors:
-    """Normal random tensors of the size of each tensor's entries."""
+    """Draw a normal random tensor for each tensor, with the root mean square of its entries."""
     draw = torch.Generator().manual_seed(seed)
     sizes = [float(t.square().mean().sqrt()) if t.numel() else 0.0 for t in tensors]
     return [

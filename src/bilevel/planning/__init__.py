@@ -1,1 +1,1 @@
-"""What each method costs on a problem, and which one to take."""
+"""The costs of each method on a problem, and the choice of a method."""

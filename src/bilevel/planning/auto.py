@@ -1,4 +1,4 @@
-"""An estimator that takes the method which the planner recommends for the problem at hand."""
+"""An estimator that uses the method that the planner recommends for a problem."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHOSEN: WeakKeyDictionary[Any, dict[Any, Estimator]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Auto(Estimator):
-    """The estimator that `bilevel.plan` recommends for the memory there is.
+    """The estimator that `bilevel.plan` recommends for the available memory.
 
     It is an exact method if one fits; else (FG)²U or differences of solves, if the signal-to-noise ratio of their
     estimate is at least 0.1; else a biased method, with a warning; else the estimate that is mostly noise.
@@ -28,11 +28,11 @@ class Auto(Estimator):
     same in every run. It is made at the first call for a problem and kept for later calls.
 
     Args:
-        memory: what may be used beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of bytes.
+        memory: the memory that may be used beyond the model and the data: `"8GB"`, `"512MiB"`, or a number of bytes.
         directions: b, the number of random directions if the choice is a method that has them; at most N.
 
-    Cost: at the first call some fifty inner steps; then that of the method. Bias: that of the method; where it has any,
-    a `UserWarning` says so when it is chosen.
+    Cost: about fifty inner steps at the first call, and then the cost of the method. Bias: the bias of the method. A
+    `UserWarning` is given when a biased method is chosen.
 
     Raises:
         MemoryBudgetError: no method fits into the memory.

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, counted exactly, storage by storage."""
+"""The number of bytes of live tensors, counted exactly, storage by storage."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that were made inside and are still alive, whoever holds them.
+    """A context that counts the bytes of all storages that were made inside it and are still alive.
 
-    It sits below functorch and autograd, so tangents, saved activations and batched tensors are seen as what they are.
-    Tensors without memory are left out: the zeros that forward mode only pretends to have, and those on device "meta".
-    What an operation takes while it runs, and memory outside of PyTorch, is not seen.
+    The mode works below functorch and autograd, so it counts tangents, saved activations and batched tensors at their
+    real sizes. Tensors without memory are not counted: the zero tensors without storage in forward mode, and tensors on
+    device "meta". Memory that an operation uses only while it runs, and memory outside of PyTorch, are not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
-        """Bytes alive."""
+        """The number of bytes that are alive."""
         self.peak = 0
-        """The most that were alive at once."""
+        """The largest number of bytes that were alive at the same time."""
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,9 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def counting() -> Iterator[LiveBytes]:
-    """Count, with the cyclic garbage collector off: a tensor that only the collector could free counts as held.
+    """Context that counts live bytes with the cyclic garbage collector switched off.
+
+    A tensor that only the garbage collector could free counts as alive.
 
     >>> import torch
     >>> with counting() as live:

@@ -1,4 +1,4 @@
-"""Which method fits into the memory there is, what it will take, and which one to take."""
+"""Prediction of the memory and the time of each method, and the recommendation of a method."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.reverse import Reverse
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
@@ -27,11 +28,12 @@ from bilevel.unrolling.unroll import Unroll, unroll
 _TRUNCATION = 10
 _FEW = 16
 _USABLE = 0.1
-"""The signal-to-noise ratio from which on a random estimate is preferred to a biased one. An outer optimiser with the
-usual momentum of 0.9 averages some ten estimates, and ten of this ratio have as much signal as noise."""
-_BIASED = (TruncatedReverse, HessianFree, Implicit)
-"""Biased methods in the order of recommendation. Truncation needs neither convergence nor curvature, and its bias falls
-with its steps; `HessianFree` needs neither either; `Implicit` is wrong unless the inner loop has come to rest."""
+"""The signal-to-noise ratio above which a random estimate is preferred to a biased one. An outer optimiser with the
+usual momentum of 0.9 averages about ten estimates. Ten estimates with this ratio have as much signal as noise."""
+_BIASED = (TruncatedReverse, HessianFree, Implicit, Penalty)
+"""Biased methods in the order of recommendation. Truncation needs neither convergence nor curvature, and its bias
+decreases with its number of steps. `HessianFree` needs neither of them. `Implicit` is wrong unless the inner loop has
+converged. `Penalty` also needs convergence, and has a further error of O(1/λ)."""
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -49,26 +51,26 @@ class PlanRow:
     seconds: float
     fits: bool
     exchange: str | None = None
-    """What several workers send to each other, "slopes" or "gradient" (`bilevel.distributed.communication`); `None` if
-    they do not share this method's work."""
+    """The data that several workers send to each other, "slopes" or "gradient" (`bilevel.distributed.communication`);
+    `None` if they do not share this method's work."""
     sent_bytes: float | None = None
     """Bytes that each worker sends for one estimate."""
 
     @property
     def biased(self) -> bool:
-        """Whether more random directions would leave an error, of which nothing is known beforehand."""
+        """Whether an error, of unknown size, would remain with any number of random directions."""
         return self.relative_variance is None
 
     @property
     def signal_to_noise(self) -> float | None:
-        """‖∇h‖²/E‖grad − ∇h‖² of one estimate: infinite for exact methods, `None` for biased ones."""
+        """The ratio ‖∇h‖²/E‖grad − ∇h‖² of one estimate; infinite for exact methods, `None` for biased methods."""
         if self.relative_variance is None:
             return None
         return 1 / self.relative_variance if self.relative_variance else float("inf")
 
     @property
     def exact(self) -> bool:
-        """Whether the method equals ∇h but for rounding. Differences of solves do not: their error is O(step²)."""
+        """Whether the method computes ∇h up to rounding. Differences of solves do not, as their error is O(step²)."""
         return self.relative_variance == 0 and not isinstance(self.estimator, ZerothOrder)
 
 
@@ -106,7 +108,7 @@ def plan(
     code.
 
     Args:
-        problem: as in the call of an estimator, like `meta`, the batches and `seed`.
+        problem: the bilevel problem.
         meta: φ, the meta parameters.
         inner_batches: T batches by random access, or the whole number T for a problem without data.
         outer_batch: passed to the outer loss.
@@ -117,16 +119,16 @@ def plan(
         workers: the number of workers that share the directions; each carries ⌈b/workers⌉.
 
     Returns:
-        A `Plan`. Of the methods that fit it recommends, in this order:
+        A `Plan`. Of the methods that fit into the memory it recommends the first that exists in this list:
 
-        1. the exact method of the fewest units (with states on disk only if none fits without);
+        1. the exact method with the fewest units (with states on disk only if no other fits);
         2. (FG)²U, or else differences of solves, if the signal-to-noise ratio ‖∇h‖²/E‖grad − ∇h‖² = b/(N − 1) of an
            estimate is at least 0.1, so that ten estimates together have as much signal as noise;
-        3. a biased method: `TruncatedReverse`, `HessianFree`, `Implicit`, as far as the problem depends on φ in a way
-           that they see;
+        3. a biased method: `TruncatedReverse`, `HessianFree`, `Implicit`, `Penalty`, as far as the problem depends on φ
+           in a way that they see;
         4. (FG)²U or differences of solves, whatever their noise.
 
-        `Plan.reason` gives the ratio, and the number of directions at which it would reach 1.
+        `Plan.reason` contains the ratio, and the number of directions at which it would reach 1.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message says what to pass.
@@ -146,8 +148,8 @@ def plan(
 
 
 def plan_of(run: Unroll, memory: str | float, directions: int, workers: int) -> Plan:
-    """The plan for an inner loop that has been checked."""
-    run = run.eager  # what compiled code allocates can't be counted
+    """Return the plan for an inner loop whose arguments have been checked."""
+    run = run.eager  # memory that compiled code allocates can't be counted
     return from_costs(step_costs.measure(run), len(run.inner_batches), memory, directions, workers)
 
 
@@ -164,7 +166,10 @@ def plan_from_sizes(
     activation_bytes: float = 0,
     gradient_seconds: float = 1,
 ) -> Plan:
-    """Predict memory and time of every method from sizes alone, for a machine that is not at hand.
+    """Predict memory and time of every method from sizes only, for a machine that is not available.
+
+    A step that is computed again and differentiated counts as 3 units and three times the activations. A direction
+    counts as 2 units and the activations once more.
 
     Args:
         params: M, the number of inner parameters.
@@ -173,23 +178,21 @@ def plan_from_sizes(
         memory: the memory that a worker may use, beyond the model and the data: `"80GB"`, or a number of bytes.
         directions: b, the number of random directions.
         workers: the number of workers that share the directions.
-        optimizer_memory: numbers that the inner optimiser keeps for each parameter: 0 for SGD, 1 with momentum, 2 for
-            Adam.
-        bytes_per_number: bytes of a number, 4 for float32.
-        activation_bytes: bytes of the activations of one inner forward pass.
-        gradient_seconds: seconds of one inner gradient. With 1, all times are in units of one inner gradient.
-
-    A step that is computed again and differentiated counts as 3 units and three times the activations. A direction
-    counts as 2 units and the activations once more.
-
-    >>> plan_from_sizes(1.5e9, 1e5, 100, memory="80GB", optimizer_memory=0).recommended.checkpoints
-    'log'
+        optimizer_memory: the number of values that the inner optimiser keeps for each parameter: 0 for SGD, 1 with
+            momentum, 2 for Adam.
+        bytes_per_number: the number of bytes of a value, 4 for float32.
+        activation_bytes: the number of bytes of the activations of one inner forward pass.
+        gradient_seconds: the number of seconds of one inner gradient. With 1, all times are in units of one inner
+            gradient.
 
     Returns:
         A `Plan`, as from `plan`.
 
     Raises:
-        ValueError: a number is too small; the message names it.
+        ValueError: a number is too small. The message names it.
+
+    >>> plan_from_sizes(1.5e9, 1e5, 100, memory="80GB", optimizer_memory=0).recommended.checkpoints
+    'log'
     """
     size = params * bytes_per_number
     state, gradient = size * (1 + optimizer_memory), gradient_seconds
@@ -212,7 +215,7 @@ def plan_from_sizes(
 
 
 def from_costs(prices: StepCosts, steps: int, memory: str | float, directions: int, workers: int) -> Plan:
-    """The plan that follows from the prices of one step."""
+    """Return the plan that follows from the prices of one step."""
     checks.whole_number(steps, "steps")
     checks.whole_number(directions, "directions")
     checks.whole_number(workers, "workers")
@@ -228,7 +231,7 @@ def from_costs(prices: StepCosts, steps: int, memory: str | float, directions: i
 
 
 def _with_exchange(row: PlanRow, prices: StepCosts, workers: int) -> PlanRow:
-    """The row with what several workers send each other."""
+    """Return the row with the data that several workers send each other."""
     if workers == 1 or not isinstance(row.estimator, ForwardGradient | ZerothOrder):
         return row
     size, directions = prices.meta_size, row.estimator.directions
@@ -239,7 +242,10 @@ def _with_exchange(row: PlanRow, prices: StepCosts, workers: int) -> PlanRow:
 
 
 def parse_bytes(text: str | float) -> float:
-    """The number of bytes that `"8GB"` or `"512MiB"` says.
+    """Return a size in bytes from a text such as `"8GB"` or `"512MiB"`, or from a number.
+
+    Raises:
+        ValueError: the text is not a size.
 
     >>> parse_bytes("8GB"), parse_bytes("1.5 KiB"), parse_bytes(100)
     (8000000000.0, 1536.0, 100.0)
@@ -255,7 +261,7 @@ def parse_bytes(text: str | float) -> float:
 
 
 def _predictions(p: StepCosts, T: int, b: int, workers: int) -> Iterator[tuple[Estimator, float | None, float, Price]]:
-    """Estimator, relative variance, units, price."""
+    """Yield the estimator, the relative variance, the units and the price of each method."""
     yield from _backward_methods(p, T)
     share = -(-b // workers)
     if p.pushed is not None and p.outer_pushed is not None:
@@ -279,7 +285,7 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
     for name in ("all", "sqrt", "log"):
         kept = checkpoint_schedules.slots(name, T)
         made = checkpoint_schedules.steps_computed(T, kept)
-        held = kept if kept == T else kept + 1  # the state before last is not among those kept
+        held = kept if kept == T else kept + 1  # the last state but one is not among the kept states
         price = Price(made * p.plain.seconds + T * p.back.seconds + outer, held * S + one_back)
         yield _priced(p, Reverse(name), 0.0, T, price)
     price = Price(T * (p.plain.seconds + p.back.seconds) + outer, 2 * S + one_back)
@@ -287,7 +293,7 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
     there = T * p.plain.seconds + outer
     few = min(_TRUNCATION, T)
     if p.step_depends_on_meta or few == T:
-        variance = 0.0 if few == T else None  # through all steps it is exact
+        variance = 0.0 if few == T else None  # the method is exact through all steps
         yield _priced(p, TruncatedReverse(few), variance, T, Price(there + few * p.back.seconds, few * S + one_back))
     if p.product is not None:
         implicit = Implicit()
@@ -295,6 +301,9 @@ def _backward_methods(p: StepCosts, T: int) -> Iterator[tuple[Estimator, float |
         held = 2 * S + meta + max(p.product.bytes, p.outer_back.bytes)
         yield _priced(p, implicit, None, T, Price(there + products * p.product.seconds, held))
         yield _priced(p, HessianFree(), None, T, Price(there + p.product.seconds, held))
+        seconds = T * (2 * p.plain.seconds + outer) + p.outer.seconds + outer + 2 * p.plain.seconds
+        held = 3 * S + meta + max(p.plain.bytes, p.outer_back.bytes)  # both copies, and the gradient of f
+        yield _priced(p, Penalty(), None, T, Price(seconds, held))
 
 
 def _priced(
@@ -339,14 +348,14 @@ def _recommendation(rows: list[PlanRow], prices: StepCosts, memory: float) -> tu
 
 
 def _without_exact(memory: float, prices: StepCosts) -> str:
-    """Why no exact method is recommended."""
+    """Return the reason why no exact method is recommended."""
     if prices.back is None and prices.pushed is None:
         return "the inner loop has no derivatives here"
     return f"no exact method fits into {size_text(memory)}"
 
 
 def _worth(row: PlanRow, prices: StepCosts) -> str:
-    """What an estimate along random directions is worth."""
+    """Return a sentence on the signal-to-noise ratio of an estimate along random directions."""
     assert isinstance(row.estimator, ForwardGradient | ZerothOrder)
     directions, size = row.estimator.directions, prices.meta_size
     return (
@@ -356,7 +365,7 @@ def _worth(row: PlanRow, prices: StepCosts) -> str:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes to read.
+    """Return a number of bytes as text with a unit.
 
     >>> size_text(8e9), size_text(250_000), size_text(12)
     ('8 GB', '250 kB', '12 B')

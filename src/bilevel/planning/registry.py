@@ -14,7 +14,10 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.penalty import Penalty
+from bilevel.estimators.persistent_es import PersistentES
 from bilevel.estimators.reverse import Reverse
+from bilevel.estimators.single_loop import SingleLoop
 from bilevel.estimators.streaming_forward_gradient import StreamingForwardGradient
 from bilevel.estimators.truncated_reverse import TruncatedReverse
 from bilevel.estimators.zeroth_order import ZerothOrder
@@ -27,16 +30,19 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     ForwardGradient,
     StreamingForwardGradient,
     ZerothOrder,
+    PersistentES,
     Implicit,
     HessianFree,
     FirstOrder,
+    Penalty,
+    SingleLoop,
     Auto,
 )
 """All estimators, in the order in which they are listed."""
 
 
 def by_name() -> dict[str, type[Estimator]]:
-    """Return all estimators by the names that they have on the command line, such as `forward-gradient`."""
+    """Return all estimators by their names on the command line, such as `forward-gradient`."""
     return names.by_name(ESTIMATORS)
 
 
@@ -50,7 +56,11 @@ def read(text: str) -> tuple[type[Estimator], dict[str, Any]]:
 
 
 def parse(text: str, **defaults: Any) -> Estimator:
-    """Return the estimator that a text describes; `defaults` are settings that the text may override.
+    """Return the estimator that a text describes.
+
+    Args:
+        text: the name of an estimator, with settings in parentheses.
+        defaults: settings that the text may override.
 
     >>> parse("forward-gradient(directions=32)", chunk_size=8).chunk_size
     8

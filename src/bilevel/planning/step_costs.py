@@ -1,7 +1,7 @@
-"""What one inner step costs, run plainly, forwards with tangents and backwards: measured on the user's own problem.
+"""The cost of one inner step, measured on the user's problem: without derivatives, in forward and in reverse mode.
 
-Bytes are those of live tensors (`live_bytes`) above what lay there before, at the peak; so they are the same at every
-measurement. Seconds are wall time, the least of three.
+Bytes are the peak of the bytes of live tensors (`live_memory`), above the bytes before the step. They are the same in
+every measurement. Seconds are wall time, the shortest of three.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bilevel.unrolling.unroll import Unroll
 
 _REPEATS = 3
 _clock = time.perf_counter
-"""`benchmarks/planner.py` takes process time, which other work on the machine does not stretch."""
+"""The clock. `benchmarks/planner.py` replaces it by process time, which other work on the machine does not affect."""
 
 
 @dataclass(frozen=True)
@@ -37,49 +37,49 @@ class Price:
 
 @dataclass(frozen=True)
 class PricePerDirection:
-    """A price that grows with the number of directions that are pushed at once."""
+    """A price that grows with the number of directions that are carried at once."""
 
     shared: Price
     each: Price
 
     def __call__(self, count: int) -> Price:
-        """The price with that many directions."""
+        """Return the price for this number of directions."""
         return Price(self.shared.seconds + count * self.each.seconds, self.shared.bytes + count * self.each.bytes)
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """The prices of which every method's is made up; `None` where the model lacks the derivative."""
+    """The prices from which the price of every method is computed; `None` if the model lacks the derivative."""
 
     meta_size: int
-    """N."""
+    """N, the number of meta parameters."""
     meta_bytes: float
-    """φ."""
+    """Bytes of φ."""
     state_bytes: float
-    """One inner state: parameters and the optimiser's memory."""
+    """Bytes of one inner state: parameters and the optimiser's memory."""
     plain: Price
-    """One step; of a black box, the whole solve."""
+    """The price of one step without derivatives; for a black box, of the whole solve."""
     outer: Price
-    """The outer loss."""
+    """The price of the outer loss."""
     outer_back: Price | None = None
-    """The outer loss and its derivatives."""
+    """The price of the outer loss and its derivatives."""
     back: Price | None = None
-    """One step redone and differentiated backwards."""
+    """The price of one step that is computed again and differentiated in reverse mode."""
     graph: Price | None = None
-    """One more step in a stored graph, the way back included."""
+    """The price of one more step in a stored graph, including its backward pass."""
     product: Price | None = None
-    """The graph of one inner gradient, and one product with its Jacobian; `None` also where that gradient does not
-    depend on φ, so that implicit methods see nothing of φ."""
+    """The price of the graph of one inner gradient and of one product with its Jacobian. It is also `None` if that
+    gradient does not depend on φ, in which case implicit methods miss the dependence on φ."""
     pushed: PricePerDirection | None = None
-    """One step with directions."""
+    """The price of one step with directions."""
     outer_pushed: PricePerDirection | None = None
-    """The outer loss with directions."""
+    """The price of the outer loss with directions."""
     step_depends_on_meta: bool = True
-    """Whether a step depends on φ, and not the initial state alone, of which truncation sees nothing."""
+    """Whether a step depends on φ. If only the initial state does, truncated methods miss the dependence."""
 
 
 def measure(run: Unroll) -> StepCosts:
-    """The prices for this inner loop: some fifty steps' work, whatever T."""
+    """Measure the prices for this inner loop. The cost is that of about fifty inner steps, for any T."""
     state = run.start()
     meta_bytes, state_bytes = _size(run.meta), _size(state)
     argument_checks.one_outer_loss(
@@ -161,7 +161,7 @@ def _if_possible(prices: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _price(call: Callable[[], Any]) -> Price:
-    call()  # the first one pays for what torch sets up once
+    call()  # the first call includes the cost of things that torch sets up only once
     with counting() as live:
         call()
     seconds = []

@@ -1,1 +1,1 @@
-"""How a run is written and shown: files, progress, pictures, and the page."""
+"""The output of a run: files, progress bars, plots, and the page of a run."""

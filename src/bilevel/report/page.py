@@ -50,13 +50,14 @@ def as_picture(figure: Any, dpi: int = 110) -> str:
     return "data:image/png;base64," + base64.b64encode(as_png(figure, dpi)).decode()
 
 
-def as_png(figure: Any, dpi: int = 110) -> bytes:
-    """Convert a matplotlib figure into the bytes of a PNG file and close it."""
+def as_png(figure: Any, dpi: int = 110, close: bool = True, format: str = "png") -> bytes:
+    """Convert a matplotlib figure into the bytes of a picture file and close it."""
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
-    plt.close(figure)
+    figure.savefig(buffer, format=format, dpi=dpi, bbox_inches="tight")
+    if close:
+        plt.close(figure)
     return buffer.getvalue()
 
 
@@ -77,6 +78,21 @@ def curves(rows: Sequence[Mapping[str, Any]], phases: Sequence[str]) -> Section:
         rows: the metrics of the outer steps, as `metrics.jsonl` holds them.
         phases: the estimator of each phase, in words.
     """
+    fig = figure_of(rows)
+    first_of_phase = _first_of_phase(rows)
+    words = "Estimator: " + ", then ".join(phases) + "."
+    if first_of_phase:
+        words += " A dotted line marks the start of the next phase."
+    if all(row["standard_error"] is None for row in rows):
+        words += (
+            " These methods draw no random directions, so they have no standard error. The table of methods in the "
+        )
+        words += "documentation tells which of them are exact."
+    return Section("Outer loop", words, as_picture(fig))
+
+
+def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Plot the outer loss, and the norm of the hypergradient with its standard error, as a matplotlib figure."""
     fig, (left, right) = figure(1, 2, figsize=(11, 3.6))
     steps = [row["outer_step"] for row in rows]
     losses = [_number(row["outer_loss"]) for row in rows]
@@ -97,22 +113,18 @@ def curves(rows: Sequence[Mapping[str, Any]], phases: Sequence[str]) -> Section:
     if any(norm > 0 for norm in norms):
         right.set(yscale="log")
     right.legend(frameon=False)
-    first_of_phase = [i for i in range(1, len(rows)) if rows[i]["phase"] != rows[i - 1]["phase"]]
+    first_of_phase = _first_of_phase(rows)
     for axis in (left, right):
         for i in first_of_phase:
             axis.axvline(steps[i] - 0.5, color="0.4", linestyle=":", linewidth=1)
         axis.set(xlabel="outer step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
-    words = "Estimator: " + ", then ".join(phases) + "."
-    if first_of_phase:
-        words += " A dotted line marks the start of the next phase."
-    if all(row["standard_error"] is None for row in rows):
-        words += (
-            " These methods draw no random directions, so they have no standard error. The table of methods in the "
-        )
-        words += "documentation tells which of them are exact."
-    return Section("Outer loop", words, as_picture(fig))
+    return fig
+
+
+def _first_of_phase(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [i for i in range(1, len(rows)) if rows[i]["phase"] != rows[i - 1]["phase"]]
 
 
 def settings(config: Mapping[str, Any]) -> Section:

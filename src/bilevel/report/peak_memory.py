@@ -21,7 +21,7 @@ class PeakMemory:
     """
 
     peak: int | None = None
-    """Bytes at the peak, above those held on entering; `None` where the system does not tell."""
+    """The bytes at the peak, above those held at the start; `None` if the system does not report them."""
 
     def __enter__(self) -> PeakMemory:
         gc.collect()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 30.0
-"""How often a line is printed where standard error is a file, in which a drawn bar cannot be replaced."""
+"""The time between two printed lines if standard error is a file, in which a bar cannot be redrawn."""
 
 
 class Bar:

@@ -30,7 +30,7 @@ class Solution:
     converged: bool
     """Whether the solver reached its goal."""
     message: str
-    """What happened, in a sentence."""
+    """A sentence that describes the outcome."""
 
 
 class LinearSolver(ABC):
@@ -40,6 +40,15 @@ class LinearSolver(ABC):
     @abstractmethod
     def products(self) -> int:
         """The largest number of products with H that one solution takes; the planner uses it."""
+
+    @property
+    def gradients_wanted(self) -> int:
+        """How many of the last inner gradients the solver is made from; most are made from none."""
+        return 0
+
+    def with_gradients(self, gradients: Sequence[Vector]) -> LinearSolver:  # noqa: ARG002
+        """Return the solver made from inner gradients, the newest last."""
+        return self
 
     @abstractmethod
     def solve(self, product: MatrixProduct, b: Sequence[Tensor]) -> Solution:

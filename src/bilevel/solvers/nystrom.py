@@ -1,4 +1,4 @@
-"""The Nyström approximation of a Hessian, and the solution that it gives."""
+"""The Nyström approximation of a Hessian, and the solution of a linear system with it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Nystrom(LinearSolver):
 
 
 def _random_basis(rank: int, seed: int, like: Sequence[Tensor]) -> Tensor:
-    """An orthonormal basis of random normal vectors, `[M, min(rank, M)]`, in at least single precision."""
+    """Return an orthonormal basis of random normal vectors, `[M, min(rank, M)]`, in at least single precision."""
     size = sum(part.numel() for part in like)
     draws = randomness.generator(seed).standard_normal((size, min(rank, size)))
     first = _flat(like)
@@ -96,9 +96,13 @@ def _random_basis(rank: int, seed: int, like: Sequence[Tensor]) -> Tensor:
 
 
 def _nystrom_approximation(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """U `[M, r]` and Λ `[r]` with UΛUᵀ = Y (QᵀY)⁺ Yᵀ on the positive part, and whether there was a negative one.
+    """Compute U `[M, r]` and Λ `[r]` with UΛUᵀ = Y (QᵀY)⁺ Yᵀ on the positive part.
 
-    Y is that of H + νI, with ν of the order of rounding, so that QᵀY has an inverse; ν is taken off the result again.
+    Y is computed for H + νI, with ν of the order of rounding errors, so that QᵀY has an inverse. ν is subtracted from
+    the result.
+
+    Returns:
+        U, Λ, and whether there was a negative part.
     """
     shift = len(basis) ** 0.5 * torch.finfo(basis.dtype).eps * torch.linalg.matrix_norm(images)
     images = images + shift * basis
@@ -111,11 +115,11 @@ def _nystrom_approximation(basis: Tensor, images: Tensor) -> tuple[Tensor, Tenso
 
 
 def _flat(vector: Sequence[Tensor]) -> Tensor:
-    """A list of tensors as one vector."""
+    """Return a list of tensors as one vector."""
     return torch.cat([part.reshape(-1) for part in vector])
 
 
 def _like(flat: Tensor, like: Sequence[Tensor]) -> Vector:
-    """One vector as a list of tensors."""
+    """Return one vector as a list of tensors."""
     parts = flat.split([part.numel() for part in like])
     return [part.reshape(other.shape).to(other.dtype) for part, other in zip(parts, like, strict=True)]

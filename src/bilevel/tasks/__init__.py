@@ -1,1 +1,1 @@
-"""Experiments. They use the library; nothing in the library uses them."""
+"""The experiments. They use the library, and nothing in the library uses them except the command line."""

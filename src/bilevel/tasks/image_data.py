@@ -24,25 +24,25 @@ class LabelledImages:
     """A classification problem on images."""
 
     train_images: Tensor
-    """`[n, channels, height, width]`, float32 in [0, 1]."""
+    """Images `[n, channels, height, width]`, float32 in [0, 1]."""
     train_labels: Tensor
-    """`[n]`, int64 from 0."""
+    """Labels `[n]`, int64, counted from 0."""
     test_images: Tensor
     test_labels: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image."""
+        """The shape of one image, `(channels, height, width)`."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """The number of classes."""
         return int(self.train_labels.max()) + 1
 
     def to(self, device: torch.device) -> LabelledImages:
-        """The same on a device."""
+        """Return a copy on a device."""
         return LabelledImages(
             self.train_images.to(device),
             self.train_labels.to(device),
@@ -52,7 +52,12 @@ class LabelledImages:
 
 
 def load(name: DataName, data_dir: Path | None, device_name: str = "cpu") -> LabelledImages:
-    """Return a data set by name, on a device (see `device`). The digits need no files.
+    """Return a data set on a device.
+
+    Args:
+        name: "digits", which needs no files, or "mnist".
+        data_dir: the folder with the files of the data set.
+        device_name: the name of the device, see `device`.
 
     Raises:
         DataError: the files are missing or damaged.
@@ -66,7 +71,11 @@ def load(name: DataName, data_dir: Path | None, device_name: str = "cpu") -> Lab
 
 
 def device(name: str) -> torch.device:
-    """Return the device of that name, if it can be used; `auto` takes a GPU if there is one."""
+    """Return the device with this name. `auto` selects a GPU if there is one.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
     chosen = name
     if chosen == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +88,10 @@ def device(name: str) -> torch.device:
 
 
 def digits() -> LabelledImages:
-    """The 1797 real handwritten 8×8 digits that come with scikit-learn; 500 of them, stratified, are the test set."""
+    """Return the 1797 real handwritten 8×8 digits that come with scikit-learn.
+
+    The test set consists of 500 of them, with the same proportion of each class.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -91,7 +103,11 @@ def digits() -> LabelledImages:
 
 
 def mnist(folder: Path) -> LabelledImages:
-    """MNIST from a folder with its four idx files, named as usual, packed or not."""
+    """Read MNIST from a folder with its four idx files, with their usual names, compressed or not.
+
+    Raises:
+        DataError: the files are missing, damaged, or do not match each other.
+    """
     if not folder.is_dir():
         raise DataError(f"--data-dir {folder} is not a folder")
     parts = []
@@ -118,7 +134,11 @@ def mnist(folder: Path) -> LabelledImages:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An array of bytes in the idx format, `.gz` or not; damage of any kind is a `DataError`."""
+    """Read an array of bytes in the idx format, compressed (`.gz`) or not.
+
+    Raises:
+        DataError: the file is damaged or has another number of dimensions.
+    """
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":

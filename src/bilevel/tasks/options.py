@@ -1,4 +1,4 @@
-"""The options of a run that all tasks share, and the phases that follow from them."""
+"""The options of a run that are the same for all tasks, and the phases that they describe."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from bilevel.training.phases import Phase
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of `bilevel run`, besides the settings of the task."""
+    """The options of `bilevel run`, in addition to the settings of the task."""
 
     estimator: str | None = field(default=None, metadata={"metavar": "NAME"})
-    """Estimator, such as reverse or "forward-gradient(directions=8)", see `bilevel list`; the preset's by default."""
+    """Estimator, such as reverse or "forward-gradient(directions=8)", see `bilevel list`; by default the preset's."""
     phases: tuple[str, ...] | None = field(default=None, metadata={"metavar": "NAME:STEPS[:PATIENCE] ..."})
-    """Several estimators in turn, each for STEPS outer steps, or until PATIENCE of them bring no lower outer loss."""
+    """Several estimators in turn, each for STEPS outer steps, or until the outer loss has not improved for PATIENCE."""
     outer_steps: int | None = None
-    """Outer steps, if there is one estimator; the preset's by default."""
+    """Number of outer steps, without --phases; by default the preset's."""
     accumulate: int = 1
-    """Estimates averaged for each outer step."""
+    """Number of estimates that are averaged in each outer step."""
     seed: int = 0
-    """Determines every random number of the run."""
+    """Seed that determines every random number of the run."""
     out: Path | None = None
     """Folder for the results; runs/TASK by default."""
     resume: bool = False
-    """Go on from the folder's checkpoint; start if there is none."""
+    """Continue from the checkpoint in the folder, or start a new run if there is none."""
     data_dir: Path | None = None
-    """Folder with the data files, for presets that need any."""
+    """Folder with the data files, for presets that need files."""
     checkpoint_every: int = 50
-    """Outer steps between two checkpoints."""
+    """Number of outer steps between two checkpoints."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
     compile: str | None = field(default=None, metadata={"metavar": "BACKEND"})
     """Compile the inner gradient and its derivatives with a backend of torch.compile, such as inductor."""
     timeout: float = distributed.TIMEOUT
-    """Under torchrun: seconds that a worker waits for another before it is an error."""
+    """Number of seconds that a worker waits for another worker before an error is raised, under torchrun."""
 
     def __post_init__(self) -> None:
         randomness.check_seed(self.seed)
@@ -49,7 +49,16 @@ class RunOptions:
 
 
 def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str, Any]) -> list[Phase]:
-    """Return the phases that the options ask for; each of `settings` goes to every estimator that has it."""
+    """Return the phases that the options describe.
+
+    Args:
+        preset: the preset, from which the options that were not given are taken.
+        options: the options of the run.
+        settings: settings of estimators; each of them is passed to every estimator that has it.
+
+    Raises:
+        ValueError: options exclude each other, a phase cannot be read, or a setting has no effect.
+    """
     if options.phases is not None and (options.estimator is not None or options.outer_steps is not None):
         raise ValueError("--phases says which estimators run and for how long; drop --estimator and --outer-steps")
     if options.phases is not None:
@@ -90,6 +99,6 @@ def _why_unused(setting: str, texts: Sequence[str]) -> str:
 
 
 def describe(phase: Phase) -> str:
-    """Return the text that `--phases` takes for this phase."""
+    """Return the text that describes this phase to `--phases`."""
     text = f"{names.describe(phase.estimator)}:{phase.steps}"
     return text if phase.patience is None else f"{text}:{phase.patience}"

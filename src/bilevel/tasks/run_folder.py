@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, and who may write there."""
+"""The folder of a run: its files, and which run may write into it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ CONFIG, RESULTS, REPORT, STAGES = "config.json", "results.json", "report.html", 
 
 
 def folder_of(task: Task[Any], options: RunOptions) -> Path:
-    """Where the run's files go."""
+    """Return the folder for the run's files."""
     return options.out or Path("runs") / task.name
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run's folder."""
+    """Read a JSON file in a run's folder.
+
+    Raises:
+        DataError: the file is missing, damaged, or was not written by this library.
+    """
     if not path.is_file():
         raise DataError(f"there is no {path}; the folder of a finished run holds one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
+    except ValueError as error:  # the file is not JSON, or not text
         raise DataError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} was not written by bilevel: it holds a {type(content).__name__}")
@@ -38,7 +42,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[None]:
-    """Write the run's settings into its folder, unless it holds another run; take them back if it never begins."""
+    """Context that writes the run's settings into its folder, and removes them if the run fails before its first step.
+
+    Args:
+        folder: the run's folder.
+        config: the run's settings.
+        resume: whether the folder may hold an earlier part of this run.
+
+    Raises:
+        NotADirectoryError: the folder is a file.
+        FileExistsError: the folder already holds a run, or other files.
+        CheckpointError: the folder holds a run with other settings.
+    """
     path = folder / CONFIG
     remove_leftovers(path)
     if folder.exists() and not folder.is_dir():
@@ -50,14 +65,16 @@ def claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[N
         yield
         return
     if _has_begun(folder):
-        raise FileExistsError(f"{folder} holds a run without {CONFIG}, so not one of this command; take another --out")
+        raise FileExistsError(
+            f"{folder} holds a run without {CONFIG}, which this command did not write; take another --out"
+        )
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         write_json(path, config)
         yield
     except BaseException:
         if not _has_begun(folder):
-            with suppress(OSError):  # the first error is the one to report
+            with suppress(OSError):  # the first error is reported
                 for leftover in (path, folder / metrics.FILE):
                     leftover.unlink(missing_ok=True)
                 for place in missing:

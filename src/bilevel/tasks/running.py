@@ -45,10 +45,21 @@ def run(
     """Train, evaluate, write `config.json`, `metrics.jsonl`, `results.json` and `report.html`, and return the results.
 
     Wrong settings are refused before anything is written. A run whose first outer step fails leaves no files. Under
-    torchrun, the workers share the training. The first worker writes and evaluates; the others return an empty dict.
+    torchrun, the workers share the training. The first worker evaluates and writes the files.
+
+    Args:
+        task: the task.
+        preset: the preset from which the options that were not given are taken.
+        config: the settings of the task.
+        options: the options of the run.
+        settings: settings of the estimators; see `options.make_phases`.
+        progress: whether to show progress bars.
+
+    Returns:
+        The content of `results.json`. Workers other than the first return an empty dict.
     """
     for package in ("jinja2", "matplotlib", *(["tensorboard"] if options.tensorboard else [])):
-        importlib.import_module(package)  # now, not after the training
+        importlib.import_module(package)  # a missing package is reported now and not after the training
     phases = make_phases(task.adapted(preset, config), options, settings or {})
     outer_steps = sum(phase.steps for phase in phases)
     folder = folder_of(task, options)
@@ -110,7 +121,7 @@ def _settings(task: Task[Any], config: Any, options: RunOptions, phases: Sequenc
 
 @dataclass(frozen=True)
 class _Training:
-    """The training of a run, for each setup of its task."""
+    """The training of a run, which can be applied to each setup of its task."""
 
     options: RunOptions
     phases: list[Phase]
@@ -151,7 +162,7 @@ class _Training:
 def _prepared(
     task: Task[Any], workers: Workers, config: Any, options: RunOptions, folder: Path, progress: bool
 ) -> Task[Any]:
-    """Run the task's stages before the outer loop: the first worker computes them, the others read its files."""
+    """Run the task's stages before the outer loop. The first worker computes them, and the others read its files."""
 
     def prepare(progress: bool) -> Task[Any]:
         return task.prepared(config, options.data_dir, folder, options.seed, progress)
@@ -161,7 +172,7 @@ def _prepared(
 
 
 def _require_derivatives(problem: BilevelProblem, phases: Sequence[Phase]) -> None:
-    """Raise if an estimator cannot take this problem, before anything is written."""
+    """Raise a ValueError if an estimator needs derivatives of a problem that has none, before anything is written."""
     for phase in phases:
         if problem.is_black_box and phase.estimator.needs_derivatives:
             raise ValueError(
@@ -171,7 +182,11 @@ def _require_derivatives(problem: BilevelProblem, phases: Sequence[Phase]) -> No
 
 
 def compiled(problem: BilevelProblem, backend: str | None) -> BilevelProblem:
-    """Return the problem, compiled if a backend is named."""
+    """Return the problem, compiled if a backend is named.
+
+    Raises:
+        ValueError: the problem has no inner gradient that could be compiled.
+    """
     if backend is None:
         return problem
     if (descent := problem.as_gradient_descent) is None:
@@ -205,7 +220,7 @@ def write_report(task: Task[Any], folder: Path) -> Path:
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest memory that this process has held; on a GPU, the largest that torch has allocated there."""
+    """Return the peak memory of this process in bytes. On a GPU, it is the largest memory that torch has allocated."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -213,5 +228,5 @@ def peak_memory_bytes() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the software that the numbers of a run depend on."""
+    """Return the versions of the software on which the numbers of a run depend."""
     return {"bilevel": metadata.version("bilevel"), "torch": torch.__version__, "python": platform.python_version()}

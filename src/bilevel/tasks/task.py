@@ -69,7 +69,7 @@ class Trained(Generic[Config]):
 
 
 class Task(ABC, Generic[Config]):
-    """An experiment: a family of bilevel problems with a way to judge the result."""
+    """An experiment: a family of bilevel problems, and an evaluation of the results."""
 
     name: str
     summary: str
@@ -113,8 +113,8 @@ class Task(ABC, Generic[Config]):
 
     @abstractmethod
     def headline(self, results: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """The numbers that matter, as (name, value)."""
+        """Return the most important numbers, as pairs of name and value."""
 
     @abstractmethod
     def sections(self, folder: Path, results: Mapping[str, Any]) -> list[Section]:
-        """The task's own part of the report."""
+        """Return the task's own part of the report."""

@@ -1,4 +1,4 @@
-"""Test accuracies after several kinds of training, each repeated with fresh networks: measured, and as a picture."""
+"""Test accuracies after several kinds of training, each repeated with new networks, and a plot of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from bilevel.report.progress import bar
 def accuracies_of(
     trials: Mapping[str, Callable[[int], float]], names: Mapping[str, str], runs: int, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """Return mean, standard deviation and every run of each trial.
+    """Return the mean, the standard deviation and every run of each trial.
 
-    A trial is a function that returns the accuracy of a run from the number of the run.
+    Args:
+        trials: for each kind of training, a function from the number of a run to the accuracy of the run.
+        names: the name of each trial in the progress bar.
+        runs: the number of runs of each trial.
+        progress: whether to show a progress bar.
     """
     results = {}
     with bar("evaluation", len(trials) * runs, show=progress) as shown:
@@ -47,7 +51,7 @@ def accuracy_rows(results: Mapping[str, Mapping[str, Any]], names: Mapping[str, 
 
 
 def picture_of_accuracies(results: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """Return a picture with every run as a point, over a bar at the mean."""
+    """Return a plot with a bar for the mean accuracy of each kind of training, and a point for every run."""
     fig, axis = page.figure(figsize=(6, 0.8 + 0.4 * len(results)))
     for position, found in enumerate(results.values()):
         axis.barh(position, 100 * found["mean"], color="0.88")

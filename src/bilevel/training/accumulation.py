@@ -1,4 +1,4 @@
-"""The estimates of one outer step: the batches and the seed of each, and which worker makes which of them."""
+"""The estimates of one outer step, with the batches and the seed of each, and their assignment to workers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel import distributed, randomness, trees
 from bilevel.directions.distributed_slopes import agreed_tree
 from bilevel.distributed.workers import Workers
+from bilevel.epochs import Epochs
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate, Estimator
 from bilevel.models.sharing import leaves_once
@@ -23,11 +24,13 @@ from bilevel.unrolling.unroll import unroll
 
 
 def batches_of(inner_batches: Any, draw: int, seed: int = 0) -> Any:
-    """The inner batches of a draw: `inner_batches` itself, or the result of that function for the draw's number.
+    """Return the inner batches of a draw: `inner_batches` itself, or the result of that function for the draw's number.
 
-    All global generators are set to (seed, draw) while the function runs. So a DataLoader that shuffles inside of it
-    gives the same batches on every worker, and again when a run is resumed.
+    All global generators are set to (seed, draw) while the function runs. A DataLoader that shuffles inside the
+    function therefore returns the same batches on every worker, and also when a run is resumed.
     """
+    if isinstance(inner_batches, Epochs):
+        return inner_batches.at(seed, draw)
     if callable(inner_batches) and not hasattr(inner_batches, "__getitem__"):
         with randomness.seeded(seed, randomness.INNER_BATCHES, draw):
             made: Any = inner_batches(draw)
@@ -36,7 +39,12 @@ def batches_of(inner_batches: Any, draw: int, seed: int = 0) -> Any:
 
 
 def batch_of(outer_batch: Any, draw: int, seed: int = 0) -> Any:
-    """The outer batch of a draw: `outer_batch` itself, or the result of that function, called as in `batches_of`."""
+    """Return the outer batch of a draw: `outer_batch` itself, or the result of that function for the draw's number.
+
+    All global generators are set to (seed, draw) while the function runs.
+    """
+    if isinstance(outer_batch, Epochs):
+        return outer_batch.batch(seed, draw)
     if callable(outer_batch):
         with randomness.seeded(seed, randomness.OUTER_BATCH, draw):
             return outer_batch(draw)
@@ -44,44 +52,52 @@ def batch_of(outer_batch: Any, draw: int, seed: int = 0) -> Any:
 
 
 class Estimates(NamedTuple):
-    """Of one outer step."""
+    """The estimates of one outer step."""
 
     sums: list[Tensor]
-    """Of the gradients."""
+    """The sums of the gradients, one tensor for each leaf of φ."""
     losses: list[float]
     errors: list[float | None]
     last: Estimate
-    """The last one that this worker made."""
+    """The last estimate that this worker made."""
 
 
 @dataclass
 class Draws:
-    """What estimates are made from: the problem, its batches and seeds, and in a stream where the inner loop is."""
+    """The data for estimates: the problem, its batches and seeds, and the position of the inner loop in a stream."""
 
     problem: BilevelProblem
     inner_batches: Any
     outer_batch: Any
     seed: int
-    stream: bool = False
+    stream: bool | int = False
+    """Whether each estimate continues the inner loop of the estimate before. With a whole number n, the inner loop
+    starts again after every n estimates."""
     draws: int = 0
-    """Estimates made so far."""
+    """The number of estimates made so far."""
     carried: WindowEnd | None = None
     """The end of the last window of a stream."""
 
     @property
     def backend(self) -> str | None:
-        """What compiles the inner gradient."""
+        """The backend that compiles the inner gradient; `None` if it is not compiled."""
         return self.problem.backend
 
     def batches(self, draw: int) -> tuple[Any, Any]:
-        """The inner batches and the outer batch of a draw."""
+        """Return the inner batches and the outer batch of a draw."""
         return batches_of(self.inner_batches, draw, self.seed), batch_of(self.outer_batch, draw, self.seed)
 
     def estimates(self, estimator: Estimator, count: int, meta: Tree, outer_step: int) -> Estimates:
-        """The `count` estimates of one outer step; of each, no more is kept than is needed.
+        """Compute the `count` estimates of one outer step, and their sum.
 
-        Workers share the directions of every estimate, if there are any; else they share the estimates, unless each
-        goes on where the one before ended.
+        Workers share the directions of every estimate, if it has directions. Otherwise they share the estimates, except
+        in a stream, where each estimate starts from the state in which the one before ended.
+
+        Args:
+            estimator: the method.
+            count: the number of estimates.
+            meta: φ.
+            outer_step: the number of the outer step, for the seeds and for error messages.
         """
         workers = distributed.current()
         if workers.size == 1 or count == 1 or self.stream:
@@ -94,7 +110,7 @@ class Draws:
 
         def share() -> Estimates:
             with Workers().sharing():
-                # One that is left without takes part in nothing, but needs an estimate to show.
+                # A worker without estimates contributes nothing; it still needs one to report progress.
                 return self._these(mine or range(1), estimator, meta, outer_step)
 
         found = workers.together("accumulated estimates", share)
@@ -118,9 +134,22 @@ class Draws:
         assert estimate is not None
         return Estimates(sums, losses, errors, estimate)
 
-    def _estimate(self, number: int, estimator: Estimator, meta: Tree, outer_step: int) -> Estimate:
+    def value(self, number: int, meta: Tree, outer_step: int) -> float:
+        """Return the outer loss that the estimate of this number would have."""
         inner, outer = self.batches(self.draws + number)
-        place = (0, 0) if self.stream else (outer_step, number)  # a stream is one history, with one seed
+        seed = randomness.derive(self.seed, randomness.DRAW, outer_step, number)
+        with randomness.preserved():
+            return float(unroll(self.problem, meta, inner, outer, seed).value()[0])
+
+    def _estimate(self, number: int, estimator: Estimator, meta: Tree, outer_step: int) -> Estimate:
+        draw = self.draws + number
+        inner, outer = self.batches(draw)
+        place = (outer_step, number)
+        if self.stream:  # each history has one seed
+            length = None if self.stream is True else self.stream
+            place = (0 if length is None else draw // length, 0)
+            if length is not None and draw % length == 0:
+                self.carried = None
         seed = randomness.derive(self.seed, randomness.DRAW, *place)
         try:
             found = estimator(self.problem, meta, inner, outer, seed, self.carried)

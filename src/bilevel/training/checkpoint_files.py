@@ -1,8 +1,8 @@
-"""Checkpoints: nested dicts, lists and tuples of tensors, numbers and strings in one safetensors file.
+"""Checkpoint files: nested dicts, lists and tuples of tensors, numbers and strings in one safetensors file.
 
-Tensors are stored as safetensors' own; the nesting around them is JSON in the file's header, with a checksum of
-everything. Nothing is pickled, so a checkpoint from a stranger is data, never code. A file is written whole or not at
-all.
+Tensors are stored as tensors of the safetensors format. The structure around them is JSON in the file's header, with a
+checksum of the whole content. Nothing is pickled, so a checkpoint file from an unknown source cannot run code. A file
+is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -25,23 +25,36 @@ _FORMAT = "1"
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Write a checkpoint; the one that is there gets the name `previous`. What it cannot hold is a `TypeError`."""
+    """Write a checkpoint file.
+
+    Args:
+        path: the file to write.
+        content: a dict of tensors, numbers, strings, and dicts, lists and tuples of these.
+        previous: the new name of an existing file at `path`, if there is one.
+
+    Raises:
+        TypeError: the content has a value that a checkpoint cannot hold.
+    """
     write_bytes(path, _as_bytes(content), previous)
 
 
 def require_storable(content: dict[str, Any]) -> None:
-    """Raise the `TypeError` of `save`, without writing anything."""
+    """Raise the `TypeError` that `save` would raise for this content, without writing anything."""
     _encode(content, {})
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint back, on the CPU."""
+    """Read a checkpoint file. All tensors are on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a checkpoint.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            # Clones, because what is read is a view of the file, which may be replaced while it is in use.
+            # The tensors are cloned, because they are views of the file, which may be replaced while they are in use.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged ({error}); start again in another folder") from error

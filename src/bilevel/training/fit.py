@@ -5,13 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bilevel import distributed, randomness
+from bilevel import checks, distributed, randomness
 from bilevel.distributed.workers import Workers
 from bilevel.errors import NonFiniteError, SolverError, Terminated
 from bilevel.estimators import Estimator
@@ -20,26 +19,15 @@ from bilevel.optim.update_rule import optimizer as make_optimizer
 from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.report.progress import bar
 from bilevel.training.accumulation import Draws
-from bilevel.training.metrics import Row
+from bilevel.training.kept import Keep, check_keep
 from bilevel.training.outer_loop import OuterLoop, OuterStep
 from bilevel.training.outer_state import identity
 from bilevel.training.phases import Phase, phases_of
+from bilevel.training.result import FitResult
 from bilevel.training.run_record import RunRecord
 from bilevel.training.settings import OuterUpdate, RunFolder, as_run_folder
 from bilevel.training.termination import Stop, stopping_raises
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """The result of `fit`."""
-
-    meta: Any
-    """The trained meta parameters, in the form `fit` was given; an `nn.Module` is trained in place."""
-    history: list[Row]
-    """One dict for each outer step: `outer_step`, `phase`, `outer_loss`, `grad_norm`, `standard_error`,
-    `signal_to_noise`, `seconds`; with `OuterUpdate(max_backtracks=…)` also `backtracks`, with
-    `OuterUpdate(clip_norm=…)` also `clipped_to`; with `compile=True` also `compile_seconds`, which `seconds` does not
-    include."""
+from bilevel.unrolling.short_check import fitting
 
 
 def fit(
@@ -54,20 +42,23 @@ def fit(
     phases: Sequence[Phase] | None = None,
     optimizer: Optimizer | None = None,
     update: OuterUpdate | None = None,
-    stream: bool = False,
+    stream: bool | int = False,
     out: str | Path | RunFolder | None = None,
     callbacks: Sequence[Callable[[OuterStep], None]] = (),
     progress: bool = True,
     workers: Workers | None = None,
+    keep: Keep = "last",
 ) -> FitResult:
     """Train the meta parameters: φ ← Ψ(φ, estimate of ∇h(φ)), where Ψ is any `torch.optim` optimiser.
 
     Args:
         problem: as in the call of an estimator.
-        meta: φ to start from: a tensor, a tree of tensors, or an `nn.Module`.
+        meta: φ to start from: a tensor, a tree of tensors, or an `nn.Module`; NumPy arrays and Python floats are taken
+            too, and come back as such.
         inner_batches: T batches by random access, the same for every outer step; or the whole number T for a problem
-            without data; or a function that returns either from the number of the estimate (0, 1, 2, …).
-        outer_batch: a batch; or a function that returns a batch from the number of the estimate.
+            without data; or a function that returns either from the number of the estimate (0, 1, 2, …); or batches
+            of a dataset by `bilevel.epochs`, in another order for each estimate.
+        outer_batch: a batch; or a function that returns a batch from the number of the estimate; or `bilevel.epochs`.
         seed: determines every random number of the run. Each estimate has a seed of its own, a function of (seed, outer
             step, number within the step).
         estimator: the method that estimates the hypergradient in every outer step. Pass it with `steps`.
@@ -79,19 +70,32 @@ def fit(
         update: a projection, the clipping of hypergradients, and backtracking: see `OuterUpdate`.
         stream: treat the inner loop as one long history, of which every estimate takes the next T steps. An estimate
             then starts from the state in which the one before ended. Estimators take that state as a constant;
-            `StreamingForwardGradient` also carries its tangents on.
+            `StreamingForwardGradient`, `PersistentES`, `SingleLoop` and `Penalty` also carry something of their own. A
+            whole number K starts the inner loop over after every K estimates, with other random numbers.
         out: the folder into which the run is written, with checkpoints: a path, or a `RunFolder` with its settings.
-        callbacks: functions that are called after each outer step, with a `bilevel.training.outer_loop.OuterStep`.
+        callbacks: functions that are called after each outer step, with a `bilevel.training.outer_loop.OuterStep`. A
+            callback ends the run by `step.stop()`.
         progress: show a progress bar.
         workers: the processes that share the work. By default these are the processes that torchrun started
             (`bilevel.experimental.join_workers()`). Each of them calls `fit` with the same arguments. The first worker
             writes the files, shows the progress and calls the callbacks. A group that torchrun restarts resumes by
             itself.
+        keep: which meta parameters are returned: the `"last"` ones; the `"best"` ones by the outer loss of their
+            estimate, the last ones included (which costs T units more, except in a stream); or a function from the
+            `OuterStep` to a number, the smaller the better, which is called after each step and is the `kept_by` of the
+            row: `keep=lambda step: -accuracy(step.meta)`.
+
+    A run in a folder can be made longer: resume it with more `steps`, or with a longer last phase.
 
     Returns:
         The trained meta parameters and a row of numbers for each outer step.
 
+    Before the first outer step, a short check takes three inner steps beside a plain PyTorch loop and compares
+    derivatives of one step with differences. It costs at most 12 inner gradients, once in a process for each kind of
+    problem. See `bilevel.experimental.short_check`.
+
     Raises:
+        CheckError: the short check found the inner loop, or a derivative of a step, to be wrong.
         NonFiniteError, SolverError: an estimate is not finite, or a black box failed. The checkpoint holds the meta
             parameters before it.
         CheckpointError: the checkpoint to resume from is damaged or belongs to another configuration.
@@ -116,13 +120,14 @@ def fit(
     phases = phases_of(estimator, steps, phases)
     randomness.check_seed(seed)
     _require_update(update)
+    check_keep(keep)
     _require_stream(problem, stream, update)
     if optimizer is None:
         optimizer = make_optimizer(torch.optim.Adam, lr=1e-2)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer is {optimizer!r}; write optimizer=bilevel.optimizer(torch.optim.Adam, lr=1e-2)")
     workers = distributed.join_workers() if workers is None else workers
-    loop = OuterLoop(Draws(problem, inner_batches, outer_batch, seed, stream), meta, phases, optimizer, update)
+    loop = OuterLoop(Draws(problem, inner_batches, outer_batch, seed, stream), meta, phases, optimizer, update, keep)
     _require_same_start(workers, loop, folder)
     resumes = folder is not None and workers.any("resuming", folder.resume or distributed.restarted())
     record = workers.together(
@@ -131,7 +136,7 @@ def fit(
     every = 1 if folder is None else folder.checkpoint_every
     try:
         record.share(workers)
-        with stopping_raises() as stop, workers.sharing():
+        with stopping_raises() as stop, workers.sharing(), fitting():
             _to_the_end(loop, record, workers, callbacks, every, stop, progress)
     except BaseException as error:
         # A first step that fails, on its arguments for instance, writes no checkpoint.
@@ -142,6 +147,7 @@ def fit(
         raise
     finally:
         record.close()
+    loop.offer_last()
     return FitResult(loop.user_meta(write_modules=True), record.rows)
 
 
@@ -151,8 +157,10 @@ def _require_update(update: OuterUpdate) -> None:
         raise TypeError(f"update is {update!r}; write update=bilevel.OuterUpdate(clip_norm=1.0)")
 
 
-def _require_stream(problem: BilevelProblem, stream: bool, update: OuterUpdate) -> None:
+def _require_stream(problem: BilevelProblem, stream: bool | int, update: OuterUpdate) -> None:
     """Raise for settings that a stream does not allow."""
+    if not isinstance(stream, bool):
+        checks.whole_number(stream, "stream")
     if stream and problem.is_black_box:
         raise ValueError("stream=True needs inner steps to go on with, and a BlackBox solves from the beginning")
     if stream and update.max_backtracks:
@@ -174,13 +182,15 @@ def _to_the_end(
     """Take all remaining outer steps. All workers take and record each step together."""
     phases = len(loop.progress.phases)
     with bar("outer steps", loop.progress.total_steps, loop.progress.outer_step, progress and workers.first) as shown:
-        while not loop.progress.finished:
+        stopped = False
+        while not (loop.progress.finished or stopped):
             step = workers.together(
                 f"outer step {loop.progress.outer_step}",
                 lambda: _outer_step(loop, record, callbacks if workers.first else (), checkpoint_every, stop),
             )
             numbers = struct.pack("dd", step.row["outer_loss"], step.row["grad_norm"])
             workers.require_same(f"the numbers of outer step {loop.progress.outer_step - 1}", numbers)
+            stopped = workers.any("stopping", step.stops) if callbacks else step.stops
             shown.advance(
                 f"outer loss {step.row['outer_loss']:.4g}",
                 f"phase {step.row['phase'] + 1} of {phases}" if phases > 1 else None,
@@ -197,10 +207,13 @@ def _outer_step(
 ) -> OuterStep:
     with stop.as_such():
         step = loop.advance()
+    if (value := loop.kept.measure(step)) is not None:
+        step.row["kept_by"] = value
+        loop.kept.offer(value, loop.parameters)
     for callback in callbacks:
         callback(step)
     record.add(step.row)
-    if loop.progress.outer_step % checkpoint_every == 0 or loop.progress.finished:
+    if step.stops or loop.progress.outer_step % checkpoint_every == 0 or loop.progress.finished:
         record.save()
     return step
 

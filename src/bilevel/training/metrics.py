@@ -1,4 +1,4 @@
-"""What a run measures, outer step by outer step: JSON lines, and TensorBoard if asked for."""
+"""The metrics of a run: one line of JSON for each outer step and, optionally, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from bilevel.report.files import remove_leftovers, write_text
 FILE = "metrics.jsonl"
 
 Row = dict[str, Any]
-"""One outer step's numbers by name."""
+"""The numbers of one outer step by name."""
 
 
 class MetricsLog:
-    """`metrics.jsonl` in a run's folder, one line for each outer step, and TensorBoard events beside it.
+    """The file `metrics.jsonl` in a run's folder, with one line for each outer step, and optional TensorBoard events.
 
-    Nothing is created before the first line.
+    No file is created before the first line.
     """
 
     def __init__(self, folder: Path, keep: int, tensorboard: bool) -> None:
-        """Read the first `keep` lines of an earlier part of the run, and drop what came after them."""
+        """Read the first `keep` lines of an earlier part of the run, and remove all later lines.
+
+        Raises:
+            CheckpointError: the file has fewer lines, or a damaged one.
+        """
         self._path = folder / FILE
         self._file: FileIO | None = None
         self._writer: Any = None
@@ -43,7 +47,7 @@ class MetricsLog:
             write_text(self._path, "".join(_line(row) for row in self.rows))
 
     def append(self, row: Row) -> None:
-        """Add one outer step's numbers; they have left this process when this returns."""
+        """Add the numbers of one outer step. They are passed to the operating system before this function returns."""
         line = _line(row).encode()
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,7 @@ class MetricsLog:
         self.rows.append(row)
 
     def sync(self) -> None:
-        """Wait until everything is on disk, so that a checkpoint never knows of a line that the disk does not."""
+        """Wait until all lines are on disk, so that a checkpoint never refers to a line that is lost in a crash."""
         if self._file is not None:
             os.fsync(self._file.fileno())
         if self._writer is not None:
@@ -73,7 +77,7 @@ class MetricsLog:
 
 
 def _write_whole(file: FileIO, line: bytes) -> None:
-    """Add a line whole or not at all, as far as that is in our hands: a full disk takes the first part of it."""
+    """Write a line completely, or remove the part that was written, such as the first part when the disk is full."""
     before, written = file.seek(0, os.SEEK_END), 0
     try:
         while written < len(line):
@@ -91,14 +95,22 @@ def exist(folder: Path) -> bool:
 
 
 def read(path: Path, at_most: int | None = None) -> list[Row]:
-    """The (first) rows of a `metrics.jsonl`; a last line that was cut off in the middle does not count."""
+    """Read the rows of a `metrics.jsonl`. An incomplete last line is ignored.
+
+    Args:
+        path: the file.
+        at_most: the largest number of rows to read; by default all.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
     if not path.is_file():
         return []
     rows: list[Row] = []
     for line in path.read_bytes().split(b"\n")[:-1][:at_most]:
         try:
             rows.append(json.loads(line))
-        except ValueError as error:  # JSON's and Unicode's errors are ValueErrors
+        except ValueError as error:  # errors of JSON and of Unicode are ValueErrors
             raise CheckpointError(f"line {len(rows) + 1} of {path} is damaged ({error})") from error
     return rows
 
@@ -113,7 +125,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _without_non_finite(value: Any) -> Any:
-    """The value with `None` for NaN and infinity, which JSON does not have."""
+    """Replace NaN and infinity, which JSON does not have, by `None`."""
     if isinstance(value, Mapping):
         return {k: _without_non_finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -122,7 +134,11 @@ def _without_non_finite(value: Any) -> Any:
 
 
 def _tensorboard_writer(folder: Path, purge_step: int) -> Callable[[], Any]:
-    """Makes a writer; an error here and now if the package is missing."""
+    """Return a function that makes a TensorBoard writer.
+
+    Raises:
+        ImportError: the package tensorboard is missing.
+    """
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:

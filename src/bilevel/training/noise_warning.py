@@ -1,4 +1,4 @@
-"""A warning when the estimates of an outer loop are noise: known after ten of them, and said once in a run."""
+"""A warning if the estimates of an outer loop are mostly noise, given at most once in a run, after ten estimates."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WATCHED = 10
-"""Outer steps after which it is known whether the estimates are noise."""
+"""The number of outer steps after which it is decided whether the estimates are mostly noise."""
 
 
 @dataclass
 class NoiseWatch:
-    """Signal and noise summed over the first outer steps with random directions."""
+    """The sums of signal and noise over the first outer steps with random directions."""
 
     signal_squared: float = 0.0
     noise_squared: float = 0.0
     noisy_steps: int = 0
 
     def add(self, squared_norm: float, error: float | None) -> None:
-        """Warn, once in a run, when the estimates of ten outer steps together are noise.
+        """Add an estimate. Warn, once in a run, if the estimates of ten outer steps together are mostly noise.
 
-        E‖estimate‖² = ‖∇h‖² + error², so the difference estimates the signal without bias.
+        E‖estimate‖² = ‖∇h‖² + error², so ‖estimate‖² − error² is an unbiased estimate of the squared signal.
+
+        Args:
+            squared_norm: ‖estimate‖².
+            error: the standard error of the estimate; `None` if it is not known.
         """
         if error is None or self.noisy_steps == WATCHED:
             return
@@ -40,7 +44,9 @@ class NoiseWatch:
 
 
 def pooled(errors: Sequence[float | None]) -> float | None:
-    """The standard error of a mean of independent estimates, from theirs.
+    """Return the standard error of the mean of independent estimates from their standard errors.
+
+    It is `None` if one of them is not known.
 
     >>> pooled([3.0, 4.0]), pooled([3.0, None])
     (2.5, None)

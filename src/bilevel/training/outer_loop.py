@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.errors import NonFiniteError, SolverError
 from bilevel.estimators import Estimate
 from bilevel.models import conversion
+from bilevel.models.numpy_forms import as_tensors, in_form_of
 from bilevel.optim.update_rule import Optimizer
 from bilevel.training.accumulation import Draws, Estimates
+from bilevel.training.kept import Keep, Kept, chosen
 from bilevel.training.metrics import Row
 from bilevel.training.noise_warning import NoiseWatch, pooled
 from bilevel.training.phases import Phase, Progress
@@ -28,16 +30,29 @@ from bilevel.unrolling import argument_checks
 
 @dataclass(frozen=True)
 class OuterStep:
-    """The argument of a callback, after each outer step."""
+    """The argument of a callback, after each outer step.
+
+    Attributes:
+        number: outer steps done, this one included.
+        meta: the meta parameters after the step, copied, in the form that `fit` was given; modules are callable views.
+        estimate: the last estimate that this worker made in this step, at the meta parameters before the step.
+        row: the numbers of this step in the metrics; a callback may add its own.
+    """
 
     number: int
-    """Outer steps done, this one included."""
     meta: Any
-    """The meta parameters after the step, copied, in the form that `fit` was given; modules are callable views."""
     estimate: Estimate
-    """The last estimate that this worker made in this step, at the meta parameters before the step."""
     row: Row
-    """The numbers of this step in the metrics; a callback may add its own."""
+    _stopping: list[bool] = field(default_factory=list, repr=False, compare=False)
+
+    def stop(self) -> None:
+        """End the run after this step. A run in a folder can be resumed, and then goes on."""
+        self._stopping.append(True)
+
+    @property
+    def stops(self) -> bool:
+        """Whether `stop` was called."""
+        return bool(self._stopping)
 
 
 class OuterLoop:
@@ -50,15 +65,18 @@ class OuterLoop:
         phases: list[Phase],
         optimizer: Optimizer,
         update: OuterUpdate,
+        keep: Keep = "last",
     ) -> None:
         """Check the meta parameters, copy them, and bind the outer optimiser to the copies."""
         self.draws, self.optimizer, self.update = draws, optimizer, update
         self.progress, self.noise = Progress(phases), NoiseWatch()
+        self.kept = Kept(keep)
         self.past = PastEstimates.wanted_by([phase.estimator for phase in phases])
         self.seconds = 0.0
         self.before: list[Tensor] | None = None
         """φ before the last outer step, if an outer step may be halved."""
-        tree = conversion.as_tree(meta)
+        self._form = meta
+        tree = conversion.as_tree(as_tensors(meta))
         self._parts = trees.split(tree)
         argument_checks.meta_parameters(tree)
         argument_checks.finite(tree)
@@ -73,6 +91,8 @@ class OuterLoop:
         gradients = [total / phase.accumulate for total in found.sums]
         outer_loss = sum(found.losses) / phase.accumulate
         self.past.remember(gradients)
+        if self.kept.by_loss:
+            self.kept.offer(outer_loss, self._detached())
         self.before = [p.clone() for p in self._detached()] if self.update.max_backtracks else None
         error, squared_norm = pooled(found.errors), trees.squared_norm(gradients)
         squared = float(squared_norm)
@@ -100,6 +120,20 @@ class OuterLoop:
         row["seconds"] = round(self.seconds, 4)
         return OuterStep(self.progress.outer_step, self.user_meta(), found.last, row)
 
+    def offer_last(self) -> None:
+        """Offer the last meta parameters, whose outer loss no step has computed: T units.
+
+        An inner loop that fails there is no better than the ones before. A stream is not run on.
+        """
+        if not self.kept.by_loss or self.draws.stream:
+            return
+        draws, accumulate = self.draws, self.progress.phases[-1].accumulate
+        try:
+            losses = [draws.value(number, self.meta_tree(), self.progress.outer_step) for number in range(accumulate)]
+        except (NonFiniteError, SolverError):
+            return
+        self.kept.offer(sum(losses) / accumulate, self._detached())
+
     def _estimates_or_backtrack(self, phase: Phase) -> tuple[Estimates, int]:
         """Return the estimates of one outer step, and how often the last step was halved.
 
@@ -121,7 +155,7 @@ class OuterLoop:
     def _move(self, gradients: Sequence[Tensor], outer_loss: float) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
-        self.torch_optimizer.step(lambda: outer_loss)  # LBFGS(max_iter=1) asks for it; the gradients are there already
+        self.torch_optimizer.step(lambda: outer_loss)  # LBFGS(max_iter=1) calls the closure; the gradients are known
         if self.update.project is not None:
             self._project(self.update.project)
         if not trees.all_finite(self._detached()):
@@ -133,7 +167,7 @@ class OuterLoop:
             self.scheduler.step()
 
     def _project(self, project: Callable[[Any], Any]) -> None:
-        allowed = conversion.as_tree(project(self.user_meta()))
+        allowed = conversion.as_tree(as_tensors(project(self.user_meta())))
         needed, returned = _shapes(self.meta_tree()), _shapes(allowed)
         if returned != needed:
             raise ValueError(
@@ -152,8 +186,9 @@ class OuterLoop:
 
     def user_meta(self, write_modules: bool = False) -> Any:
         """Return φ in the form that the user passed: with views of modules, or with the modules, updated in place."""
-        tree = trees.map_leaves(torch.clone, self.meta_tree())
-        return conversion.written_back(tree) if write_modules else tree
+        tensors = chosen(self.kept, self._detached()) if write_modules else self._detached()
+        tree = trees.map_leaves(torch.clone, self._parts.rebuild(tensors))
+        return in_form_of(self._form, conversion.written_back(tree) if write_modules else tree)
 
     def _detached(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import trees
-from bilevel.optim.optimizer_state import BucketState, same_device
-from bilevel.problem import Descent
 from bilevel.training.outer_loop import OuterLoop
-from bilevel.trees import Tree
+from bilevel.training.phases import Phase
 from bilevel.unrolling.inner_loop import WindowEnd
+from bilevel.unrolling.kept_states import restored, stored, without_optimizer
 from bilevel.unrolling.unroll import unroll
 
 _COUNTERS = {
@@ -24,7 +24,7 @@ _COUNTERS = {
     "noise": ("signal_squared", "noise_squared", "noisy_steps"),
     "past": ("past_weight",),
 }
-"""The numbers that each part of a loop counts."""
+"""The counters of each part of an outer loop."""
 
 
 def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,18 +32,19 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
     leaves = trees.named_leaves(loop.meta_tree(), "meta")
     return {
         "seed": loop.draws.seed,
-        "phases": [_without_addresses(phase) for phase in loop.progress.phases],
+        "phases": [_without_addresses(phase) for phase in _of_any_length(loop.progress.phases)],
         "optimizer": _without_addresses(loop.optimizer),
         "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
         "config": dict(config),
-        **({"stream": True} if loop.draws.stream else {}),
+        **({} if loop.kept.keep == "last" else {"keep": _without_addresses(loop.kept.keep)}),
+        **({"stream": loop.draws.stream} if loop.draws.stream else {}),
         **({} if loop.update.clip_norm is None else {"clip_norm": loop.update.clip_norm}),
         **({} if loop.draws.backend is None else {"compile": loop.draws.backend}),
     }
 
 
 def state(loop: OuterLoop) -> dict[str, Any]:
-    """Return a copy of everything that the following outer steps depend on."""
+    """Return a copy of everything on which the following outer steps depend."""
     counters = {name: getattr(getattr(loop, part), name) for part, names in _COUNTERS.items() for name in names}
     return copy.deepcopy(
         {
@@ -53,42 +54,49 @@ def state(loop: OuterLoop) -> dict[str, Any]:
             "past": loop.past.past,
             "carried": None if loop.draws.carried is None else _as_dict(loop.draws.carried),
             "before": loop.before,
+            "kept": loop.kept.state(),
             "counters": {**counters, "seconds": loop.seconds},
         }
     )
 
 
-def restore(loop: OuterLoop, stored: Mapping[str, Any]) -> None:
-    """Restore a loop to a `state`."""
+def restore(loop: OuterLoop, content: Mapping[str, Any]) -> None:
+    """Restore an outer loop from the result of `state`."""
     with torch.no_grad():
-        for parameter, value in zip(loop.parameters, stored["meta"], strict=True):
+        for parameter, value in zip(loop.parameters, content["meta"], strict=True):
             parameter.copy_(value)
-    loop.torch_optimizer.load_state_dict(stored["optimizer"])
-    # PyTorch casts what it loads to the parameter's dtype; but NAdam's running product, for one, has its own.
-    for index, remembered in stored["optimizer"]["state"].items():
+    loop.torch_optimizer.load_state_dict(content["optimizer"])
+    # PyTorch casts loaded tensors to the parameter's dtype, but some of them (NAdam's running product) have another.
+    for index, remembered in content["optimizer"]["state"].items():
         memory = loop.torch_optimizer.state[loop.parameters[index]]
         for name, value in remembered.items():
             if isinstance(value, Tensor):
                 memory[name] = value.to(memory[name].device)
     if loop.scheduler is not None:
-        loop.scheduler.load_state_dict(stored["scheduler"])
-    loop.past.past = _placed_like(loop, stored["past"])
-    loop.draws.carried = None if stored["carried"] is None else _carried_from(loop, stored["carried"])
-    loop.before = _placed_like(loop, stored["before"])
+        loop.scheduler.load_state_dict(content["scheduler"])
+    loop.past.past = _placed_like(loop, content["past"])
+    loop.draws.carried = None if content["carried"] is None else _carried_from(loop, content["carried"])
+    loop.before = _placed_like(loop, content["before"])
     for part, names in _COUNTERS.items():
         for name in names:
-            setattr(getattr(loop, part), name, stored["counters"][name])
-    loop.seconds = stored["counters"]["seconds"]
+            setattr(getattr(loop, part), name, content["counters"][name])
+    loop.seconds = content["counters"]["seconds"]
+    loop.kept.restore(content["kept"], loop.parameters)
+    loop.progress.go_on()
 
 
 def _placed_like(loop: OuterLoop, tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
-    """One for each parameter, on its device."""
+    """Return the tensors, one for each parameter, on the devices of the parameters."""
     return None if tensors is None else [t.to(p.device) for t, p in zip(tensors, loop.parameters, strict=True)]
 
 
 def _as_dict(carried: WindowEnd) -> dict[str, Any]:
-    """Return what a checkpoint stores of a stream: the leaves of the inner state, since the problem can make its tree
-    again, and the estimator's memory as it is.
+    """Return the content of a checkpoint for the end of a window of a stream.
+
+    It contains the leaves of the inner state, whose tree the problem can make again, and the estimator's memory.
+
+    Raises:
+        ValueError: a tensor is spread over processes.
     """
     for name, leaf in [*trees.named_leaves(carried.state, "state"), *trees.named_leaves(carried.memory, "memory")]:
         if trees.is_spread(leaf):
@@ -96,34 +104,30 @@ def _as_dict(carried: WindowEnd) -> dict[str, Any]:
                 f"{name} of the stream is spread over processes, and a checkpoint is written by one of them; for a "
                 "stream over a sharded model call fit without out="
             )
-    optimizer = carried.state.optimizer if isinstance(carried.state, Descent) else None
-    leaves = trees.leaves(_without_optimizer(carried.state))
-    return {"state": leaves, "optimizer": optimizer, "steps": carried.steps, "memory": carried.memory}
+    content = stored(carried.state)
+    kept = {"state": content["leaves"], "optimizer": content["optimizer"]}
+    return {**kept, "steps": carried.steps, "memory": carried.memory}
 
 
-def _without_optimizer(state: Tree) -> Tree:
-    """Return the state without the optimiser's memory, whose layout depends on the steps so far."""
-    return state._replace(optimizer=[]) if isinstance(state, Descent) else state
+def _carried_from(loop: OuterLoop, content: Mapping[str, Any]) -> WindowEnd:
+    """Return the end of a window from the result of `_as_dict`. This is its inverse.
 
-
-def _carried_from(loop: OuterLoop, stored: Mapping[str, Any]) -> WindowEnd:
-    """Return what `_as_dict` stored, with the inner state on the devices where this problem has it, and the memory on
-    the device of the inner state.
+    The inner state is on the devices on which this problem has it, and the memory is on the device of the inner state.
     """
     draws = loop.draws
     inner, outer = draws.batches(draws.draws)
     start = unroll(draws.problem, loop.meta_tree(), inner, outer, draws.seed).start()
-    like, spec = trees.flatten(_without_optimizer(start))
-    leaves = [x.to(y.device) if isinstance(x, Tensor) else x for x, y in zip(stored["state"], like, strict=True)]
-    state = trees.unflatten(spec, leaves)
-    if isinstance(state, Descent):
-        optimizer = [BucketState(*bucket) for bucket in stored["optimizer"]]
-        state = state._replace(optimizer=same_device(optimizer, trees.split(state.params).differentiable))
-    device = next(leaf.device for leaf in like if trees.is_differentiable(leaf))
-    memory = trees.map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, stored["memory"])
-    return WindowEnd(state, stored["steps"], memory, agreed=True)
+    state = restored({"leaves": content["state"], "optimizer": content["optimizer"]}, start)
+    device = next(leaf.device for leaf in trees.leaves(without_optimizer(start)) if trees.is_differentiable(leaf))
+    memory = trees.map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, content["memory"])
+    return WindowEnd(state, content["steps"], memory, agreed=True)
+
+
+def _of_any_length(phases: Sequence[Phase]) -> list[Phase]:
+    """The phases, the last of which may be made longer when a run is resumed."""
+    return [*phases[:-1], replace(phases[-1], steps=1)]
 
 
 def _without_addresses(value: Any) -> str:
-    """Its `repr`, the same in every process."""
+    """Return the `repr` of a value without addresses in memory, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

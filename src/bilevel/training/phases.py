@@ -50,7 +50,7 @@ def phases_of(estimator: Estimator | None, steps: int | None, phases: Sequence[P
     """Return the phases of an outer loop, from either `estimator` and `steps` or `phases`.
 
     Raises:
-        ValueError: both were passed, or neither, or something else than phases.
+        ValueError: both or neither were passed, or `phases` is not a sequence of phases.
     """
     if phases is None:
         if estimator is None or steps is None:
@@ -79,13 +79,13 @@ class Progress:
     phase: int = 0
     phase_step: int = 0
     best: float | None = None
-    """The least outer loss of this phase so far."""
+    """The smallest outer loss of this phase so far."""
     stalled: int = 0
-    """Outer steps since the best one."""
+    """The number of outer steps since the smallest outer loss."""
 
     @property
     def current(self) -> Phase:
-        """The phase that the next outer step belongs to."""
+        """The phase of the next outer step."""
         return self.phases[self.phase]
 
     @property
@@ -95,11 +95,13 @@ class Progress:
 
     @property
     def total_steps(self) -> int:
-        """Outer steps of the whole run, as far as is known: those done, and those that are left at most."""
+        """The number of outer steps taken, plus the largest number of steps that are left."""
+        if self.finished:
+            return self.outer_step
         return self.outer_step - self.phase_step + sum(phase.steps for phase in self.phases[self.phase :])
 
     def count(self, outer_loss: float) -> None:
-        """One more outer step is done."""
+        """Count one more outer step, and end the phase if its steps or its patience are exhausted."""
         phase = self.current
         self.outer_step += 1
         self.phase_step += 1
@@ -108,4 +110,21 @@ class Progress:
         else:
             self.stalled += 1
         if self.phase_step == phase.steps or self.stalled == phase.patience:
-            self.phase, self.phase_step, self.best, self.stalled = self.phase + 1, 0, None, 0
+            self.phase += 1
+            if not self.finished:  # the last phase may be made longer
+                self.phase_step, self.best, self.stalled = 0, None, 0
+
+    def go_on(self) -> None:
+        """Go on with a last phase that was finished, and has more steps now.
+
+        Raises:
+            ValueError: it has fewer steps than were done.
+        """
+        last = self.phases[-1]
+        if self.phase >= len(self.phases) - 1 and self.phase_step > last.steps:
+            raise ValueError(
+                f"{self.phase_step} steps of the last phase are done, and it has {last.steps} now; pass at least as "
+                "many, or take another folder"
+            )
+        if self.finished and self.phase_step < last.steps and self.stalled != last.patience:
+            self.phase -= 1

@@ -21,15 +21,20 @@ PREVIOUS = "checkpoint.previous.safetensors"
 
 
 class RunRecord:
-    """The record of a run: its rows, and in its folder, if it has one, the metrics and the last two checkpoints.
+    """The record of a run: its rows and, if it has a folder, the metrics and the last two checkpoint files in it.
 
-    A checkpoint holds the state after the last outer step that is complete, with its callbacks and its line in the
-    metrics, wherever an interruption finds the loop itself. If the newest one is damaged, the run goes on from the one
-    before, and the metrics are cut back to it.
+    A checkpoint file holds the state after the last complete outer step, also if the loop is interrupted within a later
+    step. A step is complete after its callbacks have run and its line is in the metrics. If the newest checkpoint file
+    is damaged, the run continues from the one before it, and later lines are removed from the metrics.
     """
 
     def __init__(self, loop: OuterLoop, settings: RunFolder | None, resume: bool) -> None:
-        """Refuse a folder that holds another run; with `resume`, go on with the run in it."""
+        """Open the folder, and with `resume` continue the run in it.
+
+        Raises:
+            FileExistsError: the folder already holds a run, and `resume` is false.
+            CheckpointError: the checkpoint file is damaged or belongs to another configuration.
+        """
         self.rows: list[Row] = []
         self._loop = loop
         self._log: MetricsLog | None = None
@@ -66,7 +71,7 @@ class RunRecord:
             self.rows = rows
 
     def add(self, row: Row) -> None:
-        """Record the row of an outer step that is complete."""
+        """Record the row of a complete outer step."""
         if self._log is None:
             self.rows.append(row)
             return
@@ -75,7 +80,7 @@ class RunRecord:
         self._complete = outer_state.state(self._loop)
 
     def save(self) -> None:
-        """Write a checkpoint of the last complete outer step, unless it was written already."""
+        """Write a checkpoint file of the last complete outer step, unless it exists already."""
         step = None if self._log is None else self._complete["counters"]["outer_step"]
         if self._log is None or self._saved_step == step:
             return
@@ -92,7 +97,7 @@ class RunRecord:
 
     @contextmanager
     def _saying_where_to_go_on(self) -> Iterator[None]:
-        """Context manager that adds to errors of the file system how the run can be resumed."""
+        """Context manager that adds advice on how to resume the run to errors of the file system."""
         try:
             yield
         except OSError as error:
@@ -106,8 +111,8 @@ class RunRecord:
         return {"identity": self._identity, **state}
 
     def _load(self) -> dict[str, Any]:
-        """Return the newest checkpoint that is not damaged."""
-        if not self._path.exists():  # killed between two moves of `files.write_bytes`
+        """Return the content of the newest checkpoint file that is not damaged."""
+        if not self._path.exists():  # the process was killed between two moves of `files.write_bytes`
             return self._checked(self._previous, checkpoint_files.load(self._previous))
         try:
             content = checkpoint_files.load(self._path)
@@ -134,7 +139,7 @@ class RunRecord:
 
 
 def _require_same_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise an error that lists the settings that differ, if any do."""
+    """Raise a CheckpointError with the settings that differ, if there are any."""
     differing: dict[str, tuple[Any, Any]] = {}
     for old, new in (({**stored, "config": None}, {**wanted, "config": None}), (stored["config"], wanted["config"])):
         for name in {**old, **new}:

@@ -12,22 +12,22 @@ from bilevel import checks
 
 @dataclass(frozen=True)
 class OuterUpdate:
-    """How `fit` moves the meta parameters, besides the choice of the outer optimiser.
+    """Settings of the update of the meta parameters in `fit`, in addition to the outer optimiser.
 
     Args:
-        project: `project(meta) -> meta` maps the meta parameters to the nearest allowed ones after each outer step,
+        project: `project(meta) -> meta` maps the meta parameters to the nearest allowed values after each outer step,
             such as `lambda x: x.clamp(0, 1)`.
-        clip_norm: the largest norm of a hypergradient that the outer optimiser receives. A longer one is shortened to
+        clip_norm: the largest norm of a hypergradient that the outer optimiser receives. A longer one is scaled down to
             it. If the inner loop is chaotic for some batches, a single exploding estimate would otherwise stay in
-            Adam's second moment for hundreds of steps. A row of the history keeps the full `grad_norm`, and has the
-            factor as `clipped_to`, which is 1 for a hypergradient that was not shortened. Clipped estimates are biased.
+            Adam's second moment for hundreds of steps. A row of the history contains the full `grad_norm`, and the
+            factor as `clipped_to`, which is 1 for a hypergradient that was not clipped. Clipped estimates are biased.
             With `None` nothing is clipped.
-        max_backtracks: how often an outer step may be halved if the inner loop fails at the meta parameters that the
-            step led to (`NonFiniteError`, `SolverError`). A row of the history counts them as `backtracks`. The outer
-            optimiser's own memory stays as it is. With 0 such an error ends the run.
+        max_backtracks: the largest number of times that an outer step is halved if the inner loop fails at the new meta
+            parameters (`NonFiniteError`, `SolverError`). A row of the history counts them as `backtracks`. The outer
+            optimiser's own memory is not changed. With 0 such an error ends the run.
 
     Raises:
-        TypeError, ValueError: a setting cannot be used; the message says what is needed.
+        TypeError, ValueError: a setting cannot be used. The message says what is needed.
 
     >>> OuterUpdate(project=lambda x: x.clamp(0, 1), clip_norm=1.0).clip_norm
     1.0
@@ -47,22 +47,22 @@ class OuterUpdate:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder into which `fit` writes a run, and how the run is resumed from it.
+    """The folder into which `fit` writes a run, and the settings with which it is written and resumed.
 
-    The folder holds `metrics.jsonl`, with a line for each outer step, and `checkpoint.safetensors` with the one before
-    it.
+    The folder holds `metrics.jsonl`, with a line for each outer step, and the last two checkpoint files, of which
+    `checkpoint.safetensors` is the newest.
 
     Args:
         path: the folder. It is created if it does not exist.
-        resume: go on from the checkpoint in the folder; start if there is none. The numbers that follow are those of a
-            run that was never interrupted.
-        checkpoint_every: outer steps between two checkpoints. A checkpoint is also written at the end, on an
+        resume: whether to continue from the checkpoint file in the folder, or to start if there is none. The results
+            are those of a run that was never interrupted.
+        checkpoint_every: the number of outer steps between two checkpoint files. One is also written at the end, on an
             interruption (Ctrl-C, SIGTERM) and on an error.
-        tensorboard: write TensorBoard events into the subfolder `tensorboard`.
-        config: further settings that a checkpoint must agree with to be resumed.
+        tensorboard: whether to write TensorBoard events into the subfolder `tensorboard`.
+        config: further settings, which must be equal to those in a checkpoint file from which the run is resumed.
 
     Raises:
-        TypeError, ValueError: a setting cannot be used; the message says what is needed.
+        TypeError, ValueError: a setting cannot be used. The message says what is needed.
 
     >>> RunFolder("runs/first", resume=True).checkpoint_every
     50

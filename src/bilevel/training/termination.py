@@ -1,4 +1,4 @@
-"""Being asked to stop."""
+"""Interruption of a run by signals."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from bilevel.errors import Terminated
 
 @dataclass
 class Stop:
-    """Whether this process has been asked to stop, and how."""
+    """A record of whether this process has been asked to stop, and by which exception."""
 
     asked: type[BaseException] | None = None
 
     @contextmanager
     def as_such(self) -> Iterator[None]:
-        """Inside, what stopping makes of the work is reported as stopping.
+        """Context in which errors caused by the interruption are reported as the interruption.
 
-        Signals are taken wherever Python runs. Raised in a function that PyTorch's own code has called, as inside of
-        `torch.func` transforms, the exception comes out as a `RuntimeError`.
+        Python raises the exception of a signal wherever it runs. In a function that is called by PyTorch's own code, as
+        inside `torch.func` transforms, PyTorch turns the exception into a `RuntimeError`.
         """
         try:
             yield
@@ -35,10 +35,10 @@ class Stop:
 
 @contextmanager
 def stopping_raises() -> Iterator[Stop]:
-    """Inside, SIGTERM raises `Terminated` as Ctrl-C raises `KeyboardInterrupt`; the second SIGTERM is ignored.
+    """Context in which SIGTERM raises `Terminated`, as Ctrl-C raises `KeyboardInterrupt`. A second SIGTERM is ignored.
 
-    Schedulers and torchrun send it some seconds before they kill. Python takes signals in its main thread only, and not
-    before a collective of torch.distributed that has begun comes to an end.
+    Schedulers and torchrun send SIGTERM some seconds before they kill a process. Python handles signals only in its
+    main thread, and only after a collective of torch.distributed that is in progress has ended.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -1,1 +1,1 @@
-"""One inner loop, run plainly, forwards with tangents, or backwards with cotangents."""
+"""One inner loop, computed without derivatives, forwards with tangents, or backwards with cotangents."""

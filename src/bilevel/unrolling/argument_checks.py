@@ -1,4 +1,4 @@
-"""Checks of the arguments of an inner loop; the errors say what to write instead."""
+"""Checks of the arguments of an inner loop. The error messages say what to write instead."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from bilevel.trees import Tree
 
 
 def outside_of_inference_mode() -> None:
-    """Raise inside of `torch.inference_mode`, where derivatives are impossible."""
+    """Raise a RuntimeError inside `torch.inference_mode`, where derivatives are impossible."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "called inside torch.inference_mode(), where nothing has a derivative; call estimators outside of it "
-            "(torch.no_grad() does no harm)"
+            "(torch.no_grad() has no effect on them)"
         )
 
 
@@ -30,8 +30,9 @@ def meta_parameters(meta: Tree) -> None:
     for name, leaf in trees.named_leaves(meta, "meta"):
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"{name} is {leaf!r} ({type(leaf).__name__}); meta parameters are floating-point tensors: write "
-                "torch.tensor(...) around numbers, and leave everything else out of meta"
+                f"{name} is {leaf!r} ({type(leaf).__name__}); meta parameters are floating-point tensors, arrays or "
+                "numbers: write 1.0 instead of 1, .astype(float) after an array of whole numbers, and leave everything "
+                "else out of meta"
             )
         if trees.is_spread(leaf):
             raise TypeError(f"{name} is a DTensor; meta parameters must be whole in every process: .full_tensor()")
@@ -73,7 +74,10 @@ def finite(meta: Tree) -> None:
 
 
 def whole_at_each_worker(state: Tree) -> None:
-    """Raise if processes that make each estimate together also share the work of one estimate with each other."""
+    """Raise a ValueError if processes that hold one sharded state also share the work of one estimate.
+
+    Such processes must make each estimate together.
+    """
     workers = distributed.current()
     if workers.size == 1:
         return
@@ -90,7 +94,7 @@ def whole_at_each_worker(state: Tree) -> None:
 
 
 def one_device(**places: Any) -> None:
-    """Raise unless all tensors with a shape are on one device; numbers may be anywhere."""
+    """Raise a ValueError unless all tensors are on one device. Tensors without dimensions may be on any device."""
     seen: dict[torch.device, str] = {}
     for place, tree in places.items():
         for name, leaf in trees.named_leaves(tree, place):
@@ -102,7 +106,7 @@ def one_device(**places: Any) -> None:
 
 
 def same_structure(before: Tree, after: Tree) -> None:
-    """Raise if a step changed the structure of the state, or a shape or dtype in it."""
+    """Raise a ValueError if a step changed the structure of the state, or a shape or dtype in it."""
     named_before = trees.named_leaves(before, "state")
     named_after = trees.named_leaves(after, "state")
     were, are = ([name for name, _ in named] for named in (named_before, named_after))
@@ -121,25 +125,26 @@ def same_structure(before: Tree, after: Tree) -> None:
 
 @contextmanager
 def left_as_given(**places: Tree) -> Iterator[None]:
-    """Context manager that raises if a tensor of these trees was changed in place inside of it."""
+    """Context manager that raises a ValueError if a tensor of these trees is changed in place inside it."""
     before = [(place, leaf, leaf._version) for place, tree in places.items() for leaf in _versioned(tree)]
     try:
         yield
-    except RuntimeError as error:  # PyTorch's words, for a tensor that records its history
+    except RuntimeError as error:  # PyTorch itself raises for a tensor that records its history
         if "leaf Variable that requires grad" in str(error) and "in-place" in str(error):
-            raise ValueError(_in_place(" or ".join(places))) from error
+            raise ValueError(changed_in_place(" or ".join(places))) from error
         raise
     for place, leaf, version in before:
         if leaf._version != version:
             names = [name for name, each in trees.named_leaves(places[place], place) if each is leaf]
-            raise ValueError(_in_place(names[0]))
+            raise ValueError(changed_in_place(names[0]))
 
 
 def _versioned(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in trees.leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
-def _in_place(what: str) -> str:
+def changed_in_place(what: str) -> str:
+    """Return the message for a loss or step that writes into its arguments."""
     return (
         f"a step or loss changes {what} in place; states are kept and steps are computed more than once, so nothing "
         "that is passed in may change: return a new tensor (state * 0.9 instead of state.mul_(0.9)), or work on a copy "
@@ -147,30 +152,44 @@ def _in_place(what: str) -> str:
     )
 
 
-@contextmanager
-def nothing_kept(number: int) -> Iterator[None]:
-    """Context manager that names the cause where a tensor of an earlier step was kept, and PyTorch fails at it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if any(words in str(error) for words in _OF_AN_EARLIER_STEP):
+class nothing_kept:  # noqa: N801  (a context manager, named like a function)
+    """Context manager that explains PyTorch's error about a tensor that was kept from an earlier step.
+
+    Raises:
+        ReplayError: a step uses a tensor of an earlier step whose graph was freed.
+    """
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_AN_EARLIER_STEP):
             raise ReplayError(
-                f"inner step {number} (counted from 0) uses a tensor that was kept from an earlier call of a loss or "
-                "step, in a list, a queue or a closure, and that belongs to a derivative which is finished by now. "
-                "Keep such memory in the inner state (bilevel.Problem takes any tree of tensors as state), or keep "
-                'numbers and detached tensors alone and take Reverse("graph"), which computes each step once',
-                number,
+                f"inner step {self._number} (counted from 0) uses a tensor that was kept from an earlier call of a "
+                "loss or step, in a list, a queue or a closure, and that belongs to a derivative which is finished by "
+                "now. Keep such memory in the inner state (bilevel.Problem takes any tree of tensors as state), or "
+                'keep numbers and detached tensors alone and take Reverse("graph"), which computes each step once',
+                self._number,
             ) from error
-        raise
 
 
 _OF_AN_EARLIER_STEP = ("level <= current_level", "backward through the graph a second time")
 
 
 def batch_left_as_given(changed: Mapping[str, Tensor | np.ndarray], given_again: set[int], where: str) -> None:
-    """Raise if what a loss changed in place is the user's data, which the next reading of the batch gives again.
+    """Raise a ValueError if a loss changed the user's data in place.
 
-    Data that are made afresh at each reading may be changed.
+    Data that are created at each reading of the batch may be changed.
+
+    Args:
+        changed: the tensors and arrays that the loss changed, by name.
+        given_again: the addresses of the data that a second reading of the batch returns.
+        where: the name of the batch in the message.
     """
     for name, data in changed.items():
         if address(data) in given_again:

@@ -1,17 +1,18 @@
-"""Which inner states are kept until the way back, and the way back through all of them.
+"""Schedules for reverse mode: which inner states are kept for the backward pass, and which are computed again.
 
-Keeping c states, the start among them, and computing what lies between again, a stretch of length
+If c states are kept, including the start, and the states between them are computed again, a sequence of
 
     ℓ ≤ β(c, r) = C(c + r, c)
 
-can be gone back through with every step computed at most r times besides its differentiation, and no schedule does it
-for a longer one (Griewank, 1992; "revolve", Griewank and Walther, 2000, Proposition 1). So one number says everything:
-all states are c = T with r = 1; about √(2T) of them need r = 2; about log₂T of them, r of the order of log T.
+steps can be traversed backwards with every step computed at most r times in addition to its differentiation. No
+schedule can do so for a longer sequence (Griewank, 1992; "revolve", Griewank and Walther, 2000, Proposition 1). A
+schedule is therefore determined by c: all states are c = T with r = 1; about √(2T) states need r = 2; about log₂T
+states need r of the order of log T.
 
 The package `checkpoint_schedules` (Firedrake, LGPL) has these schedules and many more, as streams of actions for a
-solver that owns its time loop and its tape. What is needed here is one formula, `next_kept`; the rest (states as trees,
-where they lie, what is differentiated at once) would have to be written around its actions all the same. Its `Revolve`
-computes as many steps as this one, for every T up to 500 and every number of states that was tried.
+solver with its own time loop and tape. This module needs only one formula, `next_kept`. The rest (states as trees,
+their storage, and what is differentiated at once) would have to be written in any case. `Revolve` of that package
+computes as many steps as this module, for every T up to 500 and every number of states that was tried.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Checkpoints: TypeAlias = Literal["all", "sqrt", "log"] | int
 
 
 def check(checkpoints: Any) -> None:
-    """Raise unless this says how many states are kept."""
+    """Raise a ValueError unless the value is a valid setting for the number of kept states."""
     whole = isinstance(checkpoints, int) and not isinstance(checkpoints, bool)
     if checkpoints not in ("all", "sqrt", "log", "graph") and not (whole and checkpoints >= 1):
         raise ValueError(
@@ -37,7 +38,7 @@ def check(checkpoints: Any) -> None:
 
 
 def slots(checkpoints: Checkpoints, steps: int) -> int:
-    """How many states are kept at once, from 1 to T.
+    """Return the number of states that are kept at the same time, from 1 to T.
 
     >>> [slots(c, 1000) for c in ("all", "sqrt", "log", 7)]
     [1000, 44, 10, 7]
@@ -54,7 +55,9 @@ def slots(checkpoints: Checkpoints, steps: int) -> int:
 
 
 def repetitions(steps: int, count: int) -> int:
-    """r: how often a step is computed at most, besides its differentiation, when `count` states are kept.
+    """Return r, the largest number of times that a step is computed if `count` states are kept.
+
+    The differentiation of the step is not counted.
 
     >>> repetitions(1000, 1000), repetitions(1000, 44), repetitions(1000, 10)
     (1, 2, 4)
@@ -63,18 +66,22 @@ def repetitions(steps: int, count: int) -> int:
 
 
 def steps_computed(steps: int, count: int) -> int:
-    """How many plain steps are made in all: the way there, and what is computed again on the way back."""
+    """Return the total number of steps without derivatives, in the forward pass and again in the backward pass."""
     r = repetitions(steps, count)
-    # Each of β(c, j) − β(c, j − 1) steps is computed j times, for j < r, the rest r times; and the last one of all,
-    # which is kept by nobody and differentiated at once, is computed once on the way there.
+    # For each j < r, β(c, j) − β(c, j − 1) steps are computed j times, and the remaining steps r times. The last step
+    # is computed once in the forward pass; its result is not kept, and it is differentiated at once.
     return r * steps - math.comb(count + r, r - 1) + 1
 
 
 def next_kept(length: int, count: int) -> int:
-    """How far after the start of a stretch of at least 2 steps the next state is kept, in one of `count` slots, of
-    which the start's own is one; with no other, how far the stretch's last state is.
+    """Return the distance from the start of a sequence of at least 2 steps to the next state that is kept.
 
-    The part from there on has one slot less, the part before it one repetition less.
+    The part after that state has one slot fewer, and the part before it one repetition fewer. If the start has the only
+    slot, the result is the distance to the last state of the sequence.
+
+    Args:
+        length: the number of steps in the sequence.
+        count: the number of slots for states, including that of the start.
     """
     if count == 1:
         return length - 1
@@ -83,7 +90,9 @@ def next_kept(length: int, count: int) -> int:
 
 
 class Trail:
-    """The way to θ_T and back. A context manager, in which `descend` is called, then `backwards`."""
+    """The forward pass to θ_T, and the states in backward order. A context in which to call `descend`, then
+    `backwards`.
+    """
 
     def __init__(self, run: InnerLoop, checkpoints: Checkpoints, offload: Offload = None) -> None:
         self._run = run
@@ -100,14 +109,14 @@ class Trail:
         self._store.__exit__(*error)
 
     def descend(self) -> Tree:
-        """θ_T."""
+        """Compute θ_T, and keep states."""
         self._keep(0, self._run.start())
         last = self._run.steps - 1
         self._next_to_last = self._reach(last)
         return self._run.descend(self._next_to_last, last)
 
     def backwards(self) -> Iterator[tuple[int, Tree]]:
-        """(t, θ_t) from T − 1 down to 0."""
+        """Yield (t, θ_t) for t from T − 1 down to 0."""
         state, self._next_to_last = self._next_to_last, None
         for t in reversed(range(self._run.steps)):
             if state is None:
@@ -119,7 +128,7 @@ class Trail:
             state = None
 
     def _reach(self, t: int) -> Tree:
-        """θ_t from the state kept last. Others on the way are kept while there is room; θ_t itself is used at once."""
+        """Compute θ_t from the state kept last. Keep states before it if there are free slots, and not θ_t itself."""
         state = self._store.top()
         while self._kept[-1] < t:
             start, room = self._kept[-1], self._count - len(self._kept)

@@ -1,6 +1,6 @@
-"""Why a result is not finite, or does not depend on φ: found afterwards, by running the inner loop once more.
+"""Diagnosis of results that are not finite or do not depend on φ, by a second run of the inner loop.
 
-Checking every step on the way would cost a synchronisation each on a GPU.
+A check of every step during the first run would cost a synchronisation for each step on a GPU.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from bilevel.unrolling.inner_loop import InnerLoop
 
 
 def require_finite(run: InnerLoop, value: Tensor, state: Tree, derivatives: Tree = ()) -> None:
-    """Raise unless the outer loss, the final state and derivatives of either are finite.
+    """Raise a NonFiniteError unless the outer loss, the final state and derivatives of either are finite.
 
-    The state of a black box is its own affair.
+    The state of a black box is not checked.
     """
     if not bool(torch.isfinite(value).all()):
         raise non_finite(run, "the outer loss", value, state)
@@ -30,11 +30,22 @@ def require_finite(run: InnerLoop, value: Tensor, state: Tree, derivatives: Tree
         raise non_finite(run, "the hypergradient", value, state)
 
 
+def require_finite_solution(run: InnerLoop, state: Tree, derivatives: Tree = ()) -> None:
+    """Raise unless the final state of an inner loop without an outer loss is finite, and derivatives through it."""
+    if not run.problem.is_black_box and not trees.all_finite(state):
+        raise non_finite(run, "the final inner state", None, state)
+    if not trees.all_finite(derivatives):
+        raise non_finite(run, "the gradient of the meta parameters", None, state)
+
+
 @torch.enable_grad()
-def non_finite(run: InnerLoop, what: str, value: Tensor, state: Tree) -> NonFiniteError:
-    """The error for a result that is not finite: the inner loop is run again to find the step where it began."""
+def non_finite(run: InnerLoop, what: str, value: Tensor | None, state: Tree) -> NonFiniteError:
+    """Return the error for a result that is not finite. The inner loop is run again to find the first such step.
+
+    `value` is the outer loss, if there is one.
+    """
     what, final = f"{what} is not finite", state
-    if run.problem.is_black_box:
+    if run.problem.is_black_box and value is not None:
         place = _first_not_finite("state", state)
         found = f"{place} holds NaN or infinity already" if place else "the state is finite"
         return NonFiniteError(f"{what}: outer_loss is {_shown(value)} for the state that solve returned; {found}")
@@ -51,11 +62,12 @@ def non_finite(run: InnerLoop, what: str, value: Tensor, state: Tree) -> NonFini
             message = f"{what}: inner step {t} of {run.steps} (counted from 0) made {place} NaN or infinite"
             return NonFiniteError(f"{message}; {_inner_fault(run, t, state)}", t, state)
         state = after
-    if not bool(torch.isfinite(value).all()):
+    if value is not None and not bool(torch.isfinite(value).all()):
         message = f"{what}: outer_loss is {_shown(value)}, though all {run.steps} inner states are finite"
         return NonFiniteError(f"{message}; check outer_loss and outer_batch", None, final)
     return NonFiniteError(
-        f"{what}, though outer_loss = {_shown(value)} and all {run.steps} inner states are: a derivative "
+        f"{what}, though {'' if value is None else f'outer_loss = {_shown(value)} and '}all {run.steps} inner "
+        "states are: a derivative "
         "overflows or is undefined somewhere (√ or log at 0, or an inner loop so unstable that its derivative "
         "explodes: a smaller inner learning rate or fewer steps help)",
         None,
@@ -73,7 +85,7 @@ def _shown(value: Tensor) -> str:
 
 
 def _inner_fault(run: InnerLoop, t: int, state: Tree) -> str:
-    """What may have gone wrong in an inner step from a finite state."""
+    """Return a sentence on the likely cause of a result that is not finite, in an inner step from a finite state."""
     if (problem := run.problem.as_gradient_descent) is None:
         return "the state before it is kept in last_finite_state"
     loss = _inner_loss(run, problem, t, state)
@@ -88,13 +100,17 @@ def _inner_loss(run: InnerLoop, problem: GradientDescent, t: int, state: Descent
 
 
 def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
-    """Raise unless the final state is connected to φ; with `from_start=False`, by other ways than through θ_0.
+    """Raise a NoDependenceError unless the final state is connected to φ.
 
-    Followed leaf by leaf: a leaf of θ_{t+1} is connected if the step computes it from φ or from a connected leaf
-    of θ_t. A derivative that happens to be zero is a connection too. T units; so this is asked only where nothing
-    but zeros came through.
+    A leaf of θ_{t+1} is connected if the step computes it from φ or from a connected leaf of θ_t. A connection whose
+    derivative happens to be zero counts as well. The cost is T units, so the function is called only if all derivatives
+    are zero.
+
+    Args:
+        run: the inner loop.
+        from_start: whether a connection through θ_0 counts.
     """
-    run, meta = run.eager, autodiff.start_graph(run.meta)  # compiled, leaves that depend on nothing look connected
+    run, meta = run.eager, autodiff.start_graph(run.meta)  # in compiled code, all leaves appear to be connected
     latest = None
     with torch.enable_grad():
         state = run.init(meta) if from_start else run.start()
@@ -127,9 +143,9 @@ def require_dependence(run: InnerLoop, from_start: bool = True) -> None:
 
 @torch.enable_grad()
 def require_finite_losses(run: InnerLoop) -> None:
-    """Raise where an inner loss is not finite though its gradient is, as the mean over an empty batch.
+    """Raise a NonFiniteError if an inner loss is not finite and its gradient is, as for the mean over an empty batch.
 
-    T units; so this is asked only where nothing but zeros came through.
+    The cost is T units, so the function is called only if all derivatives are zero.
     """
     if (problem := run.problem.as_gradient_descent) is None:
         return
@@ -147,12 +163,12 @@ def require_finite_losses(run: InnerLoop) -> None:
 
 
 def _first_not_finite(name: str, tree: Tree) -> str | None:
-    """The expression that reaches the first leaf with a NaN or an infinity."""
+    """Return the expression for the first leaf with NaN or infinity, or `None`."""
     if trees.all_finite(tree):
         return None
     return next(place for place, leaf in trees.named_leaves(tree, name) if not trees.all_finite(leaf))
 
 
 def _restart_graph(leaf: Any) -> Any:
-    """The same value without its history, recording if it had one."""
+    """Return the same value without its graph. It starts a new graph if it had one."""
     return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf

@@ -1,12 +1,13 @@
-"""Pushes tangents without forward mode: by differences of first-order gradients, step by step.
+"""Tangents without forward mode, by differences of first-order gradients, step by step.
 
     ∇g's tangent along (y, v) ≈ (∇g(θ + εy, φ + εv) − ∇g(θ − εy, φ − εv)) / 2ε
 
-with ε = ∛(machine epsilon) · ‖(θ, φ)‖/‖(y, v)‖, which balances the O(ε²) of the formula against rounding: a relative
-error of about ∛(machine epsilon)², 4e-11 in float64 and 2e-5 in float32, times the third derivative's scale; where the
-gradient is computed to less than its dtype's precision, more. The optimiser's update itself is differentiated exactly.
+with ε = ∛(machine epsilon) · ‖(θ, φ)‖/‖(y, v)‖, which balances the O(ε²) error of the formula against rounding. The
+relative error is about ∛(machine epsilon)², 4e-11 in float64 and 2e-5 in float32, times the third derivative's scale.
+It is larger if the gradient is computed with less than its dtype's precision. The optimiser's update itself is
+differentiated exactly.
 
-A difference does not see a stop-gradient: what a loss computes under `detach()` or `torch.no_grad()` moves too.
+A difference ignores a stop-gradient: values that a loss computes under `detach()` or `torch.no_grad()` change as well.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, trees
-from bilevel.models.conversion import standing_in
 from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
+from bilevel.unrolling.first_order import outer_gradients
 from bilevel.unrolling.replay import require_repeatable
 from bilevel.unrolling.tangents import Part, TangentRule
 from bilevel.unrolling.unroll import Unroll
@@ -30,10 +31,11 @@ Pair = tuple[list[Tensor], list[Tensor]]
 
 
 class FiniteDifferences(TangentRule):
-    """Pushes one tangent after the other, by central differences.
+    """A rule that computes one tangent after the other by central differences.
 
-    For a `GradientDescent` gradients are differenced; for a `Problem` whole steps. The slope of the outer loss comes
-    from its own first-order gradient, exactly. 1 + 2k units a step for k directions.
+    For a `GradientDescent` the differences are those of gradients, and for a `Problem` those of whole steps. The slope
+    of the outer loss is computed exactly from its first-order gradient. The cost is 1 + 2k units per step for k
+    directions.
     """
 
     def parts(self, stacks: list[Tensor]) -> list[Part]:
@@ -70,28 +72,6 @@ class FiniteDifferences(TangentRule):
         )
 
 
-def outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return the outer loss and its gradients by the state and by φ, with a leading axis for a vector of losses."""
-    parts = (trees.split(state), trees.split(run.meta))
-    tensors = [[t.detach().requires_grad_() for t in part.differentiable] for part in parts]
-    there, meta = (part.rebuild(ts) for part, ts in zip(parts, tensors, strict=True))
-    with torch.enable_grad():
-        value = run.outer_loss(there, meta)
-    if not value.requires_grad:
-        run.outer_cotangents(state)  # says what is wrong
-    flat = [*tensors[0], *tensors[1]]
-    with standing_in(there, meta):
-        rows = [
-            autodiff.zeros_where_none(
-                torch.autograd.grad(h, flat, allow_unused=True, retain_graph=value.ndim > 0), flat
-            )
-            for h in (value.unbind() if value.ndim else [value])
-        ]
-    found = iter(torch.stack(each) if value.ndim else each[0] for each in zip(*rows, strict=True))
-    d, c = ([next(found) for _ in ts] for ts in tensors)
-    return value.detach(), d, c
-
-
 def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tree, list[list[Tensor]]]:
     after = run.descend(state, t, t + 1)
     return after, [_difference(lambda s, m: run.step(t, s, m), state, run.meta, pair) for pair in pairs]
@@ -104,7 +84,7 @@ def _push_descent(
         return run.at_step(t, lambda batch: problem.evaluate(moved[0], meta, batch, moved[1]))
 
     def reached(moved: tuple[Tree, Tree], meta: Tree) -> tuple[list[Tensor], Tree]:
-        """The buffers, and the entries of the gradient that the loss reaches at the state itself."""
+        """Return the buffers, and the entries of the gradient that the loss reaches at the state itself."""
         gradient, buffers = evaluated(moved, meta)
         filled = autodiff.fill_zeros(gradient, moved[0])
         return [g for g, there in zip(filled, found.gradient, strict=True) if there is not None], buffers
@@ -115,12 +95,13 @@ def _push_descent(
     count = sum(g is not None for g in found.gradient)
     for y, v in pairs:
         bend = _difference(reached, here, run.meta, ([*y[:size], *y[len(y) - rest :]], v))
-        # The optimisers work entry by entry, so each process updates its own part of what is spread over several.
+        # The optimisers work entry by entry, so each process updates its own part of a tensor that is spread over
+        # several.
         parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend[:count], v, bend[count:])]
         arguments = [trees.map_leaves(_local, tree) for tree in (state, found.gradient, run.meta, found.buffers)]
         pushed = autodiff.push_forward(problem.apply, arguments, parts)
         after = pushed.value
-        if any(trees.is_spread(leaf) for leaf in trees.leaves(state)):  # then each parameter has a memory of its own
+        if any(trees.is_spread(leaf) for leaf in trees.leaves(state)):  # each parameter then has its own memory
             after = trees.map_leaves(_spread_like, pushed.value, state)
         likes = trees.split(after).differentiable
         tangents.append([trees.spread_like(part[0], like) for part, like in zip(pushed.tangents, likes, strict=True)])
@@ -136,7 +117,7 @@ def _spread_like(leaf: Any, like: Any) -> Any:
 
 
 def _difference(function: Callable[[Tree, Tree], Tree], state: Tree, meta: Tree, tangents: Pair) -> list[Tensor]:
-    """Return the central difference of a function of (state, φ) along a pair of tangents."""
+    """Compute the central difference of a function of (state, φ) along a pair of tangents."""
     places = (trees.split(state), trees.split(meta))
     points = [*places[0].differentiable[: len(tangents[0])], *places[1].differentiable]
     along = [*tangents[0], *tangents[1]]

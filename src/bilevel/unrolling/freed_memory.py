@@ -1,8 +1,8 @@
-"""What becomes of freed memory on a CPU: glibc hands it back to the system, and takes it anew a moment later.
+"""A setting of glibc that keeps freed memory in the process on a CPU, so that it can be used again at once.
 
-glibc returns large blocks, and what is free at the top of its heap, as soon as they lie beyond two thresholds, which
-start at 128 KiB. An inner loop frees the temporaries of one step and wants as much for the next one, so the system
-clears the same pages thousands of times over: a third of the time of (FG)²U on a small model.
+glibc returns large blocks, and free memory at the top of its heap, to the system when they exceed two thresholds, which
+are initially 128 KiB. An inner loop frees the temporary tensors of one step and needs the same amount for the next
+step, so the system clears the same pages thousands of times. This takes a third of the time of (FG)²U on a small model.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ import os
 import sys
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 LARGEST_IN_HEAP = 32 * 2**20
-"""Larger blocks are handed back at once, as before. glibc itself goes up to here, as it sees larger ones freed."""
+"""The size above which blocks are still returned at once. glibc itself raises its threshold up to this size."""
 KEPT = 256 * 2**20
-"""At most so much free memory stays at the top of the heap."""
+"""The largest amount of free memory that stays at the top of the heap."""
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 256 MiB that it has freed, for its next tensors. True if that was done.
+    """Let this process keep up to 256 MiB of freed memory for its next tensors.
 
-    For programs that train on a CPU, once, at the start: `bilevel run` and `bilevel plan` do so; a library should not
-    decide it for the rest of your program, so `fit` does not. It holds for the whole process and is not taken back.
-    False, and nothing is done, where the C library is not glibc (macOS, Windows, Alpine), and where you have set
-    glibc's own variables (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`). Another allocator,
-    such as a preloaded jemalloc, does not heed it. Tensors on a GPU have an allocator of their own.
+    Call it once, at the start of a program that trains on a CPU. `bilevel run` and `bilevel plan` call it. `fit` does
+    not, because a library should not make this decision for your whole program. The setting applies to the whole
+    process and is not undone.
 
-    Cost: memory that would have been free for other processes; the peak of resident memory may rise a little.
-    What it gains: `python benchmarks/allocator.py`, benchmarks/results/allocator.md.
+    Another allocator, such as a preloaded jemalloc, ignores the setting. Tensors on a GPU have their own allocator.
+
+    Cost: the kept memory is not available to other processes, and the peak of resident memory may rise a little. The
+    gain in speed is measured by `python benchmarks/allocator.py`; see `benchmarks/results/allocator.md`.
+
+    Returns:
+        Whether the setting was made. It is not made if the C library is not glibc (macOS, Windows, Alpine), or if you
+        have set glibc's own variables (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`).
 
     >>> import bilevel
     >>> kept = bilevel.keep_freed_memory()
@@ -43,13 +47,13 @@ def keep_freed_memory() -> bool:
 
 
 def _users_own_settings() -> bool:
-    """Whether whoever started the process has decided already."""
+    """Whether glibc's own variables for these settings are set."""
     variables = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in variables) or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def _glibc() -> Any:
-    """The C library, if it is glibc."""
+    """Return the C library if it is glibc, else `None`."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""Pushes tangents by Hessian-vector products: the graph of a step's gradient is made once and serves all chunks.
+"""Tangents by Hessian-vector products, with one graph of each step's gradient for all chunks of directions.
 
 In forward mode each chunk would compute the inner step again.
 """
@@ -20,14 +20,14 @@ from bilevel.unrolling.unroll import Unroll, slopes_along
 
 
 class SharedSteps(TangentRule):
-    """Pushes tangents chunk by chunk through one graph of each step's gradient.
+    """A rule that computes tangents chunk by chunk, from one graph of each step's gradient.
 
-    T (1 + 2b) units for b directions, whatever the length of a chunk. Memory: the tangents of all directions, one graph
-    of a step, and the backward passes of one chunk through it.
+    The cost is T (1 + 2b) units for b directions, for any length of a chunk. The memory is that of the tangents of all
+    directions, one graph of a step, and the backward passes of one chunk through it.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        """Take the number of directions in each chunk."""
+        """Set up the rule for chunks with these numbers of directions."""
         self._lengths = list(lengths)
 
     def parts(self, stacks: list[Tensor]) -> list[Part]:
@@ -56,7 +56,11 @@ class SharedSteps(TangentRule):
 
 
 def _require_shareable(run: Unroll) -> GradientDescent:
-    """Return the problem, or raise if there is no graph of a gradient that chunks could share."""
+    """Return the problem.
+
+    Raises:
+        TypeError, CompileError: there is no graph of a gradient that the chunks could share.
+    """
     problem = run.problem.require_inner_loss(
         'tangents="shared"', "whose second derivatives are symmetric", instead='tangents="exact"'
     )

@@ -1,4 +1,4 @@
-"""The inner loop of one problem at one φ, run plainly."""
+"""The inner loop of one problem at one φ, computed without derivatives."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class WindowEnd:
-    """The end of one window of a stream, from which the next window goes on. Every `Estimate` has one, as `carried`."""
+    """The end of one window of a stream, where the next window starts. It is the field `carried` of an `Estimate`."""
 
     state: Tree
     """The inner state at the end of the window."""
     steps: int
     """The number of inner steps since the stream began."""
     memory: Tree = None
-    """What the estimator itself carries on, besides the inner state: dicts, lists and tuples of tensors and numbers.
+    """The estimator's own memory for the next window: dicts, lists and tuples of tensors and numbers.
 
-    Each estimator decides what its memory holds, and checkpoints store it as it is. `None` is no memory: an estimator
-    that finds none begins its history at this state."""
+    Each estimator defines the content of its memory, and checkpoint files store it unchanged. With `None`, there is no
+    memory, and the estimator starts its history at this state."""
     agreed: bool = False
-    """Whether several workers hold the same state and memory to the last bit already. If not, `fit` sends all of them
-    the first worker's."""
+    """Whether all workers already hold exactly the same state and memory. If not, `fit` sends those of the first worker
+    to all others."""
 
 
 @dataclass(frozen=True)
 class InnerLoop:
-    """A problem, a point φ, the batches and the seed. Every method may be called again, and again gives the same
-    numbers.
+    """An inner loop: a problem, a point φ, the batches and the seed.
+
+    Every method may be called several times, and gives the same numbers every time.
     """
 
     problem: BilevelProblem
@@ -55,7 +56,7 @@ class InnerLoop:
     outer_batch: Any
     seed: int
     carried: WindowEnd | None = None
-    """The end of the window before, if this is not the first window of a stream."""
+    """The end of the previous window, if this is not the first window of a stream."""
 
     @property
     def steps(self) -> int:
@@ -74,17 +75,26 @@ class InnerLoop:
 
     @property
     def carried_memory(self) -> Tree:
-        """What an estimator stored at the end of the window before; `None` if there is nothing."""
+        """The memory that an estimator stored at the end of the previous window, or `None`."""
         return None if self.carried is None else self.carried.memory
 
     def window_end(self, state: Tree, memory: Tree = None, agreed: bool = False) -> WindowEnd:
-        """Return the end of this window, given its final state and what the estimator wants to find in the next one."""
+        """Return the end of this window.
+
+        Args:
+            state: the final inner state.
+            memory: the memory of the estimator for the next window.
+            agreed: whether all workers hold exactly the same state and memory.
+        """
         return WindowEnd(trees.detach(state), self.first_step + self.steps, trees.detach(memory), agreed)
 
     # -- the three functions of the problem, seeded ------------------------------------------------------------
 
     def init(self, meta: Tree) -> Tree:
-        """θ_0, or the state where the window before ended (a constant then), or the whole solve of a black box."""
+        """Return θ_0. It is the end of the previous window, as a constant, if there is one.
+
+        For a black box it is the result of the whole solve.
+        """
         if self.carried is not None:
             return self.carried.state
         start, passed = self.problem.init, self._as_passed(meta)
@@ -96,8 +106,8 @@ class InnerLoop:
             return randomness.evaluate(function, self.seed, randomness.INIT)
 
     def step(self, t: int, state: Tree, meta: Tree) -> Tree:
-        """θ_{t+1} from θ_t, for t from 0 to T − 1."""
-        # A `GradientDescent` runs its loss under the rules of `_differentiated` itself.
+        """Compute θ_{t+1} from θ_t, for t from 0 to T − 1."""
+        # A `GradientDescent` itself runs its loss under the rules of `_differentiated`.
         step, passed = self.problem.step, self._as_passed(meta)
         own = self.problem.presents_meta
 
@@ -113,15 +123,17 @@ class InnerLoop:
         return after
 
     def require_one_device(self, t: int, state: Tree, meta: Tree, batch: Any) -> None:
-        """Raise, at the first step, unless everything that it needs is on one device."""
+        """Raise a ValueError, at the first step, unless all tensors of the step are on one device."""
         if t == 0:
             argument_checks.one_device(meta=meta, inner_state=state, inner_batch=batch)
 
     def at_step(self, t: int, function: Callable[[Any], Result]) -> Result:
-        """`function(batch of step t)`, with the random numbers of step t of this window.
+        """Return `function(batch of step t)`, with the random numbers of step t of this window.
 
-        The batch is read once for each call of the function. Raises if the function wrote into data that the next
-        reading of the batch would give again.
+        The batch is read once for each call of the function.
+
+        Raises:
+            ValueError: the function wrote into data that the next reading of the batch would return again.
         """
         given: list[Any] = []
 
@@ -139,20 +151,20 @@ class InnerLoop:
         return result
 
     def watched_step(self, t: int, *arguments: Tree) -> AbstractContextManager[None]:
-        """Context manager that warns, at the first step for each problem, of what is read from outside of arguments."""
+        """Context manager that warns, at the first step of each problem, of tensors read from outside of arguments."""
         if t or self.problem.backend is not None:
             return nullcontext()
         return watched_once(self.problem, STEP, self.meta, arguments)
 
     def _fetch(self, t: int) -> Any:
-        """The batch of step t, read while a random stream of its own is set."""
+        """Read the batch of step t, with its own random stream."""
         if draws_nothing(self.inner_batches):
             return self.inner_batches[t]
         return randomness.evaluate(lambda _: self.inner_batches[t], self.seed, randomness.BATCH, self.first_step + t)
 
     @property
     def eager(self) -> Self:
-        """The same inner loop, not compiled."""
+        """The same inner loop without compiled code."""
         return replace(self, problem=self.problem.eager)
 
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
@@ -174,27 +186,30 @@ class InnerLoop:
         return value
 
     def _as_passed(self, meta: Tree) -> Tree:
-        """φ as the problem's functions take it; a `GradientDescent` itself hands it to the user's functions."""
+        """Return φ in the form that the problem's functions accept.
+
+        A `GradientDescent` itself converts φ for the user's functions.
+        """
         return meta if self.problem.presents_meta else presented(meta)
 
     @property
     def memory(self) -> autodiff.Memory:
-        """What has been learned about the derivatives of the problem's operations."""
+        """The known properties of the derivatives of the problem's operations."""
         return autodiff.memory_of(self.problem)
 
     def _differentiated(self, function: Callable[..., Any], *arguments: Tree) -> Any:
-        """Return `function(*arguments)`, with operations replaced that lack derivatives, if a graph is recorded."""
+        """Return `function(*arguments)`. If a graph is recorded, operations that lack derivatives are replaced."""
         if not autodiff.has_graph(arguments[:-1] or arguments):
             return function(*arguments)
         return autodiff.run_user_code(lambda: function(*arguments), self.memory)
 
     # -- plain -------------------------------------------------------------------------------------------------
-    # Nothing here requires gradients, so no graph is kept. Gradients stay enabled all the same, because a step or
-    # solver of the user may take gradients of its own with torch.autograd.
+    # No tensor here requires gradients, so no graph is kept. Gradients stay enabled, because a step or solver of the
+    # user may itself take gradients with torch.autograd.
 
     @torch.enable_grad()
     def start(self) -> Tree:
-        """θ_0 at φ, without a graph."""
+        """Compute θ_0 at φ, without a graph."""
         state = self.init(self.meta)
         argument_checks.whole_at_each_worker(state)
         if not self.problem.is_black_box and not trees.split(state).differentiable:
@@ -206,32 +221,39 @@ class InnerLoop:
 
     @torch.enable_grad()
     def descend(self, state: Tree, start: int = 0, stop: int | None = None) -> Tree:
-        """θ_stop from θ_start, without a graph; one unit per step."""
+        """Compute θ_stop from θ_start, without a graph. The cost is one unit per step."""
         for t in range(start, self.steps if stop is None else stop):
             state = trees.detach(self.step(t, state, self.meta))
         return state
 
-    def final_state(self) -> Tree:
-        """θ_T, without a graph. The first time for each problem, two steps are computed twice and must give the same.
+    def final_state(self, seen: Callable[[list[Tensor | None]], None] | None = None) -> Tree:
+        """Compute θ_T, without a graph.
+
+        At the first call for each problem, the first and the last step are computed twice and compared.
+
+        `seen` is given the inner gradient of each step, if the problem has an inner loss.
 
         Raises:
             ReplayError: a step gave another state when it was computed again.
         """
-        state = self.start()
+        state, descent = self.start(), self.problem.as_gradient_descent
         for t in range(self.steps):
-            before, state = state, self.descend(state, t, t + 1)
+            watched = nullcontext() if seen is None or descent is None else descent.gradients_seen_by(seen)
+            with watched:
+                before, state = state, self.descend(state, t, t + 1)
             require_repeatable(self, t, before, state)
         return state
 
     @torch.enable_grad()
     def value(self) -> tuple[Tensor, Tree]:
-        """The outer loss h and the final state."""
+        """Compute the outer loss h and the final state."""
         state = self.final_state()
         return self.outer_loss(state, self.meta).detach(), state
 
     def values(self, metas: Iterable[Tree]) -> Iterator[tuple[Tensor, Tree]]:
-        """The outer loss and the final state at each of several φ, one after the other; a black box with `solve_all`
-        solves for all of them at once.
+        """Yield the outer loss and the final state at each of several φ, one after the other.
+
+        A black box with `solve_all` solves for all of them at once.
         """
         if (solve_all := self.problem.solve_all) is None:
             for meta in metas:
@@ -251,10 +273,10 @@ class InnerLoop:
             yield value, state
 
     def at(self, meta: Tree) -> Self:
-        """The same inner loop at another φ."""
+        """Return the same inner loop at another φ."""
         return replace(self, meta=meta)
 
 
 def _kept_in_structure(state: Tree) -> Tree:
-    """The part of a state whose structure no step may change; the layout of an optimiser's memory may."""
+    """Return the part of a state whose structure no step may change. The layout of an optimiser's memory may change."""
     return state._replace(optimizer=[]) if isinstance(state, Descent) else state

@@ -1,18 +1,18 @@
-"""Checks that a step which is computed again gives what it gave before.
+"""Checks that a step gives the same state when it is computed again.
 
-Steps are computed more than once: on the way back from kept states, for each chunk of directions, at moved meta
-parameters. A loss, step or dataset that remembers something from call to call (a queue of negatives, a running target
-in a closure, a counter, an iterator) then is another function each time, and the hypergradient is that of no loop.
+Steps are computed more than once: in the backward pass from kept states, for each chunk of directions, and at moved
+meta parameters. A loss, step or dataset that keeps data from call to call (a queue of negatives, a running target in a
+closure, a counter, an iterator) is then a different function at each call, and the hypergradient would be wrong.
 
-`GoingBack` compares every recomputed step with the state that was kept. On a CPU, equal bits end the comparison. At the
-first and the last step these are the bits of the whole state. In between they are those of the parameters alone: to
-read an optimiser's memory as well would take 3 % of the time of a small network. (After the first step of Adam the
-parameters depend on the signs of the gradient alone, so there they would not be enough.) On a GPU flags stay on the
-device and are read once for each estimate.
+`GoingBack` compares every recomputed step with the state that was kept. On a CPU the comparison ends if all bits are
+equal. At the first and the last step these are the bits of the whole state. At other steps they are the bits of the
+parameters only, because reading an optimiser's memory as well would take 3 % of the time of a small network. (After the
+first step of Adam the parameters depend only on the signs of the gradient, so at that step the parameters would not be
+sufficient.) On a GPU flags stay on the device and are read once for each estimate.
 
-A flag alone is no proof, because the recomputed step builds a graph and the first one did not, and their kernels may
-round differently (under bf16 autocast by much). So a step with a flag is computed again from one state: three times as
-on the way there, and twice as on the way back.
+A flag alone does not prove that a step changed. The recomputed step builds a graph and the first one did not, and their
+kernels may round differently (by much under bf16 autocast). Therefore a step with a flag is computed again from one
+state: three times as in the forward pass, and twice as in the backward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bilevel.unrolling.state_comparison import Parts, disagreement, distances, p
 
 
 class Repeatable(Protocol):
-    """An inner loop whose steps can be computed again."""
+    """The interface of an inner loop whose steps can be computed again."""
 
     @property
     def problem(self) -> Any: ...
@@ -47,16 +47,28 @@ class Repeatable(Protocol):
 
 
 class GoingBack:
-    """Compares recomputed steps with kept states, last step first, and raises at the end if one was another step."""
+    """A comparison of recomputed steps with kept states, from the last step to the first."""
 
     def __init__(self, run: Repeatable, again: Callable[[int, Tree], Tree]) -> None:
-        """`again(t, state)` computes step t as the way back does."""
+        """Set up the comparison.
+
+        Args:
+            run: the inner loop.
+            again: a function of t and a state that computes step t as in the backward pass.
+        """
         self._run, self._again = run, again
         self._parts: Parts | None = None
         self._flags: list[tuple[int, Tensor]] = []
 
     def compare(self, t: int, before: Tree, kept: Tree, again: Tree) -> None:
-        """Note whether step t from `before`, which gave `kept`, gives that again."""
+        """Compare two results of step t, and store a flag if they differ.
+
+        Args:
+            t: the number of the step.
+            before: the state before the step.
+            kept: the state after the step in the forward pass.
+            again: the state after the step when it was computed again.
+        """
         if self._parts is None:
             self._parts = parts_of(kept)
         inside = 0 < t < self._run.steps - 1
@@ -65,17 +77,17 @@ class GoingBack:
         self._flags.append((t, disagreement(self._parts, before, kept, again)))
 
     def finish(self) -> None:
-        """Raise if a step was another one when it was computed again."""
+        """Raise a ReplayError if a step gave another state when it was computed again."""
         if not self._flags:
             return
-        flags = torch.stack([flag for _, flag in self._flags]).tolist()  # the one time that a device is waited for
+        flags = torch.stack([flag for _, flag in self._flags]).tolist()  # this waits for the device, once
         suspects = [t for (t, _), (some, _) in zip(self._flags, flags, strict=True) if some]
         if suspects:
             self._run_again(min(suspects))
 
     @torch.enable_grad()
     def _run_again(self, t: int) -> None:
-        """Raise unless the ways in which step t is computed explain that it gave two results."""
+        """Raise a ReplayError unless the two ways of computing step t explain that it gave two results."""
         assert self._parts is not None
         run = self._run
         state = run.descend(run.start(), 0, t)
@@ -83,21 +95,30 @@ class GoingBack:
             lambda: run.descend(state, t, t + 1),
             lambda: self._again(t, state),
         ]
-        results = [(way, ways[way]()) for way in (0, 0, 1, 0, 1)]  # a queue may give two calls in a row the same
+        results = [(way, ways[way]()) for way in (0, 0, 1, 0, 1)]  # with a queue, two calls in a row may agree
         firsts = {0: results[0][1], 1: results[2][1]}
         for way, result in results:
             if _differ(self._parts, state, firsts[way], result):
                 raise _changed(run, t, state, firsts[way], result)
         if not _on_cpu(state) and not all(same_bits(firsts[way], result) for way, result in results):
-            return  # the kernels of this device add up in any order
+            return  # the kernels of this device add up in an arbitrary order
         if not bool(disagreement(self._parts, state, firsts[0], firsts[1])[0]):
             raise _changed(run, t)
 
 
 def compare_values(run: Repeatable, seen: list[tuple[str, Tensor]], kind: str, value: Tensor) -> None:
-    """Raise if the inner loop, run once more at the same φ, led to another outer loss, and a step is to blame.
+    """Raise if the inner loop gave another outer loss when it was run again at the same φ, because of a step.
 
-    `kind` says how it was run; each way has its own rounding. On a GPU this waits for the device, once for each run.
+    On a GPU this waits for the device, once for each run.
+
+    Args:
+        run: the inner loop.
+        seen: a list with the kind and the outer loss of the first run. The first call adds them.
+        kind: the way in which the inner loop was run. Each way has its own rounding.
+        value: the outer loss of this run.
+
+    Raises:
+        ReplayError: a step gives another state when it is computed again, or two runs of the same kind on a CPU differ.
     """
     if not seen:
         seen.append((kind, value.detach()))
@@ -110,20 +131,20 @@ def compare_values(run: Repeatable, seen: list[tuple[str, Tensor]], kind: str, v
     if value.ndim:
         value, before = value[off][0], before[off][0]
     _require_same_steps(run)
-    if kind == kind_before and value.device.type == "cpu":  # elsewhere, kernels may add up in any order
+    if kind == kind_before and value.device.type == "cpu":  # on other devices, kernels may add up in arbitrary order
         raise ReplayError(
-            f"the inner loop was run twice, and led to an outer loss of {float(before):.9g} first and of "
-            f"{float(value):.9g} then, though each step gives the same when it is computed twice in a row; {_CAUSES}"
+            f"the inner loop was run twice, and gave an outer loss of {float(before):.9g} and then of "
+            f"{float(value):.9g}, although each step gives the same when it is computed twice in a row; {_CAUSES}"
         )
 
 
 @torch.enable_grad()
 def require_repeatable(run: Repeatable, t: int, state: Tree, after: Tree) -> None:
-    """Raise unless step t from `state`, which gave `after`, gives that again.
+    """Raise a ReplayError unless step t from `state` gives `after` again.
 
-    For methods whose ways of computing steps can't be compared with each other. Call it at every step: it computes the
-    first and the last one again, once for each problem (two units). The first step alone is not enough, because a queue
-    is empty there, and many losses do not depend on their memory where the parameters are zero.
+    It is for methods that compute steps in ways that can't be compared with each other. Call it at every step. It
+    computes the first and the last step again, once for each problem (two units). The first step is not sufficient,
+    because a queue is empty there, and because many losses do not depend on their memory if the parameters are zero.
     """
     if t not in (0, run.steps - 1) or _is_known(run):
         return
@@ -135,7 +156,7 @@ def require_repeatable(run: Repeatable, t: int, state: Tree, after: Tree) -> Non
 
 
 _REPEATABLE: Any = WeakIdKeyDictionary()
-"""The problems and datasets, by identity, whose first and last step were computed twice."""
+"""The problems and datasets, by identity, whose first and last steps have been computed twice."""
 
 
 def _checked_objects(run: Repeatable) -> list[object]:
@@ -145,7 +166,7 @@ def _checked_objects(run: Repeatable) -> list[object]:
 def _is_known(run: Repeatable) -> bool:
     try:
         return all(each in _REPEATABLE for each in _checked_objects(run))
-    except TypeError:  # it has no weak references
+    except TypeError:  # an object has no weak references
         return False
 
 
@@ -159,7 +180,7 @@ def _remember(run: Repeatable) -> None:
 
 @torch.enable_grad()
 def _require_same_steps(run: Repeatable) -> None:
-    """Compute every step twice from the same state, and raise where the results differ."""
+    """Compute every step twice from the same state. Raise a ReplayError if the results differ."""
     state = run.start()
     parts = parts_of(state)
     for t in range(run.steps):
@@ -187,7 +208,7 @@ _CAUSES = (
 
 
 def _changed(run: Repeatable, t: int, *states: Tree) -> ReplayError:
-    """The error; `states` are the one before the step and two results of it, if there are two that differ."""
+    """Return the error. `states` are the state before the step and two results that differ, or nothing."""
     how = ""
     if states:
         off, moved = distances(*states)

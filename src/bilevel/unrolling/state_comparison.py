@@ -1,17 +1,17 @@
-"""Whether two results of one inner step agree within rounding.
+"""Comparison of two results of one inner step within rounding errors.
 
-A recomputed step need not agree to the last bit: PyTorch has other formulas for some gradients when those are to be
-differentiated again, and some kernels on a GPU add up in any order. With θ the state before the step, θ' the state
-that it gave first and θ" the state that it gave again, the two agree if
+The last bits of a recomputed step may differ. PyTorch uses other formulas for some gradients if they will be
+differentiated again, and some kernels on a GPU add up in an arbitrary order. With θ the state before the step, θ' its
+first result and θ" its second result, the two results agree if
 
     ‖θ" − θ'‖ ≤ √ε ‖θ' − θ‖ + 4 ε ‖θ'‖,
 
 where ε is the machine epsilon of the state's dtype. The first term allows the update to lose half of its digits by
-cancellation inside of the loss; the second one is the rounding of the new state itself.
+cancellation inside the loss. The second term is the rounding of the new state itself.
 
-The parameters, and each kind of number that an optimiser keeps (all momentum buffers, say), are compared apart from
-each other. Adam divides by the size of the gradient, so where a gradient is zero but for rounding, the parameters'
-updates differ visibly while the moments agree.
+The parameters, and each kind of number that an optimiser keeps (such as all momentum buffers), are compared separately.
+Adam divides by the size of the gradient. If a gradient is zero up to rounding, the parameters' updates differ visibly
+while the moments agree.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from bilevel.trees import Tree
 _foreach_sub: Any = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
 _foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-"""Types of integers by the size of the numbers whose bits they are to hold."""
+"""Integer types by the size, in bytes, of the numbers whose bits are compared as integers."""
 _ROUNDINGS = 4.0
-"""How many machine epsilons of its size a state may be off."""
+"""The rounding of a state that is accepted, in multiples of its size times the machine epsilon."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Parts:
     """The numbers of a state by kind."""
 
     of_leaf: list[int]
-    """For each differentiable leaf, the number of its part; 0 for parameters."""
+    """The number of the part of each differentiable leaf; 0 for parameters."""
     epsilons: list[float]
-    """For each part, the machine epsilon of its coarsest dtype."""
+    """The machine epsilon of the coarsest dtype of each part."""
 
 
 def parts_of(state: Tree) -> Parts:
-    """Return which part each differentiable leaf of a state belongs to."""
+    """Return the part to which each differentiable leaf of a state belongs."""
     paths, values, _ = optree.tree_flatten_with_path(state, namespace=trees.NAMESPACE)
     numbers: dict[str, int] = {}
     of_leaf, epsilons = [], []
@@ -71,7 +71,7 @@ def _starts_with(path: tuple[object, ...], field: str) -> bool:
 
 
 def same_bits(left: Tree, right: Tree, parameters_alone: bool = False) -> bool:
-    """Whether the tensors of two states on a CPU are equal: all of them, or only what a `Descent` trains."""
+    """Whether the tensors of two states on a CPU are equal: all tensors, or only the parameters of a `Descent`."""
     if parameters_alone and isinstance(left, Descent) and isinstance(right, Descent):
         left, right = left.params, right.params
     return all(_same_bits(a, b) for a, b in zip(_tensors(left), _tensors(right), strict=True))
@@ -83,14 +83,21 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     if left.shape != right.shape or not (left.is_contiguous() and right.is_contiguous()):
         return torch.equal(left, right)
     # NumPy compares integers about four times as fast as torch.equal compares floats.
-    return np.array_equal(*(t.detach().reshape(-1).view(_INTEGERS[t.itemsize]).numpy() for t in (left, right)))
+    a, b = (t.detach().reshape(-1).view(_INTEGERS[t.itemsize]).numpy() for t in (left, right))
+    return np.array_equal(a, b)
 
 
 def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor:
     """Return two flags on the states' device: whether any part disagrees, and whether rounding can't be the reason.
 
-    It can be where the parameters disagree, and what the optimiser keeps agrees within rounding, but not to the bit.
-    Nothing is read from the device. Cost: four passes over the state.
+    Rounding can be the reason if the parameters disagree, and the optimiser's memory agrees within rounding but not
+    exactly. Nothing is read from the device. The cost is four passes over the state.
+
+    Args:
+        parts: the parts of the state.
+        before: the state before the step.
+        first: the first result of the step.
+        again: the second result of the step.
     """
     start, kept, new = _tensors(before), _tensors(first), _tensors(again)
     off, moved = _foreach_sub(new, kept), _foreach_sub(kept, start)
@@ -106,7 +113,7 @@ def disagreement(parts: Parts, before: Tree, first: Tree, again: Tree) -> Tensor
 
 
 def distances(before: Tree, first: Tree, again: Tree) -> tuple[float, float]:
-    """How far apart the two results are, and how far the step moved the state."""
+    """Return the distance between the two results, and the distance by which the step moved the state."""
     start, kept, new = _tensors(before), _tensors(first), _tensors(again)
     off = [b.double() - a.double() if not a.is_complex() else b - a for a, b in zip(kept, new, strict=True)]
     moved = [b.double() - a.double() if not a.is_complex() else b - a for a, b in zip(start, kept, strict=True)]

@@ -1,7 +1,7 @@
-"""Where kept inner states lie until the way back: on their device, in the host's memory, or on disk.
+"""Storage of inner states for the backward pass: on their device, in the host's memory, or on disk.
 
-A store is a stack: states are kept on the way there and taken from the top on the way back. Where they were taken
-elsewhere, a thread fetches the one beneath while the top is in use.
+A store is a stack. States are pushed in the forward pass and popped in the backward pass. For states in the host's
+memory or on disk, a thread fetches the next state while the top one is in use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OFFLOADS = ("cpu", "disk")
 
 
 class StateStore:
-    """A stack of states, each where it is. A context manager: on leaving, nothing is kept any more."""
+    """A stack of states on their own device. It is a context manager, which discards all states at its end."""
 
     def __init__(self) -> None:
         self._states: list[Tree] = []
@@ -35,11 +35,11 @@ class StateStore:
         self._states.append(state)
 
     def top(self) -> Tree:
-        """The state kept last, which remains."""
+        """Return the state kept last, without removing it."""
         return self._states[-1]
 
     def pop(self) -> None:
-        """Forget the state kept last."""
+        """Remove the state kept last."""
         self._states.pop()
 
     def __enter__(self) -> StateStore:
@@ -50,7 +50,7 @@ class StateStore:
 
 
 class _Elsewhere(StateStore, ABC):
-    """States taken elsewhere; the next one is on its way back while the top is in use."""
+    """A stack of states in another place. The next state is fetched while the top one is in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Elsewhere(StateStore, ABC):
 
     @abstractmethod
     def _bring_back(self, kept: Any) -> Tree:
-        """The state again, of what is remembered of it."""
+        """Return a state on its device from its entry in the stack."""
 
     def top(self) -> Tree:
         if self._coming is None:
@@ -81,7 +81,7 @@ class _Elsewhere(StateStore, ABC):
 
 
 class _OnHost(_Elsewhere):
-    """States in the host's memory, page-locked if they come from a GPU. Without one, nothing is gained."""
+    """A stack of states in the host's memory, page-locked if they come from a GPU. Without a GPU, it saves nothing."""
 
     def push(self, state: Tree) -> None:
         self._wait()
@@ -100,17 +100,17 @@ class _OnHost(_Elsewhere):
 
 
 def _to_host(tensor: Tensor) -> tuple[Tensor, torch.device | None]:
-    """The tensor in the host's memory, and the device it goes back to."""
+    """Return the tensor in the host's memory, and the device to which it will be returned."""
     if tensor.device.type == "cpu":
         return tensor, None
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor), tensor.device
 
 
 class _OnDisk(_Elsewhere):
-    """States in a temporary file without a name, which is gone with the process however that ends.
+    """A stack of states in a temporary file without a name, which disappears with the process in any case.
 
-    What is remembered of each must be little, since there may be many: where it starts and its numbers. How its tensors
-    follow each other is the same for all of them, and kept once.
+    There may be many states, so the entry of each is small: its position in the file, and its numbers. The layout of
+    the tensors is the same for all states and is stored once.
     """
 
     def __init__(self) -> None:
@@ -177,17 +177,17 @@ class _OnDisk(_Elsewhere):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the tensors of a state follow each other; `None` in the places of numbers."""
+    """The order of the tensors of a state, with `None` in the places of numbers."""
 
     spec: Any
     tensors: list[tuple[torch.Size, torch.dtype, torch.device] | None]
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor on the host."""
+    """Return a view of the memory of a contiguous tensor on the host."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def state_store(offload: Offload) -> StateStore:
-    """An empty store of that kind."""
+    """Return an empty store of this kind."""
     return {None: StateStore, "cpu": _OnHost, "disk": _OnDisk}[offload]()

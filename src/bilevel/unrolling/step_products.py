@@ -1,4 +1,4 @@
-"""Tangents are pushed through one inner step, in forward mode or by Hessian-vector products."""
+"""Propagation of tangents through one inner step, in forward mode or by Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bilevel.unrolling.inner_loop import InnerLoop
 
 
 class Pulled(NamedTuple):
-    """A cotangent d pulled back through one step."""
+    """The products of a cotangent d with the Jacobians of one step."""
 
     after: Tree
     """θ_{t+1}, computed again."""
@@ -28,12 +28,18 @@ class Pulled(NamedTuple):
 
 
 def push_step(run: InnerLoop, t: int, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
-    """Return θ_{t+1} and A_t y + B_t v for k tangents y of θ_t and directions v.
+    """Compute θ_{t+1} and A_t y + B_t v for k tangents y of θ_t and directions v.
 
-    Forward mode goes through the whole step, or through the update where the gradient is compiled with its tangents.
-    Where the inner loss has an operation without a forward-mode derivative, the tangents of its gradient are
-    Hessian-vector products (`push_step_by_hessian_products`), and those of a `Problem`'s step come from two backward
-    passes (`autodiff.push_by_double_reverse`).
+    The whole step is differentiated in forward mode, or only the update if the gradient is compiled with its tangents.
+    If the inner loss has an operation without a forward-mode derivative, the tangents of its gradient are computed by
+    Hessian-vector products (`push_step_by_hessian_products`), and those of a `Problem`'s step by two backward passes
+    (`autodiff.push_by_double_reverse`).
+
+    Args:
+        run: the inner loop.
+        t: the number of the step.
+        pushed: θ_t and the tangents y, `[k, *leaf.shape]` for each leaf.
+        directions: v, `[k, *leaf.shape]` for each leaf of φ.
     """
     problem, state = run.problem.as_gradient_descent, pushed.value
 
@@ -84,8 +90,9 @@ def push_step_by_hessian_products(
     loss in (θ, φ) times (y, v). A Hessian is symmetric, so the product is one backward pass through the graph of
     ∇_{θ,φ} loss. The graph is made once for all chunks.
 
-    Buffers b that modules update to b' (running statistics) are followed by the same product. With weights w for b',
-    the loss becomes L = loss + w · b'. The w part of the Hessian of L at w = 0, times (y, v), is the tangent of b'.
+    The tangents of buffers b that modules update to b' (running statistics) come from the same product. With weights w
+    for b', the loss becomes L = loss + w · b'. The w part of the Hessian of L at w = 0, times (y, v), is the tangent of
+    b'.
 
     Cost: 1 + 2k units for k directions in all. Memory: the graph of one gradient.
     """
@@ -129,7 +136,7 @@ def _push_update(
     buffers: Tree,
     tangents: Sequence[Sequence[Tensor]],
 ) -> autodiff.Pushed:
-    """Return the optimiser's update with a given gradient, and its tangents.
+    """Compute the optimiser's update with a given gradient, and its tangents.
 
     `tangents` are those of the state, of the entries of the gradient that are not `None`, of φ and of the buffers.
     """

@@ -1,11 +1,12 @@
-"""Tangents pushed forward through an inner loop: one loop over the steps, with a rule for what a step does to them.
+"""Propagation of tangents through an inner loop: one loop over the steps, with a rule for the tangents of one step.
 
 For directions v `[k, *leaf.shape]` of the leaves of φ,
 
     y_0 = B_0 v,   y_{t+1} = A_t y_t + B_t v,   slope = d y_T + c v = ∇h · v,
 
-with A_t, B_t the Jacobians of a step by θ and φ, and d, c the derivatives of the outer loss by θ_T and φ. There are
-three rules: `ForwardMode` here, `FiniteDifferences` and `SharedSteps` in files of their own.
+with A_t, B_t the Jacobians of a step with respect to θ and φ, and d, c the derivatives of the outer loss with respect
+to θ_T and φ. There are three rules: `ForwardMode` in this file, and `FiniteDifferences` and `SharedSteps` in their own
+files.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from bilevel.unrolling.step_products import push_step
 from bilevel.unrolling.unroll import Unroll
 
 Part = list[Tensor]
-"""Tangents of a state, or directions, that a rule handles together: one tensor for each leaf."""
+"""Tangents of a state, or directions, that a rule handles together. There is one tensor for each leaf."""
 
 
 class Slopes(NamedTuple):
-    """The result of pushing k directions through the inner loop."""
+    """The result of the propagation of k directions through the inner loop."""
 
     value: Tensor
     """The outer loss h."""
@@ -39,19 +40,19 @@ class Slopes(NamedTuple):
 
 
 class TangentRule(ABC):
-    """A way to get tangents from the initial state through the inner steps to the outer loss.
+    """A way to propagate tangents from the initial state through the inner steps to the outer loss.
 
-    Outside, the tangents of all directions are stacked, `[k, *leaf.shape]` for each leaf. Inside, a rule handles them
-    in parts of its choice.
+    Other code has the tangents of all directions as stacks, `[k, *leaf.shape]` for each leaf. A rule divides them into
+    parts of its choice.
     """
 
     @abstractmethod
     def parts(self, stacks: list[Tensor]) -> list[Part]:
-        """Cut stacks into parts."""
+        """Divide stacks into parts."""
 
     @abstractmethod
     def stacked(self, parts: list[Part]) -> list[Tensor]:
-        """Put parts together to stacks."""
+        """Combine parts to stacks. This is the inverse of `parts`."""
 
     @abstractmethod
     def start(self, run: Unroll, directions: list[Part]) -> tuple[Tree, list[Part]]:
@@ -71,7 +72,7 @@ class TangentRule(ABC):
 
 
 class ForwardMode(TangentRule):
-    """Pushes all tangents at once through a whole step, by forward-mode differentiation."""
+    """A rule that computes all tangents of a whole step at once, by forward-mode differentiation."""
 
     def parts(self, stacks: list[Tensor]) -> list[Part]:
         return [stacks]
@@ -104,9 +105,14 @@ FORWARD_MODE = ForwardMode()
 
 
 def push_forward(run: Unroll, directions: list[Tensor], rule: TangentRule = FORWARD_MODE) -> Slopes:
-    """Return the outer loss h and its slopes along k directions `[k, *leaf.shape]`, in one pass through the steps.
+    """Compute the outer loss h and its slopes along k directions, in one pass through the steps.
 
-    Memory with `FORWARD_MODE`: one state and k tangents of it, whatever T.
+    With `FORWARD_MODE` the memory is that of one state and its k tangents, for any T.
+
+    Args:
+        run: the inner loop.
+        directions: k directions, `[k, *leaf.shape]` for each leaf of φ.
+        rule: the rule for the tangents.
     """
     vectors = rule.parts(directions)
     state, tangents = rule.start(run, vectors)
@@ -116,7 +122,18 @@ def push_forward(run: Unroll, directions: list[Tensor], rule: TangentRule = FORW
 def push_on(
     run: Unroll, state: Tree, tangents: list[Tensor], directions: list[Tensor], rule: TangentRule = FORWARD_MODE
 ) -> tuple[Slopes, list[Tensor]]:
-    """Return the same from a given θ_0 and its tangents y_0, and the tangents y_T as well."""
+    """Compute the outer loss h and its slopes from a given θ_0 and its tangents y_0.
+
+    Args:
+        run: the inner loop.
+        state: θ_0.
+        tangents: y_0, `[k, *leaf.shape]` for each differentiable leaf of θ_0.
+        directions: k directions, `[k, *leaf.shape]` for each leaf of φ.
+        rule: the rule for the tangents.
+
+    Returns:
+        The slopes, and the tangents y_T.
+    """
     slopes, parts = _through(run, rule, state, rule.parts(tangents), rule.parts(directions))
     return slopes, rule.stacked(parts)
 

@@ -1,7 +1,7 @@
-"""One inner loop with derivatives: run with tangents, or backwards with cotangents.
+"""One inner loop with derivatives, computed forwards with tangents or backwards with cotangents.
 
-Notation, here and in the estimators: A_t = ∂θ_t/∂θ_{t−1} and B_t = ∂θ_t/∂φ of one step, Z_t = dθ_t/dφ,
-d = ∂outer/∂θ_T, c = ∂outer/∂φ; so ∇h = d Z_T + c.
+The notation, also in the estimators, is: A_t = ∂θ_t/∂θ_{t−1} and B_t = ∂θ_t/∂φ for one step, Z_t = dθ_t/dφ,
+d = ∂outer/∂θ_T, c = ∂outer/∂φ. Then ∇h = d Z_T + c.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, randomness, trees
+from bilevel.epochs import Epochs
 from bilevel.errors import NoDependenceError
 from bilevel.models.conversion import as_tree
+from bilevel.models.numpy_forms import as_tensors
 from bilevel.problem import as_problem
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
@@ -44,19 +46,24 @@ ONE_LOSS = Losses()
 
 @dataclass(frozen=True)
 class Unroll(InnerLoop):
-    """An inner loop and the ways derivatives take through it. Made by `unroll`, which checks what the user passed."""
+    """An inner loop, and the propagation of derivatives through it. `unroll` makes it after checking the arguments."""
 
     _values: list[tuple[str, Tensor]] = field(init=False, repr=False, compare=False, default_factory=list)
-    """The outer loss where the inner loop was run first; running it again must lead there again."""
+    """The kind and the outer loss of the first run of the inner loop. Later runs must give the same outer loss."""
 
     def same_value(self, kind: str, value: Tensor) -> None:
-        """Raise if this inner loop, run again, led to another outer loss; `kind` says how it was run."""
+        """Raise a ReplayError if this inner loop gave another outer loss when it was run again.
+
+        Args:
+            kind: the way in which it was run.
+            value: the outer loss.
+        """
         compare_values(self, self._values, kind, value)
 
-    # -- forward: the start of tangents (the way through the steps: bilevel.unrolling.tangents) ---------------------
+    # -- forward: the start of tangents (their propagation through the steps: bilevel.unrolling.tangents) ------------
 
     def push_outer(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
-        """Return the outer loss and its slopes d y_T + c v, `[k]`; `[k, m]` for m outer losses."""
+        """Compute the outer loss and its slopes d y_T + c v, `[k]`; `[k, m]` for m outer losses."""
 
         def by_reverse() -> autodiff.Pushed:
             value, d, c = self.outer_cotangents(pushed.value)
@@ -66,10 +73,10 @@ class Unroll(InnerLoop):
         return autodiff.push(self.outer_loss, arguments, tangents, self.memory, "outer loss", by_reverse)
 
     def push_init(self, directions: list[Tensor]) -> autodiff.Pushed:
-        """θ_0 and its tangents B_0 v.
+        """Compute θ_0 and its tangents B_0 v.
 
-        An initial state without φ, such as a freshly built network, is made outside of forward mode, inside which
-        modules can't be moved or cast.
+        An initial state that does not depend on φ, such as a newly built network, is made outside of forward mode,
+        because modules can't be moved or cast inside it.
         """
         plain = autodiff.Transpose(self.init, [self.meta])
         if plain.connected:
@@ -80,10 +87,11 @@ class Unroll(InnerLoop):
 
     # -- backward: cotangents ----------------------------------------------------------------------------------
 
-    def outer_cotangents(self, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Compute the outer loss h at a final state, d = ∂outer/∂θ_T and c = ∂outer/∂φ.
+    def outer_cotangents(self, state: Tree, final: bool = True) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the outer loss h at a state, d = ∂outer/∂θ and c = ∂outer/∂φ.
 
-        For a vector of m outer losses, the leaves of d and c are `[m, *leaf.shape]`.
+        `final` says that the state is θ_T, where every run of this inner loop must give the same outer loss. For a
+        vector of m outer losses, the leaves of d and c are `[m, *leaf.shape]`.
         """
         outer = autodiff.Transpose(self.outer_loss, [state, self.meta], self.memory)
         value: Tensor = outer.value
@@ -100,11 +108,12 @@ class Unroll(InnerLoop):
             )
         derivatives = autodiff.fill_zeros(d, state, count), autodiff.fill_zeros(c, self.meta, count)
         require_finite(self, value, state, derivatives)
-        self.same_value("plain", value)
+        if final:
+            self.same_value("plain", value)
         return value, *derivatives
 
     def pull_back_step(self, t: int, state: Tree, d: list[Tensor], losses: Losses = ONE_LOSS) -> Pulled:
-        """Return θ_{t+1}, d A_t and d B_t for the step from θ_t, by one evaluation of the step and its graph."""
+        """Compute θ_{t+1}, d A_t and d B_t for the step from θ_t, by one evaluation of the step and its graph."""
 
         def step(state: Tree, meta: Tree) -> Tree:
             return self.step(t, state, meta)
@@ -115,12 +124,17 @@ class Unroll(InnerLoop):
     def pull_back(
         self, trail: Iterable[tuple[int, Tree]], last: Tree, d: list[Tensor], losses: Losses = ONE_LOSS
     ) -> list[Tensor]:
-        """Compute Σ_t d_t B_t over a trail of (t, θ_t) that runs backwards from θ_T, `last`; `d` is changed in place.
+        """Compute Σ_t d_t B_t over the steps in backward order.
 
-        From the last step down: sum ← sum + d B_t, d ← d A_t, each a vector-Jacobian product of one step. `d` ends as
-        the cotangent of the trail's first state. For m outer losses the leaves of d and of the sum are
-        `[m, *leaf.shape]`, and each step is computed once for all of them. Memory: the graph of one step, and θ_{t+1},
-        with which the step from θ_t is compared.
+        From the last step to the first: sum ← sum + d B_t, d ← d A_t, each a vector-Jacobian product of one step. The
+        memory is that of the graph of one step, and of θ_{t+1}, with which the step from θ_t is compared.
+
+        Args:
+            trail: the pairs (t, θ_t) in backward order.
+            last: θ_T.
+            d: ∂outer/∂θ_T. It is changed in place to the cotangent of the trail's first state.
+            losses: for m outer losses, m. The leaves of d and of the sum are then `[m, *leaf.shape]`, and each step is
+                computed once for all of them.
 
         Raises:
             ReplayError: a step gave another state when it was computed again.
@@ -139,7 +153,7 @@ class Unroll(InnerLoop):
         return total
 
     def pull_back_init(self, d: list[Tensor], total: list[Tensor], losses: Losses = ONE_LOSS) -> None:
-        """Add d B_0 to the total: what the initial state's dependence on φ contributes."""
+        """Add d B_0 to the total, which is the contribution of the initial state's dependence on φ."""
         _, (across,) = self._pulled_back(self.init, [self.meta], d, losses)
         _accumulate(total, across)
 
@@ -151,7 +165,16 @@ class Unroll(InnerLoop):
         return autodiff.pull_back_many(function, arguments, d, self.memory, losses.at_once)
 
     def add_explicit(self, through: list[Tensor], c: list[Tensor], from_start: bool = True) -> list[Tensor]:
-        """∇h = d Z_T + c from both parts; an error if nothing can come through the inner loop."""
+        """Compute ∇h = d Z_T + c from both parts.
+
+        Args:
+            through: d Z_T.
+            c: ∂outer/∂φ.
+            from_start: whether d Z_T includes the dependence of θ_0 on φ.
+
+        Raises:
+            NoDependenceError: d Z_T is zero because the inner loop does not depend on φ.
+        """
         if not any(bool(part.any()) for part in through):
             require_dependence(self, from_start)
         return [inner + outer for inner, outer in zip(through, c, strict=True)]
@@ -159,7 +182,7 @@ class Unroll(InnerLoop):
     # -- connections -------------------------------------------------------------------------------------------
 
     def require_connections(self, moved: bool, slopes: Tensor, state: Tree) -> None:
-        """Raise where tangents or slopes are zero because something is not connected."""
+        """Raise a NoDependenceError if tangents or slopes are zero because something is not connected."""
         if not moved:
             require_dependence(self)
         if not bool(slopes.any()):
@@ -169,15 +192,15 @@ class Unroll(InnerLoop):
 def unroll(
     problem: Any, meta: Any, inner_batches: Any, outer_batch: Any, seed: int, carried: WindowEnd | None = None
 ) -> Unroll:
-    """Check what was passed to an estimator and gather it."""
+    """Check the arguments of an estimator, and combine them to an inner loop with derivatives."""
     randomness.check_seed(seed)
     argument_checks.outside_of_inference_mode()
     problem = as_problem(problem)
-    inner_batches = problem.batches_of(inner_batches)
+    inner_batches = problem.batches_of(inner_batches.at(seed) if isinstance(inner_batches, Epochs) else inner_batches)
     if problem.is_black_box and carried is not None:
         raise ValueError("a BlackBox solves from the beginning each time, so nothing can be carried into it")
     problem.check_compiled_again()
-    meta = as_tree(meta)
+    meta = as_tree(as_tensors(meta))
     argument_checks.meta_parameters(meta)
     argument_checks.one_device(meta=meta, outer_batch=outer_batch)
     argument_checks.finite(meta)

@@ -10,14 +10,14 @@ from bilevel.tasks.image_data import DataName
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Give every training example a weight, so that a network trained on wrong labels classifies well all the same."""
+    """Learn a weight for every training example such that a network trained on wrong labels classifies well."""
 
     data: DataName = "digits"
     """Images: `digits` ships with scikit-learn, `mnist` is read from --data-dir."""
     examples: int = 1000
-    """N: training examples with a weight each; some of their labels are made wrong."""
+    """N: training examples, each with a weight; some of their labels are replaced by wrong ones."""
     trusted: int = 250
-    """Further examples with right labels, on which the outer loss judges."""
+    """Further examples with right labels, on which the outer loss is computed."""
     wrong: float = 0.5
     """The chance that a label is replaced by one of the other classes."""
     width: int = 32
@@ -33,11 +33,11 @@ class Cleaning:
     outer_lr: float = 0.1
     """Outer learning rate of Adam."""
     evaluation_steps: int = 0
-    """Steps of the trainings that judge the result; 0 for inner_steps."""
+    """Steps of each training that evaluates the result; 0 for inner_steps."""
     evaluation_runs: int = 5
-    """Fresh networks that judge the result."""
+    """Newly initialised networks that evaluate the result."""
     device: str = "auto"
-    """`auto` takes a GPU if there is one; else a torch device."""
+    """Torch device, or `auto` for a GPU if there is one."""
 
     def __post_init__(self) -> None:
         checks.each_field(self, checks.whole_number, "examples", "trusted", "width", "inner_steps", "evaluation_runs")

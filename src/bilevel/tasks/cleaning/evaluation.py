@@ -1,4 +1,4 @@
-"""How well wrong labels were found, and what that is worth: fresh networks trained on the weighted examples."""
+"""Evaluation of how well wrong labels were found, and of new networks trained on the weighted examples."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.trials import accuracies_of
 
 SHOWN = 20
-"""Images of which the results keep a copy: those with the smallest weights."""
+"""The number of images, those with the smallest weights, that the results contain."""
 
 
 def evaluate(
     config: Cleaning, data: LabelledImages, noisy: NoisyLabels, phi: Tensor, seed: int, progress: bool
 ) -> dict[str, Any]:
-    """`auc`, `test_accuracy`, and the weights themselves."""
+    """Return the entries of `results.json`: `auc`, `test_accuracy`, the weights and others."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
     learnt, wrong = weights(phi).cpu(), noisy.wrong.cpu()
@@ -43,10 +43,11 @@ def evaluate(
 def accuracies(
     config: Cleaning, data: LabelledImages, noisy: NoisyLabels, phi: Tensor, seed: int, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """Test accuracy, a fraction, after training with the learnt weights, on everything alike, on the rightly labelled
-    part alone (which nobody knows), and on the trusted examples alone (which everybody has).
+    """Compute the test accuracy, as a fraction, after each of four kinds of training.
 
-    All train networks from the same initialisations for as many steps at the same pace.
+    They train with the learnt weights, with equal weights, on the rightly labelled examples only (which are unknown in
+    practice), and on the trusted examples only (which are known). All of them train networks from the same
+    initialisations, for the same number of steps, with the same learning rate.
     """
     images, labels, right, alike = noisy.images, noisy.labels, ~noisy.wrong, torch.ones_like(phi)
     trusted_alike = torch.ones_like(noisy.trusted_labels, dtype=phi.dtype)
@@ -63,7 +64,7 @@ def accuracies(
 def _trained_accuracy(
     config: Cleaning, data: LabelledImages, examples: tuple[Tensor, Tensor, Tensor], seed: int, number: int
 ) -> float:
-    """Test accuracy of fresh network `number` after training on these examples."""
+    """Compute the test accuracy of newly initialised network `number` after training on these examples."""
     weight, images, labels = examples
     with randomness.torch_seeded(seed, randomness.CLEANING_NETWORK, number):
         model = network(config, data)
@@ -84,7 +85,9 @@ def _trained_accuracy(
 
 
 def _suspect(noisy: NoisyLabels, learnt: Tensor, number: int) -> dict[str, Any]:
-    """An example with a small weight: its picture as base64 of its bytes, row by row, channels last."""
+    """Return the entry for an example with a small weight. Its image is base64 of its bytes `[height, width,
+    channels]`.
+    """
     image = noisy.images[number].cpu().movedim(0, -1)
     pixels = (255 * image).round().to(torch.uint8).contiguous()
     return {

@@ -1,4 +1,4 @@
-"""Pictures of what cleaning found."""
+"""Plots of the results of cleaning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bilevel.report import page
 
 
 def histograms(weights: Mapping[str, Sequence[float]]) -> str:
-    """How many examples have which weight, wrong labels beside right ones."""
+    """Plot a histogram of the weights, separately for wrong and right labels."""
     fig, axis = page.figure(figsize=(6, 3))
     edges = np.linspace(0, 1, 31)
     for name, colour in (("right", "C0"), ("wrong", "C3")):
@@ -24,7 +24,7 @@ def histograms(weights: Mapping[str, Sequence[float]]) -> str:
 
 
 def roc(curve: Mapping[str, Sequence[float]], auc: float) -> str:
-    """Wrong labels found against right ones suspected, for every threshold on the weight."""
+    """Plot the share of wrong labels found against the share of right labels suspected, for every threshold."""
     fig, axis = page.figure(figsize=(3.6, 3.6))
     axis.plot(curve["false_positives"], curve["true_positives"], color="C0", label=f"area {auc:.3f}")
     axis.plot([0, 1], [0, 1], color="0.7", linestyle=":", label="guessing: 0.5")
@@ -35,7 +35,7 @@ def roc(curve: Mapping[str, Sequence[float]], auc: float) -> str:
 
 
 def suspects(examples: Sequence[Mapping[str, Any]]) -> str:
-    """The images with the smallest weights, each with the label it was given and the one it should have."""
+    """Show the images with the smallest weights, each with its given label and its true label."""
     columns = min(10, len(examples))
     rows = -(-len(examples) // columns)
     fig, axes = page.figure(rows, columns, figsize=(1.0 * columns, 1.35 * rows), squeeze=False)

@@ -1,4 +1,6 @@
-"""Cleaning as a bilevel problem: the inner loop trains on weighted examples, the outer loss judges on trusted ones."""
+"""Cleaning as a bilevel problem. The inner loop trains on weighted examples, and the outer loss is that of trusted
+ones.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +18,36 @@ from bilevel.tasks.cleaning.config import Cleaning
 from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.task import Setup
 
-# Counters that keep this task's random streams apart.
+# Counters that separate this task's random streams.
 
 
 @dataclass(frozen=True)
 class NoisyLabels:
-    """Training examples some of whose labels are wrong, and a few others that can be trusted."""
+    """Training examples of which some have wrong labels, and a few further examples with right labels."""
 
     images: Tensor
-    """`[N, channels, height, width]`."""
+    """Images `[N, channels, height, width]`."""
     labels: Tensor
-    """As given, `[N]`."""
+    """Given labels `[N]`, of which some are wrong."""
     true_labels: Tensor
-    """As they should be, `[N]`; for judging alone."""
+    """True labels `[N]`, which are used only for evaluation."""
     trusted_images: Tensor
     trusted_labels: Tensor
 
     @property
     def wrong(self) -> Tensor:
-        """Whose label is wrong, `[N]`."""
+        """A mask `[N]` of the examples whose label is wrong."""
         return self.labels != self.true_labels
 
 
 def noisy_labels(config: Cleaning, data: LabelledImages, seed: int) -> NoisyLabels:
-    """Random examples of the training set; each label is wrong with the probability asked for, and then any other."""
+    """Draw random examples of the training set and replace each label with probability `config.wrong`.
+
+    The wrong label is any of the other classes with equal probability.
+
+    Raises:
+        ValueError: the training set is too small, or all labels came out right or all wrong.
+    """
     count = len(data.train_labels)
     if config.examples + config.trusted > count:
         raise ValueError(
@@ -68,7 +76,7 @@ def noisy_labels(config: Cleaning, data: LabelledImages, seed: int) -> NoisyLabe
 
 
 def setup(config: Cleaning, data: LabelledImages, seed: int) -> Setup:
-    """The bilevel problem, equal weights to start from, the batches and the outer optimiser."""
+    """Return the bilevel problem, equal weights as the start, the batches and the outer optimiser."""
     noisy = noisy_labels(config, data, seed)
 
     def inner_loss(model: Any, phi: Tensor, chosen: Tensor | None) -> Tensor:
@@ -93,24 +101,27 @@ def setup(config: Cleaning, data: LabelledImages, seed: int) -> Setup:
 
 
 def weights(phi: Tensor) -> Tensor:
-    """In (0, 1), from meta parameters without bounds."""
+    """Return weights in (0, 1) from meta parameters without bounds."""
     return phi.sigmoid()
 
 
 def weighted_loss(model: Any, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """Σ w ℓ / Σ w: small weights leave the pace of the training as it is."""
+    """Compute Σ w ℓ / Σ w. A common factor of all weights does not change it."""
     return (weights * cross_entropy(model(images), labels, reduction="none")).sum() / weights.sum()
 
 
 def network(config: Cleaning, data: LabelledImages) -> nn.Module:
-    """A freshly initialised network with one hidden layer, from torch's global generator."""
+    """Return a newly initialised network with one hidden layer. It uses torch's global random number generator."""
     features = data.train_images[0].numel()
     layers = nn.Flatten(), nn.Linear(features, config.width), nn.Tanh(), nn.Linear(config.width, data.classes)
     return nn.Sequential(*layers).to(data.train_images.device)
 
 
 def inner_batches(config: Cleaning, labels: Tensor, seed: int, draw: int) -> Any:
-    """T batches of indices into the examples; an epoch takes each once and drops what does not fill a batch."""
+    """Return T batches of indices into the examples.
+
+    Each epoch uses an example at most once. Examples that do not fill a batch are left out.
+    """
     count = len(labels)
     if config.inner_batch == 0 or config.inner_batch >= count:
         return bilevel.no_batches(config.inner_steps)

@@ -1,8 +1,9 @@
 """Noisy labels: the weight of every training example is a meta parameter, learnt through the training itself.
 
-The outer loss is that of a few trusted examples after T inner steps on the weighted ones. An example that makes the
-network worse on them loses weight; those that end with the smallest weights are the ones whose labels are wrong. Judged
-by how well the weights tell wrong labels from right ones, and by fresh networks trained with them.
+The outer loss is the loss on a few trusted examples after T inner steps on the weighted examples. The weight of an
+example falls if the example makes the network worse on the trusted ones. The examples that end with the smallest
+weights are suspected of wrong labels. The result is evaluated by how well the weights separate wrong labels from right
+ones, and by newly initialised networks that are trained with them.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ from bilevel.tasks.image_data import DataName
 
 @dataclass(frozen=True)
 class Condensation:
-    """Learn a few synthetic images per class on which a network trains as well as possible for the real set."""
+    """Learn a few synthetic images per class such that a network trained on them classifies real images well."""
 
     data: DataName = "digits"
     """Real images: `digits` ships with scikit-learn, `mnist` is read from --data-dir."""
     ipc: int = 1
     """Condensed images per class."""
     start: Literal["noise", "real"] = "noise"
-    """Condensed images start as uniform noise (the paper) or as random real images."""
+    """Start of the condensed images: uniform noise (as in the paper) or random real images."""
     model: ModelName = "convnet"
     """Network trained on the condensed images."""
     width: int = 32
@@ -41,13 +41,13 @@ class Condensation:
     outer_lr: float = 0.05
     """Outer learning rate of Adam, with linear decay to 0."""
     evaluation_steps: int = 0
-    """Steps of the trainings that judge the result; 0 for inner_steps."""
+    """Steps of each training that evaluates the result; 0 for inner_steps."""
     evaluation_runs: int = 5
-    """Fresh networks that judge the result."""
+    """Newly initialised networks that evaluate the result."""
     whole_set_epochs: int = 20
-    """Epochs of the trainings on the whole real set."""
+    """Epochs of each training on the whole real set."""
     device: str = "auto"
-    """`auto` takes a GPU if there is one; else a torch device."""
+    """Torch device, or `auto` for a GPU if there is one."""
 
     def __post_init__(self) -> None:
         checks.each_field(self, checks.whole_number, "ipc", "width", "blocks", "inner_steps", "outer_batch")

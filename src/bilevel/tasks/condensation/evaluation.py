@@ -1,4 +1,4 @@
-"""How good condensed images are: the test accuracy of fresh networks trained on nothing else, beside two controls."""
+"""Evaluation of condensed images by the test accuracy of networks trained only on them, with two controls."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from bilevel.tasks.trials import accuracies_of
 def accuracies(
     config: Condensation, data: LabelledImages, images: Tensor, seed: int, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """Test accuracy, a fraction, after training on the condensed images, on as many random real ones, on the whole set.
+    """Compute the test accuracy, as a fraction, after training on the condensed images and on two controls.
 
-    All three train networks from the same initialisations with the same SGD; the controls of a run differ in their
-    random choice of images.
+    The controls are as many random real images, and the whole real set. All three train networks from the same
+    initialisations with the same SGD. The random real images are drawn anew for every run.
     """
     labels = condensed_labels(config, data)
     steps = config.evaluation_steps or config.inner_steps
@@ -62,7 +62,7 @@ def _trained_accuracy(
     seed: int,
     number: int,
 ) -> float:
-    """Test accuracy of fresh network `number` after `steps` steps on these images."""
+    """Compute the test accuracy of newly initialised network `number` after `steps` steps on these images."""
     with randomness.torch_seeded(seed, randomness.CONDENSATION_NETWORK, number):
         model = network(config, data)
     optimizer = torch.optim.SGD(

@@ -12,16 +12,21 @@ ModelName = Literal["convnet", "mlp"]
 
 
 def convnet(shape: tuple[int, int, int], classes: int, width: int, blocks: int) -> nn.Sequential:
-    """The paper's network: blocks of (3×3 convolution, ReLU, instance norm, 2×2 average pooling), then a linear layer.
+    """Return the paper's convolutional network.
+
+    It consists of blocks of (3×3 convolution, ReLU, instance norm, 2×2 average pooling), and a linear layer.
 
     Args:
-        shape: of an image, `(channels, height, width)`.
-        classes: outputs.
-        width: filters per convolution (the paper: 128).
-        blocks: how often the image is halved (the paper: 3).
+        shape: the shape of an image, `(channels, height, width)`.
+        classes: the number of outputs.
+        width: the number of filters per convolution (128 in the paper).
+        blocks: the number of blocks, each of which halves the image (3 in the paper).
+
+    Raises:
+        ValueError: there are too many blocks for the size of the image.
     """
     channels, *size = shape
-    if min(size) >> (blocks - 1) < 4:  # what the last instance norm sees
+    if min(size) >> (blocks - 1) < 4:  # the size of the input of the last instance norm
         most = min(size).bit_length() - 2
         raise ValueError(
             f"blocks={blocks} on {size[0]}x{size[1]} images: the last pooling would average nearly the whole "
@@ -41,7 +46,7 @@ def convnet(shape: tuple[int, int, int], classes: int, width: int, blocks: int) 
 
 
 def mlp(shape: tuple[int, int, int], classes: int, width: int) -> nn.Sequential:
-    """Two hidden layers of `width` ReLU units."""
+    """Return a network with two hidden layers of `width` ReLU units."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(math.prod(shape), width),
@@ -53,6 +58,6 @@ def mlp(shape: tuple[int, int, int], classes: int, width: int) -> nn.Sequential:
 
 
 def build(name: ModelName, shape: tuple[int, int, int], classes: int, width: int, blocks: int) -> nn.Module:
-    """A freshly initialised network, from torch's global generator."""
+    """Return a newly initialised network by its name. It uses torch's global random number generator."""
     with torch.no_grad():
         return convnet(shape, classes, width, blocks) if name == "convnet" else mlp(shape, classes, width)

@@ -1,4 +1,4 @@
-"""Pictures of condensed images, and of the accuracy they lead to."""
+"""Pictures of condensed images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bilevel.report import page
 
 
 def over_time(snapshots: Sequence[tuple[int, Tensor]], ipc: int) -> str:
-    """The first image of every class (a column each, under its number) at several outer steps (a row each)."""
+    """Show the first image of every class at several outer steps, with a column per class and a row per step."""
     rows, columns = len(snapshots), len(snapshots[0][1]) // ipc
     fig, axes = page.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows + 0.2), squeeze=False)
     for row, (step, images) in enumerate(snapshots):
@@ -28,7 +28,7 @@ def over_time(snapshots: Sequence[tuple[int, Tensor]], ipc: int) -> str:
 
 
 def final(images: Tensor, ipc: int) -> str:
-    """The condensed images, a column for each class, at most `MOST_OF_A_CLASS` of each."""
+    """Show the condensed images, with a column for each class and at most `MOST_OF_A_CLASS` images of it."""
     columns, rows = len(images) // ipc, min(ipc, MOST_OF_A_CLASS)
     fig, axes = page.figure(rows, columns, figsize=(0.85 * columns, 0.85 * rows), squeeze=False)
     for row in range(rows):
@@ -41,7 +41,7 @@ def final(images: Tensor, ipc: int) -> str:
 
 
 MOST_OF_A_CLASS = 20
-"""Images that the report shows of one class."""
+"""The largest number of images of one class that the report shows."""
 
 NAMES = {
     "condensed": "condensed images",

@@ -1,4 +1,4 @@
-"""Condensation as a bilevel problem: the inner loop trains on synthetic images, the outer loss judges on real ones."""
+"""Condensation as a bilevel problem. The inner loop trains on synthetic images, and the outer loss uses real images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bilevel.tasks.condensation.models import build
 from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.task import Setup
 
-# Counters that keep this task's random streams apart.
+# Counters that separate this task's random streams.
 
 
 def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: int) -> Setup:
-    """The bilevel problem, the images to start from, the batches and the outer optimiser."""
+    """Return the bilevel problem, the images at the start, the batches and the outer optimiser."""
     labels = condensed_labels(config, data)
     with randomness.torch_seeded(seed):
-        network(config, data)  # what cannot be built, or compared with real images, is refused here and not later
+        network(config, data)  # settings for which a network or a control cannot be made are refused here
     random_real_images(config, data, seed, 0)
 
     def inner_loss(model: Any, images: Tensor, chosen: Tensor | None) -> Tensor:
@@ -57,12 +57,12 @@ def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: in
 
 
 def network(config: Condensation, data: LabelledImages) -> nn.Module:
-    """A freshly initialised network for these images."""
+    """Return a newly initialised network for these images."""
     return build(config.model, data.shape, data.classes, config.width, config.blocks).to(data.train_images.device)
 
 
 def sgd(config: Condensation) -> Optimizer:
-    """The inner optimiser: SGD with momentum and cosine decay over the inner steps."""
+    """Return the inner optimiser: SGD with momentum and cosine decay over the inner steps."""
     return bilevel.optimizer(
         torch.optim.SGD,
         lr=config.inner_lr,
@@ -73,12 +73,15 @@ def sgd(config: Condensation) -> Optimizer:
 
 
 def condensed_labels(config: Condensation, data: LabelledImages) -> Tensor:
-    """The fixed labels of the condensed images, `[classes · ipc]`, class by class."""
+    """Return the fixed labels of the condensed images, `[classes · ipc]`, class by class."""
     return torch.arange(data.classes, device=data.train_labels.device).repeat_interleave(config.ipc)
 
 
 def inner_batches(config: Condensation, labels: Tensor, seed: int, draw: int) -> Any:
-    """T batches of indices into the condensed images; every epoch takes each once, in its last batch what is left."""
+    """Return T batches of indices into the condensed images.
+
+    Each epoch uses every image once. Its last batch holds the remaining images.
+    """
     count = len(labels)
     if config.inner_batch == 0 or config.inner_batch >= count:
         return bilevel.no_batches(config.inner_steps)
@@ -93,7 +96,11 @@ def inner_batches(config: Condensation, labels: Tensor, seed: int, draw: int) ->
 
 
 def random_real_images(config: Condensation, data: LabelledImages, seed: int, number: int) -> Tensor:
-    """As many random real images as there are condensed ones, class by class: the control."""
+    """Draw as many random real images as there are condensed images, class by class, as a control.
+
+    Raises:
+        ValueError: a class has too few real images.
+    """
     generator = randomness.generator(seed, randomness.CONDENSATION_CONTROL, number)
     labels = data.train_labels.cpu().numpy()
     chosen = []

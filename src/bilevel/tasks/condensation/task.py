@@ -1,11 +1,11 @@
 """Data condensation: a whole training set in a handful of synthetic images (paper §4, Table 1).
 
-The outer loss is "performance matching": the loss on real images after T inner steps on the condensed ones. Judged, as
-in the paper, by fresh networks trained on the condensed images alone.
+The outer loss is "performance matching": the loss on real images after T inner steps on the condensed images. As in the
+paper, the result is evaluated by newly initialised networks that are trained only on the condensed images.
 
-Departures from the paper and its released code: every outer step starts from a fresh random network; a full inner
-batch holds each condensed image once; the two controls (random real images, the whole set) are computed in the same
-run with the same trainings.
+Differences from the paper and its released code: every outer step starts from a newly initialised random network. A
+full inner batch holds each condensed image once. The two controls (random real images, the whole set) are computed in
+the same run with the same trainings.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CondensationTask(Task[Condensation]):
             )
 
         def keep_if_wanted(step: OuterStep) -> None:
-            if step.number == 1:  # not before: a first step that fails leaves nothing behind
+            if step.number == 1:  # only now, so that a run whose first step fails leaves no files
                 keep(0, start)
             if step.number in wanted:
                 keep(step.number, step.meta)
@@ -111,7 +111,7 @@ class CondensationTask(Task[Condensation]):
 
 
 def _verdict(accuracy: Mapping[str, Any]) -> str:
-    """Whether the condensed images were worth learning, said plainly where they were not."""
+    """Return a sentence that compares the condensed images with random real images."""
     gain = 100 * (accuracy["condensed"]["mean"] - accuracy["random_real"]["mean"])
     if gain > 0:
         return f"Condensed images are {gain:.1f} points better than as many random real ones."
@@ -129,5 +129,5 @@ def _all_images(images: torch.Tensor, ipc: int) -> Section:
 
 
 def load_images(folder: Path) -> torch.Tensor:
-    """The condensed images at a run's last checkpoint, `[classes · ipc, channels, height, width]`."""
+    """Return the condensed images at a run's last checkpoint, `[classes · ipc, channels, height, width]`."""
     return checkpoint_files.load(folder / CHECKPOINT)["meta"][0]

@@ -1,4 +1,4 @@
-"""A model learns a stream: one step per document, nothing differentiated through."""
+"""Adaptation of a model to a stream of documents, with one step per document and without hypergradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def adapted(
     optimizer: str = "sgd",
     precision: str = "float32",
 ) -> Any:
-    """A copy of the model after one step on each document's weighted loss."""
+    """Return a copy of the model after one step on the weighted loss of each document, in order."""
     learner = copy.deepcopy(model).eval()
     parameters = [p for p in learner.parameters() if p.requires_grad]
     device = parameters[0].device
@@ -42,7 +42,7 @@ def adapted(
 
 
 def learned(weight_model: Any) -> Weighting:
-    """The weights of a trained weight model."""
+    """Return the weighting that a trained weight model computes."""
     device = next(iter(weight_model.parameters())).device
 
     def weigh(document: EncodedDocument) -> torch.Tensor:

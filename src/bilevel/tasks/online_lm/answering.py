@@ -1,4 +1,4 @@
-"""What a model knows: its loss on right answers, and the answers that it gives."""
+"""Evaluation of what a model knows: its loss on right answers, and its generated answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AT_ONCE = 100
 def judged(
     model: Any, tokenizer: Any, asked: Sequence[Question], context: int, answer_tokens: int, beams: int
 ) -> dict[str, float]:
-    """Mean exact match and F1 of the generated answers, and the loss per answer token."""
+    """Compute the mean exact match and F1 of the generated answers, and the loss per answer token."""
     given = answers(model, tokenizer, [question.text for question in asked], context, answer_tokens, beams)
     return {
         "exact_match": statistics.fmean(scores.exact_match(g, q.answers) for g, q in zip(given, asked, strict=True)),
@@ -27,7 +27,7 @@ def judged(
 
 
 def qa_loss(model: Any, tokenizer: Any, asked: Sequence[Question], context: int) -> float:
-    """Mean −log p over all answer tokens of all questions."""
+    """Compute the mean −log p over all answer tokens of all questions."""
     device = next(model.parameters()).device
     total = count = 0.0
     with torch.no_grad():
@@ -42,7 +42,7 @@ def qa_loss(model: Any, tokenizer: Any, asked: Sequence[Question], context: int)
 def answers(
     model: Any, tokenizer: Any, asked: Sequence[str], context: int, answer_tokens: int, beams: int
 ) -> list[str]:
-    """The model's answers, generated without sampling."""
+    """Generate the model's answers, without sampling."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device

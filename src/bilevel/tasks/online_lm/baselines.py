@@ -1,4 +1,4 @@
-"""Weights that nobody learnt: the controls."""
+"""Token weights that are not learnt, as controls."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from bilevel.tasks.online_lm.tokens import EncodedDocument
 
 Weighting = Callable[[EncodedDocument], Tensor]
-"""A document's weights `[1, length]`, one for each token."""
+"""A function from a document to its weights `[1, length]`, one for each token."""
 
 _NUMBER = re.compile(r"\d[\d.,:/-]*\d|\d")
 _CAPITALISED = re.compile(r"\b[A-Z][\w'-]*(?:\s+(?:of|the|de|von|van)\s+[A-Z][\w'-]*|\s+[A-Z][\w'-]*)*")
 
 
 def uniform(document: EncodedDocument) -> Tensor:
-    """Every token counts the same."""
+    """Return the weight 1 for every token."""
     return torch.ones(document.ids.shape)
 
 
 def tf_idf(documents: Sequence[EncodedDocument], vocabulary: int) -> Weighting:
-    """Term frequency times inverse document frequency of each token; the frequencies are those of `documents`."""
+    """Return a weighting by term frequency times inverse document frequency, with the frequencies of `documents`."""
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfTransformer
 
@@ -45,10 +45,13 @@ def tf_idf(documents: Sequence[EncodedDocument], vocabulary: int) -> Weighting:
 
 
 def salient_spans(find: Callable[[str], list[tuple[int, int]]] | None = None) -> Weighting:
-    """Tokens of named entities, dates and numbers count, the others do not; all of them where there are none.
+    """Return a weighting that selects the tokens of named entities, dates and numbers.
 
-    `find` gives the spans of characters in a text; by default spaCy's small English model where it is installed, else
-    `capitalised_or_number`.
+    If a document has no such tokens, all its tokens have the same weight.
+
+    Args:
+        find: a function that returns the spans of characters in a text. The default is spaCy's small English model if
+            it is installed, else `capitalised_or_number`.
     """
     spans_of = find or entity_finder()
 
@@ -62,7 +65,7 @@ def salient_spans(find: Callable[[str], list[tuple[int, int]]] | None = None) ->
 
 
 def entity_finder() -> Callable[[str], list[tuple[int, int]]]:
-    """SpaCy's named entities, if its model `en_core_web_sm` is installed; else the rule below."""
+    """Return spaCy's named entities if its model `en_core_web_sm` is installed, else `capitalised_or_number`."""
     if importlib.util.find_spec("spacy") and importlib.util.find_spec("en_core_web_sm"):
         spacy: Any = importlib.import_module("spacy")
         pipeline = spacy.load("en_core_web_sm")
@@ -71,8 +74,9 @@ def entity_finder() -> Callable[[str], list[tuple[int, int]]]:
 
 
 def capitalised_or_number(text: str) -> list[tuple[int, int]]:
-    """Runs of capitalised words, and numbers. A word that begins a sentence is left out unless it is also capitalised
-    elsewhere in the text.
+    """Find sequences of capitalised words, and numbers. Return their spans of characters.
+
+    A word that begins a sentence is left out unless it is also capitalised elsewhere in the text.
 
     >>> [("In 1066 William of Normandy won. Then he ruled.")[s:e] for s, e in capitalised_or_number(
     ...     "In 1066 William of Normandy won. Then he ruled.")]
@@ -96,5 +100,5 @@ def capitalised_or_number(text: str) -> list[tuple[int, int]]:
 
 
 def normalised(weights: Tensor) -> Tensor:
-    """The weights with mean one."""
+    """Scale weights to mean one."""
     return weights / weights.mean()

@@ -1,4 +1,4 @@
-"""A corpus by name."""
+"""Corpora by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from bilevel.tasks.online_lm.documents import Corpus
 
 
 def load(name: DataName, data_dir: Path | None, seed: int) -> Corpus:
-    """The documents; `grammar` needs no files, and is another one for every seed."""
+    """Return the documents of a corpus.
+
+    Args:
+        name: the name of the corpus. `grammar` needs no files.
+        data_dir: the folder with the files of the other corpora.
+        seed: the seed of `grammar`, which is different for every seed.
+
+    Raises:
+        DataError: the files are missing or damaged.
+    """
     if name == "grammar":
         return grammar.corpus(seed)
     if data_dir is None:

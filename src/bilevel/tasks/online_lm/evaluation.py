@@ -1,7 +1,7 @@
-"""How much of an unseen stream a model can answer afterwards, by what weighted its tokens.
+"""Evaluation of how many questions about an unseen stream a model can answer, for each method of weighting tokens.
 
-Every method takes one step per document with the same optimiser, and chooses its learning rate from the same list by
-its QA loss on a validation stream; so uniform weights are not held back by a rate that was made for others.
+Every method takes one step per document with the same optimiser. It chooses its learning rate from the same list by its
+QA loss on a validation stream, so that no method has to use a learning rate that suits another method.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEASURES = ("exact_match", "f1", "qa_loss")
 
 
 class Evaluation:
-    """Methods judged one after the other; what is known already is read from a file, if there is one."""
+    """An evaluation of methods, one after the other. Results that are already known are read from a file."""
 
     def __init__(
         self, config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, seed: int, store: Path | None = None
@@ -41,9 +41,10 @@ class Evaluation:
         self._known = _read(store)
 
     def of(self, weightings: Mapping[str, Weighting | None], progress: bool) -> dict[str, Any]:
-        """For every method, `exact_match`, `f1` and `qa_loss` as `{mean, std, runs}`, and the rate that it chose.
+        """Evaluate methods. Return `exact_match`, `f1` and `qa_loss` as `{mean, std, runs}`, and the chosen rate, of
+        each.
 
-        A method without a weighting is the model as it was before the stream.
+        A method without a weighting is the model before the stream.
         """
         config = self._config
         learning = [name for name, weigh in weightings.items() if weigh is not None]
@@ -58,8 +59,9 @@ class Evaluation:
         return found
 
     def stream(self, part: Sequence[Document], number: int) -> list[Document]:
-        """At most `stream` documents, whole stories of them, in a random order. Streams share no story as long as there
-        are any left.
+        """Return at most `stream` documents, which make whole stories, in a random order.
+
+        Different streams have different stories as long as there are enough.
         """
         cuts: list[list[Document]] = []
         while len(cuts) <= number:
@@ -114,11 +116,11 @@ class Evaluation:
 
 
 _DIVERGED = 1e30
-"""Stands for a loss that is not a number, which JSON does not have, and which is never chosen."""
+"""The number that replaces a loss that is NaN. JSON has no NaN, and a learning rate with this loss is never chosen."""
 
 
 def methods(config: OnlineLM, corpus: Corpus, tokenizer: Any, weight_model: Any) -> dict[str, Weighting | None]:
-    """The trained weights and what they are compared with."""
+    """Return the weighting of the trained weight model and those with which it is compared, by name."""
     seen = [tokens.document(tokenizer, each.text, config.context) for each in corpus.meta]
     return {
         "meta_learned": learned(weight_model),
@@ -130,8 +132,9 @@ def methods(config: OnlineLM, corpus: Corpus, tokenizer: Any, weight_model: Any)
 
 
 def _cut(part: Sequence[Document], size: int, generator: np.random.Generator) -> list[list[Document]]:
-    """The stories in a random order, cut where a further one would make more than `size` documents. What is left over
-    at the end counts if no story would fit in any more, or if it is all there is.
+    """Divide the stories, in a random order, into streams of at most `size` documents.
+
+    The last stream is kept only if no further story would fit into it, or if there is no other stream.
     """
     stories: dict[Any, list[Document]] = {}
     for number, document in enumerate(part):
@@ -147,7 +150,7 @@ def _cut(part: Sequence[Document], size: int, generator: np.random.Generator) ->
 
 
 def summary(runs: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation and the runs themselves."""
+    """Return the mean, the standard deviation and the runs themselves."""
     spread = statistics.stdev(runs) if len(runs) > 1 else 0.0
     return {"mean": statistics.fmean(runs), "std": spread, "runs": list(runs)}
 

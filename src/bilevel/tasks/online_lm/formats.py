@@ -1,4 +1,4 @@
-"""SQuAD, StreamingQA and ArchivalQA from local files, packed (.gz) or not."""
+"""Readers for SQuAD, StreamingQA and ArchivalQA in local files, compressed (.gz) or not."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ _REFERENCES = ("evidence_id", "para_id", "doc_id")
 
 
 def squad(folder: Path) -> Corpus:
-    """SQuAD (v1.1 or v2.0) as published: one JSON file with `train` in its name and one with `dev`.
+    """Read SQuAD (v1.1 or v2.0) as published: one JSON file with `train` in its name and one with `dev`.
 
-    As in the paper, the train file teaches answering and trains the weight model, its end chooses, and dev judges. Its
-    paragraphs are split in the order of the file, 49 : 44 : 7, since neighbours belong to one article.
+    As in the paper, the train file is used to tune the base model, to train the weight model and, at its end, for
+    validation. The dev file is used for the test. The paragraphs of the train file are split in the order of the file,
+    49 : 44 : 7, because neighbouring paragraphs belong to one article.
+
+    Raises:
+        DataError: the files are missing or damaged.
     """
     files = _json_files(folder)
     train, test = (_squad_documents(_one(folder, files, part)) for part in ("train", "test"))
@@ -33,10 +37,15 @@ def squad(folder: Path) -> Corpus:
 
 
 def table(folder: Path) -> Corpus:
-    """StreamingQA or ArchivalQA: `.jsonl` or `.csv` files of questions, with `train` and `test` (or `eval`) in their
-    names, perhaps one with `valid`; columns `question` and `answers` (or `answer`), and either `text` or the id of a
-    document (`evidence_id`, `para_id`) in a further file with `doc` or `para` in its name (columns `sorting_key`,
-    `para_id` or `id`, and `text`).
+    """Read StreamingQA or ArchivalQA from `.jsonl` or `.csv` files of questions.
+
+    The files have `train` and `test` (or `eval`) in their names. A file with `valid` in its name is optional. Their
+    columns are `question` and `answers` (or `answer`), and either `text` or the id of a document (`evidence_id`,
+    `para_id`). The documents are then in a further file with `doc` or `para` in its name, with columns `sorting_key`,
+    `para_id` or `id`, and `text`.
+
+    Raises:
+        DataError: the files are missing or damaged.
     """
     files = [p for p in sorted(folder.iterdir()) if p.name.removesuffix(".gz").endswith((".jsonl", ".csv"))]
     texts: dict[str, str] = {}
@@ -52,7 +61,11 @@ def table(folder: Path) -> Corpus:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, unpacked; damage of any kind is a `DataError`."""
+    """Read a UTF-8 file, compressed or not.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
@@ -90,7 +103,7 @@ def _one(folder: Path, files: Sequence[Path], part: str) -> Path:
 
 
 def _is_of(path: Path, part: str) -> bool:
-    """Whether one of the words of the name, `eval` in `qa_eval.jsonl`, stands for this part."""
+    """Whether one of the words in the file's name, such as `eval` in `qa_eval.jsonl`, stands for this part."""
     return any(word in _PARTS[part] for word in re.split(r"[^a-z]+", path.name.lower()))
 
 
@@ -109,7 +122,10 @@ def _squad_documents(path: Path) -> list[Document]:
 
 
 def usable(path: Path, pairs: Iterable[tuple[str, list[tuple[str, list[str]]]]]) -> list[Document]:
-    """The documents that have text and a question with an answer; what is left out is counted in a warning."""
+    """Return the documents that have a text and a question with an answer.
+
+    A warning says how many documents and questions are left out.
+    """
     documents, empty, unanswered, unasked = [], 0, 0, 0
     for text, asked in pairs:
         if not text.strip():
@@ -173,7 +189,7 @@ def _table_documents(path: Path, texts: dict[str, str]) -> list[Document]:
 
 
 def _answers(path: Path, number: int, value: Any) -> list[str]:
-    """A list, JSON's or Python's way of writing one, or one answer."""
+    """Read the answers from a list, the text of a list in JSON or Python, or the text of a single answer."""
     if isinstance(value, str) and value.startswith("["):
         import ast
 

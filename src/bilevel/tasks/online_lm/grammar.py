@@ -1,17 +1,18 @@
-"""A stream of news about made-up people, each fact in one sentence among filler, from a seeded grammar; needs no files.
+"""A stream of news about invented people, from a seeded grammar. Each document has one fact in one sentence, and
+filler.
 
     The old miller saw the gate. The trade of Mavole is potter. Some bread in winter was cold.   What is the trade of
     Mavole?   potter
 
-Every person has a trade, a colour, an animal and a town. The base model is taught these as they were once, for all
-people; then all of them change, to another value drawn at random, so that nothing but a document tells it. Each change
-is told `TELLINGS` times, among other filler every time. Filler is drawn at random as well: its words cannot be
-predicted, and learning them is learning noise. It mentions people, towns and trades too.
+Every person has a trade, a colour, an animal and a town. The base model learns the original values for all people. All
+values then change to others that are drawn at random, and only the documents state the new values. Each change is
+stated in `TELLINGS` documents, with different filler in each. The filler is drawn at random as well. Its words cannot
+be predicted, and a model that learns them learns noise. The filler also mentions people, towns and trades.
 
-Why people are known before: a small model that has never seen a name answers alike for all such names, and one SGD step
-on a document about one of them changes its answer for every one; after 200 documents the last ones are all it says.
-Where the base model tells people apart, a step is about its own person first of all, and there is something to gain by
-choosing tokens.
+The base model must know the people beforehand, for the following reason. A small model that has never seen a name gives
+the same answer for all such names, and one SGD step on a document about one person changes its answer for all of them.
+After 200 documents its answers are those of the last documents. If the base model distinguishes people, a step mostly
+affects the person of its document, and the choice of tokens makes a difference.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ _VERBS = _words("saw found carried praised sold mended painted forgot bought cle
 _ADJECTIVES = _words("old cold heavy quiet narrow bright empty broken warm hollow plain sharp dusty tall strange")
 _FILLER = 5
 TELLINGS = 4
-"""Documents about each fact of a stream. After a single one, most facts are lost again 200 documents later."""
+"""The number of documents about each fact of a stream. After a single one, most facts are forgotten 200 documents
+later."""
 
 
 def corpus(seed: int, meta: int = 150, validation: int = 50, test: int = 100) -> Corpus:
-    """News about so many made-up people in each part; the parts share no person. The tuning documents are about all of
-    them, as they were before.
+    """Generate news about the given number of invented people in each part.
+
+    No person is in several parts. The tuning documents state the original values of all people.
     """
     names = people(meta + validation + test, seed)
     generator = randomness.generator(seed, randomness.GRAMMAR_LOCALITY)
@@ -77,7 +80,11 @@ def corpus(seed: int, meta: int = 150, validation: int = 50, test: int = 100) ->
 
 
 def people(count: int, seed: int) -> list[str]:
-    """Different pronounceable names."""
+    """Return different pronounceable names.
+
+    Raises:
+        ValueError: there are not enough names.
+    """
     starts = [c + v for c in _words("B D F G K L M N P R S T V Z Br Dr Gr Kr Pl Tr") for v in "aeiou"]
     middles = [c + v for c in "bdgklmnprstvz" for v in "aeiou"]
     ends = ["", "n", "l", "r", "s"]
@@ -96,7 +103,7 @@ def _facts(seed: int, person: int) -> dict[str, str]:
 
 
 def _changed(seed: int, person: int) -> dict[str, str]:
-    """Another value of every kind than the person had."""
+    """Return new values of a person, each different from the original value."""
     generator, before = randomness.generator(seed, randomness.GRAMMAR_CHANGES, person), _facts(seed, person)
     return {kind: _one([v for v in values if v != before[kind]], generator) for kind, values in VALUES.items()}
 

@@ -1,4 +1,4 @@
-"""Language models: causal ones of `transformers` by name or local path, small ones from scratch, LoRA around them."""
+"""Causal language models: pretrained models of `transformers`, small models from scratch, and LoRA."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from bilevel.tasks.online_lm.config import OnlineLM
 
 
 def from_scratch(config: OnlineLM, tokenizer: Any) -> Any:
-    """A small causal model with random weights, from torch's global generator.
+    """Return a small causal model with random weights. It uses torch's global random number generator.
 
-    Input and output embeddings are not tied: tokens that never occurred in tuning, the names of new people, would
-    otherwise be driven to one common vector by being nobody's prediction.
+    Input and output embeddings are not tied. With tied embeddings, the vectors of tokens that never occur in tuning,
+    such as the names of new people, would all become equal, because these tokens are never predicted.
     """
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -53,14 +53,23 @@ def from_scratch(config: OnlineLM, tokenizer: Any) -> Any:
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """A pretrained causal language model in float32, and its tokenizer."""
+    """Load a pretrained causal language model in float32, and its tokenizer.
+
+    Raises:
+        DataError: the model cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     return _loaded(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)), load_tokenizer(name)
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a pretrained model; a fast one, since spans of characters are needed."""
+    """Load the tokenizer of a pretrained model. It must be a fast tokenizer, because spans of characters are needed.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded.
+        ValueError: the tokenizer is not a fast one.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _loaded(name, lambda: AutoTokenizer.from_pretrained(name))
@@ -83,7 +92,7 @@ def _loaded(name: str, load: Any) -> Any:
 
 
 def with_lora(model: nn.Module, rank: int) -> Any:
-    """The model with frozen weights and trainable low-rank matrices beside those that `peft` takes by default."""
+    """Freeze the model's weights and add trainable low-rank matrices to the layers that `peft` selects by default."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type=TaskType.CAUSAL_LM))  # pyright: ignore[reportArgumentType]
@@ -91,7 +100,11 @@ def with_lora(model: nn.Module, rank: int) -> Any:
 
 
 def device_of(config: OnlineLM) -> torch.device:
-    """Where the run computes."""
+    """Return the device of a run.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
     wanted = config.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,7 +117,7 @@ def device_of(config: OnlineLM) -> torch.device:
 
 
 def most_positions(model: Any) -> int | None:
-    """The longest sequence that the model takes, if it has a limit."""
+    """Return the length of the longest sequence that the model accepts, or `None` if there is no limit."""
     return getattr(model.config, "max_position_embeddings", None)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of scores by method, and of the weights that tokens were given."""
+"""Plots of the scores of each method, and of the weights of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PER_LINE = 92
 
 
 def methods(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every stream as a point, over a bar at the mean."""
+    """Plot the scores, with a bar for the mean of each method and a point for every stream."""
     fig, axes = page.figure(1, len(_MEASURES), figsize=(11, 2.4), sharey=True)
     for axis, (measure, (label, factor)) in zip(axes, _MEASURES.items(), strict=True):
         for position, scores in enumerate(found.values()):
@@ -34,7 +34,7 @@ def methods(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def token_weights(examples: Sequence[Mapping[str, Sequence[Any]]]) -> str:
-    """Documents as they are written, the darker a token, the larger its weight."""
+    """Show documents as text, in which a darker token has a larger weight."""
     placed = [_lines(example["tokens"], example["weights"]) for example in examples]
     height = sum(len(lines) + 1 for lines in placed)
     fig, axis = page.figure(figsize=(11, 0.24 * height + 0.2))

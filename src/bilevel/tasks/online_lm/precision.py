@@ -1,4 +1,4 @@
-"""Whether bf16 changes the hypergradient: directional derivatives in both precisions, along the same directions."""
+"""Comparison of directional derivatives in bf16 and in float32, along the same directions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DIRECTIONS, _STEPS, TOLERANCE = 4, 3, 0.05
 
 
 def difference(config: OnlineLM, model: Any, setup: Setup, seed: int) -> float:
-    """‖w₁₆ − w₃₂‖/‖w₃₂‖ of the slopes w along four directions, over the first three documents."""
+    """Compute ‖w₁₆ − w₃₂‖/‖w₃₂‖ of the slopes w along four directions, over the first three documents."""
     inner = setup.inner_batches_of(0)
     few = [inner[t] for t in range(min(_STEPS, len(inner)))]
     estimator = bilevel.ForwardGradient(_DIRECTIONS, chunk_size=1)
@@ -30,14 +30,14 @@ def difference(config: OnlineLM, model: Any, setup: Setup, seed: int) -> float:
 
 
 def warn_if_off(config: OnlineLM, model: Any, setup: Setup, seed: int) -> float | None:
-    """Compare with float32 where bf16 was asked for; a warning says by how much it is off, beyond five percent."""
+    """Compare bf16 with float32, if bf16 is used. Warn if the relative difference is more than five percent."""
     if config.precision == "float32":
         return None
     error = difference(config, model, setup, seed)
     if not error <= TOLERANCE:
         warnings.warn(
             f"directional derivatives in bfloat16 are {error:.1%} off those in float32, more than {TOLERANCE:.0%}: the "
-            "hypergradient is that wrong, whatever estimates it; take precision=float32",
+            "hypergradient has an error of this size with every estimator; take precision=float32",
             stacklevel=2,
         )
     return error

@@ -1,4 +1,4 @@
-"""Configurations: small ones that run anywhere, and the paper's."""
+"""Configurations: small ones that run on any machine, and those of the paper."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _PAPER = OnlineLM(
     learning_rates=(2.5e-6, 1e-5, 2.5e-5, 1e-4),
     beams=12,
 )
-"""Table F.2 and, where the paper is silent, the released code's defaults. Not in a preset: `--accumulate 32`."""
+"""The settings of Table F.2 and, for settings that the paper does not state, the defaults of the released code. Presets
+cannot contain `--accumulate 32`."""
 
 PRESETS: Mapping[str, Preset[OnlineLM]] = {
     "tiny": Preset(

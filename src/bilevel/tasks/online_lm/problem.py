@@ -1,4 +1,6 @@
-"""Online adaptation as a bilevel problem: one step per document inside, answers to questions about them outside."""
+"""Online adaptation as a bilevel problem. An inner step learns a document; the outer loss is that of answers about
+them.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +25,22 @@ from bilevel.tasks.task import Setup
 
 @dataclass(frozen=True)
 class OuterBatch:
-    """What judges the model after its documents."""
+    """The data of an outer loss, which evaluates the model after its documents."""
 
     questions: Padded
     locality: Padded
     initial_log_probs: Tensor
-    """Of the base model before any document, on the locality texts `[batch, length, vocabulary]`."""
+    """Log-probabilities `[batch, length, vocabulary]` of the base model before any document, on the locality texts."""
 
 
 def setup(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, weight_model: Any, seed: int) -> Setup:
-    """The bilevel problem: `model` is adapted, `weight_model` holds the meta parameters."""
+    """Return the bilevel problem, in which `model` is adapted and `weight_model` holds the meta parameters."""
     device = next(model.parameters()).device
     for steps in {config.inner_steps, *([config.short_steps] if config.short_draws else [])}:
-        window(0, steps, len(corpus.meta), seed)  # too few documents are refused here and not later
+        window(0, steps, len(corpus.meta), seed)  # raises here if there are too few documents
 
     def documents(draw: int) -> list[int]:
-        """The first draws are short windows; the long ones are counted from the first of theirs."""
+        """Return the documents of a draw. The first draws are short windows; long windows are counted separately."""
         short = draw < config.short_draws
         number, steps = (draw, config.short_steps) if short else (draw - config.short_draws, config.inner_steps)
         return window(number, steps, len(corpus.meta), seed)
@@ -73,7 +75,10 @@ def setup(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, weight_m
 
 
 def problem(config: OnlineLM, model: Any) -> bilevel.GradientDescent:
-    """SGD on the weighted loss of one document after the other; then answers, and closeness to the initial model."""
+    """Return the problem whose inner loop is SGD on the weighted loss of one document after the other.
+
+    The outer loss is the loss of answers plus the divergence from the initial model.
+    """
     lowered = functools.partial(in_precision, config.precision)
 
     def inner_loss(adapted: Any, weight_model: Any, ids: Tensor) -> Tensor:
@@ -91,16 +96,16 @@ def problem(config: OnlineLM, model: Any) -> bilevel.GradientDescent:
 
 
 def in_precision(precision: str, model: Any) -> Any:
-    """The model as its loss is to be computed: with its parameters rounded to bf16, if asked for.
+    """Return the model with which the loss is computed: with parameters rounded to bf16 for precision "bfloat16".
 
     Rounding is part of the function that is differentiated, so the state, its tangents and its cotangents stay float32.
-    (Autocast rounds operation by operation, and its tangents meet in matrix products with two dtypes.)
+    (Autocast rounds operation by operation, and matrix products of its tangents then have operands of two dtypes.)
     """
     return trees.map_leaves(lambda t: t.to(torch.bfloat16), model) if precision == "bfloat16" else model
 
 
 def outer_parts(adapted: Any, batch: OuterBatch) -> tuple[Tensor, Tensor]:
-    """The answers' loss, and the divergence from the initial model."""
+    """Compute the loss of answers, and the divergence from the initial model."""
     asked = adapted(input_ids=batch.questions.ids, attention_mask=batch.questions.mask, use_cache=False).logits
     other = adapted(input_ids=batch.locality.ids, attention_mask=batch.locality.mask, use_cache=False).logits
     return (
@@ -110,7 +115,7 @@ def outer_parts(adapted: Any, batch: OuterBatch) -> tuple[Tensor, Tensor]:
 
 
 def _before(model: Any, locality: Padded) -> tuple[Padded, Tensor]:
-    """The locality texts with what the base model itself says about them, in float32 whatever the precision."""
+    """Return the locality texts, and the base model's log-probabilities on them, in float32 for every precision."""
     placed = locality.to(next(model.parameters()).device)
     with torch.no_grad():
         logits = model(input_ids=placed.ids, attention_mask=placed.mask, use_cache=False).logits

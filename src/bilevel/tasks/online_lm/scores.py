@@ -1,4 +1,4 @@
-"""Exact match and token F1, as SQuAD defines them (Rajpurkar et al., 2016): the best over the right answers."""
+"""Exact match and token F1 as defined by SQuAD (Rajpurkar et al., 2016), each the best over the right answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def plain(answer: str) -> str:
-    """In lower case, without punctuation and articles, with single spaces.
+    """Convert to lower case, remove punctuation and articles, and make all spaces single.
 
     >>> plain(" The  U.S. army!")
     'us army'
@@ -21,12 +21,12 @@ def plain(answer: str) -> str:
 
 
 def exact_match(given: str, answers: Sequence[str]) -> float:
-    """1 if one of the answers was given, else 0."""
+    """Return 1 if the given answer is one of the right answers, else 0."""
     return float(any(plain(given) == plain(answer) for answer in answers))
 
 
 def f1(given: str, answers: Sequence[str]) -> float:
-    """The best harmonic mean of precision and recall over words.
+    """Compute the harmonic mean of precision and recall over words, for the right answer for which it is largest.
 
     >>> f1("the red horse", ["red horse", "a mare"]), f1("red", ["red horse"]), f1("", ["red"])
     (1.0, 0.6666666666666666, 0.0)

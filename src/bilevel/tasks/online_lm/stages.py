@@ -1,4 +1,4 @@
-"""The stage before the outer loop: a base model that answers questions about what it has seen."""
+"""The stage before the outer loop: tuning of a base model that answers questions about documents it has seen."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _EVERY = 100
 def tuned_model(
     config: OnlineLM, corpus: Corpus, seed: int, folder: Path | None, progress: bool, role: str = BASE
 ) -> tuple[Any, Any]:
-    """The tuned language model of this role, in evaluation mode on its device, and its tokenizer.
+    """Return the tuned language model for a role, in evaluation mode on its device, and its tokenizer.
 
     With a folder, a finished model is read from `stages/ROLE` (written by `save_pretrained`), an interrupted tuning
-    goes on from its checkpoint, and a new one is stored.
+    continues from its checkpoint, and a newly tuned model is stored.
     """
     device = models.device_of(config)
     name = config.base if role == BASE else config.judge
@@ -49,7 +49,7 @@ def tuned_model(
 
 
 def require_room(config: OnlineLM, model: Any, name: str) -> None:
-    """Refuse sequences that the model cannot take."""
+    """Raise a ValueError if the configured sequences are longer than the model accepts."""
     most = models.most_positions(model)
     needed = config.context + config.answer_tokens
     if most is not None and needed > most:
@@ -60,13 +60,13 @@ def require_room(config: OnlineLM, model: Any, name: str) -> None:
 
 
 def report_truncation(config: OnlineLM, corpus: Corpus, tokenizer: Any) -> None:
-    """Warn, with numbers, when documents are longer than the context."""
+    """Warn if documents are longer than the context, and say how many."""
     everything = [*corpus.tune, *corpus.meta, *corpus.validation, *corpus.test]
     cut = sum(tokens.document(tokenizer, each.text, config.context).truncated for each in everything)
     if cut:
         warnings.warn(
             f"{cut} of {len(everything)} documents are longer than context={config.context} tokens and are cut there; "
-            "what is asked about the rest cannot be learnt",
+            "answers to questions about the rest cannot be learnt",
             stacklevel=2,
         )
 
@@ -110,7 +110,10 @@ def _tuned(
 
 
 def _tuning_loss(config: OnlineLM, corpus: Corpus, model: Any, tokenizer: Any, seed: int, step: int) -> torch.Tensor:
-    """Answers, and from scratch the documents too, on a batch that is a function of (seed, step)."""
+    """Compute the tuning loss on a batch that is a function of (seed, step).
+
+    It is the loss of answers and, for a model from scratch, also that of documents.
+    """
     device = next(model.parameters()).device
     generator = randomness.generator(seed, randomness.LM_BATCH, step)
 
@@ -145,14 +148,14 @@ def _restore(content: dict[str, Any], model: Any, optimizer: Any, schedule: Any)
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a schedule's state is numbers and words; the rest is code, the same in every process."""
+    """Return the numbers and strings in a schedule's state. The rest is code, which is the same in every process."""
     return {
         k: v for k, v in state.items() if isinstance(v, bool | int | float | str | None | Sequence) and not callable(v)
     }
 
 
 def _save(model: Any, tokenizer: Any, place: Path) -> None:
-    """Whole or not at all: into a neighbouring folder first, then under its name in one move."""
+    """Save the model completely or not at all: write into a neighbouring folder, and rename it in one operation."""
     temporary = place.with_name(f".{place.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -167,5 +170,5 @@ def _save(model: Any, tokenizer: Any, place: Path) -> None:
 
 
 def _progress_of(place: Path) -> Path:
-    """The checkpoint of a tuning that is not finished."""
+    """Return the path of the checkpoint of an unfinished tuning."""
     return place.with_name(f"{place.name}.safetensors")

@@ -1,12 +1,14 @@
 """Meta-learned online adaptation of language models (paper §4, E.2; CaMeLS, Hu et al., 2023).
 
-Three stages: a base model is taught to answer questions; a weight model is trained so that one SGD step per document,
-on the loss that it weights, leaves the answers to questions about the document behind; unseen streams are learnt, and
-answers generated, beside uniform, TF-IDF and salient-span weights and no adaptation at all.
+There are three stages. First, a base model learns to answer questions. Second, a weight model is trained such that the
+language model can answer questions about a document after one SGD step on the loss that it weights. Third, unseen
+streams are learnt and answers are generated, with the trained weights and, for comparison, with uniform, TF-IDF and
+salient-span weights and without adaptation.
 
-Departures from the paper and its released code: the answers' loss is the mean over answer tokens for every estimator;
-the divergence is from the model before any document; ignored positions are −100, not a word; every window starts from
-the base model, so no derivative is lost between windows; every control chooses its learning rate by itself.
+Differences from the paper and its released code: the loss of answers is the mean over answer tokens for every
+estimator. The divergence is from the model before any document. Ignored positions are marked by −100 and not by a word.
+Every window starts from the base model, so no derivative is lost between windows. Every control chooses its own
+learning rate.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _EXAMPLES = 3
 
 
 class OnlineLMTask(Task[OnlineLM]):
-    """Learn what to learn from a stream of documents."""
+    """Learn which tokens of a stream of documents to learn."""
 
     name = "online-lm"
     summary = (
@@ -130,7 +132,7 @@ def _weight_model(config: OnlineLM, base: Any, seed: int) -> Any:
 
 
 def _learner(config: OnlineLM, base: Any, seed: int) -> Any:
-    """What the documents change: the base model, or low-rank matrices in a copy of it."""
+    """Return the model that is adapted: the base model, or a copy of it with low-rank matrices."""
     if not config.lora_rank:
         return base
     with randomness.torch_seeded(seed, randomness.LM_LORA):
@@ -138,7 +140,7 @@ def _learner(config: OnlineLM, base: Any, seed: int) -> Any:
 
 
 def _examples(config: OnlineLM, corpus: Corpus, tokenizer: Any, weight_model: Any) -> list[dict[str, Any]]:
-    """The first unseen documents with the weights of their tokens."""
+    """Return the first test documents with the weights of their tokens."""
     device = next(weight_model.parameters()).device
     made = []
     for document in corpus.test[:_EXAMPLES]:

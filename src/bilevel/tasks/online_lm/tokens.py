@@ -1,7 +1,7 @@
-"""From text to token ids: truncation to the context, padding that no loss sees, and a tokenizer trained on the spot.
+"""Conversion of text to token ids, with truncation and padding, and the training of a tokenizer.
 
-Positions that carry no target are labelled `IGNORED` (−100, PyTorch's own value, which no vocabulary holds). A
-tokenizer without a padding token is padded with any id: labels and attention mask leave these positions out.
+Positions without a target have the label `IGNORED` (−100, PyTorch's own value, which is not an id of any vocabulary).
+For a tokenizer without a padding token, another token is used, because labels and attention mask exclude the padding.
 """
 
 from __future__ import annotations
@@ -21,40 +21,44 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as one inner step reads it."""
+    """A document in the form in which an inner step uses it."""
 
     ids: Tensor
-    """`[1, length]`"""
+    """Token ids `[1, length]`."""
     text: str
     spans: tuple[tuple[int, int], ...]
-    """The characters that each token stands for."""
+    """The span of characters of each token."""
     truncated: bool = False
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Sequences side by side, padded on the right."""
+    """A batch of sequences, padded on the right."""
 
     ids: Tensor
-    """`[batch, length]`"""
+    """Token ids `[batch, length]`."""
     mask: Tensor
-    """`[batch, length]`, 1 at tokens and 0 at padding."""
+    """Mask `[batch, length]`, 1 at tokens and 0 at padding."""
     labels: Tensor
-    """`[batch, length]`: ids that are to be predicted, `IGNORED` elsewhere."""
+    """Labels `[batch, length]`: the ids to be predicted, and `IGNORED` elsewhere."""
 
     def to(self, device: torch.device) -> Padded:
-        """The same on a device."""
+        """Return a copy on a device."""
         return Padded(self.ids.to(device), self.mask.to(device), self.labels.to(device))
 
 
 def document(tokenizer: Any, text: str, context: int) -> EncodedDocument:
-    """The first `context` tokens of a text."""
+    """Encode the first `context` tokens of a text.
+
+    Raises:
+        ValueError: the text has no token to learn from.
+    """
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, spans = found["input_ids"], [tuple(span) for span in found["offset_mapping"]]
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id
-    if start is not None:  # so that the first token is predicted as well
+    if start is not None:  # with a start token, the first token of the text is predicted as well
         ids, spans = [start, *ids], [(0, 0), *spans]
     if len(ids) < 2:
         raise ValueError(f"the document {text[:40]!r} has no token to learn from")
@@ -63,14 +67,14 @@ def document(tokenizer: Any, text: str, context: int) -> EncodedDocument:
 
 
 def prompt(question: str) -> str:
-    """What the model is shown before its answer."""
+    """Return the text after which the model generates its answer."""
     return f"Question: {question} Answer:"
 
 
 def question_and_answer(tokenizer: Any, question: Question, context: int) -> tuple[list[int], list[int]]:
-    """Ids of prompt, answer and end, and their labels: the answer and its end alone.
+    """Return the ids of prompt, answer and end, and the labels, which contain only the answer and its end.
 
-    A prompt that is too long loses its beginning, so that the answer always stays.
+    If the sequence is too long, the beginning of the prompt is removed. The answer is always kept.
     """
     answer = tokenizer(" " + question.answers[0], add_special_tokens=False, verbose=False)["input_ids"]
     answer = [*answer, end_of(tokenizer)][-(context - 1) :]
@@ -80,19 +84,19 @@ def question_and_answer(tokenizer: Any, question: Question, context: int) -> tup
 
 
 def questions(tokenizer: Any, asked: Sequence[Question], context: int) -> Padded:
-    """Questions with their answers as one batch."""
+    """Encode questions with their answers as one batch."""
     pairs = [question_and_answer(tokenizer, question, context) for question in asked]
     return padded([ids for ids, _ in pairs], [labels for _, labels in pairs], padding_id(tokenizer))
 
 
 def texts(tokenizer: Any, pieces: Sequence[str], context: int) -> Padded:
-    """Texts as one batch, every token but the first to be predicted."""
+    """Encode texts as one batch, in which every token except the first is predicted."""
     ids = [document(tokenizer, piece, context).ids[0].tolist() for piece in pieces]
     return padded(ids, ids, padding_id(tokenizer))
 
 
 def padded(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], padding: int) -> Padded:
-    """Sequences of different lengths as one batch."""
+    """Pad sequences of different lengths to one batch."""
     length = max(len(each) for each in ids)
 
     def filled(rows: Iterable[Sequence[int]], value: int) -> Tensor:
@@ -102,12 +106,16 @@ def padded(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], paddin
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The padding token's id; where there is none, the end's, which then stands at positions that nothing reads."""
+    """Return the id of the padding token, or that of the end token if the tokenizer has no padding token."""
     return end_of(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def end_of(tokenizer: Any) -> int:
-    """The id that ends an answer."""
+    """Return the id of the token that ends an answer.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no end-of-sequence token, so no answer can end; "
@@ -117,7 +125,7 @@ def end_of(tokenizer: Any) -> int:
 
 
 def train_tokenizer(pieces: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer for these texts, as GPT-2's; without a padding token, as GPT-2's."""
+    """Train a byte-level BPE tokenizer on these texts, like that of GPT-2 and, like that, without a padding token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

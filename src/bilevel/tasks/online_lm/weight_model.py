@@ -1,4 +1,4 @@
-"""The meta parameters: a model that reads a document and gives every token a weight."""
+"""The meta parameters: a model that computes a weight for every token of a document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BETA = 3.0
 
 
 class WeightModelConfig(PretrainedConfig):
-    """The shape of a `WeightModel`: that of the language model in it, and the width of the layer on top."""
+    """The configuration of a `WeightModel`: that of its language model, and the width of the layer on top."""
 
     model_type = "bilevel-weight-model"
 
@@ -25,11 +25,11 @@ class WeightModelConfig(PretrainedConfig):
 
 
 class WeightModel(PreTrainedModel):
-    """w_i = softplus₃(u · gelu(V h_i)) for every token i, h being the last hidden states of a language model.
+    """A model that computes w_i = softplus₃(u · gelu(V h_i)) for every token i.
 
-    softplus₃(x) = log(1 + e^{3x})/3. The last layer starts at zero, so all weights start at log(2)/3 = 0.23: uniform.
-    A weight depends on its token and the tokens before it. `save_pretrained` and `from_pretrained` work as on every
-    model of `transformers`.
+    h are the last hidden states of a language model, and softplus₃(x) = log(1 + e^{3x})/3. The last layer starts at
+    zero, so all weights start at log(2)/3 = 0.23. A weight depends on its token and the tokens before it.
+    `save_pretrained` and `from_pretrained` work as for every model of `transformers`.
 
     Reference: Hu et al., Meta-Learning Online Adaptation of Language Models, 2023 (CaMeLS).
 
@@ -63,15 +63,15 @@ class WeightModel(PreTrainedModel):
 
     @classmethod
     def on_top_of(cls, language_model: Any, hidden: int = 128) -> WeightModel:
-        """A weight model whose body is a copy of a causal language model without its head."""
+        """Return a weight model whose body is a copy of a causal language model without its head."""
         made = cls(WeightModelConfig(body=language_model.config.to_dict(), hidden=hidden))
         made.body.load_state_dict(copy.deepcopy(language_model.base_model.state_dict()))
         return made.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Weights `[batch, length]`, positive."""
+        """Compute the weights `[batch, length]`, which are positive."""
         states = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return softplus(self.weight(gelu(self.hidden(states))).squeeze(-1), beta=_BETA)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The body initialises itself; the layer on top as PyTorch does."""
+        """Leave modules unchanged, because the body initialises itself and PyTorch initialises the layer on top."""

@@ -1,4 +1,4 @@
-"""Which documents one estimate learns: windows of a shuffled stream, cut so that none counts twice."""
+"""The documents of one estimate: windows of a shuffled stream in which no document occurs twice."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from bilevel import randomness
 
 
 def window(draw: int, steps: int, available: int, seed: int) -> list[int]:
-    """The indices of the `steps` documents that draw number `draw` learns, in order.
+    """Return the indices of the `steps` documents of draw number `draw`, in order.
 
-    Every pass through the documents is a new permutation, cut into whole windows; what is left over at its end is
-    skipped, and comes up in another pass. Each window starts from the base model, so the hypergradient's horizon is the
-    window, and no derivative is lost at its border (the released code goes on from the state of the window before and
-    treats it as a constant).
+    Every pass through the documents is a new permutation, divided into whole windows. The remaining documents of a pass
+    are skipped. Each window starts from the base model, so the hypergradient covers the whole window, and no derivative
+    is lost at its border. (The released code continues from the state of the previous window and treats that state as a
+    constant.)
 
     >>> window(0, 2, 5, seed=0), window(1, 2, 5, seed=0)
     ([4, 0], [1, 3])

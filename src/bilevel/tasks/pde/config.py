@@ -14,27 +14,28 @@ UnknownName = Literal["coefficient", "coefficients", "initial-condition", "sourc
 
 @dataclass(frozen=True)
 class PDE:
-    """Recover what is unknown in a partial differential equation from a few observations of its solution."""
+    """Recover unknown parts of a partial differential equation from a few observations of its solution."""
 
     equation: EquationName = "burgers"
     """The equation, with the paper's coefficients and initial values."""
     solver: SolverName = "numerical"
-    """Inner problem: `numerical` is SciPy's, a black box; `pinn` trains a physics-informed network; `differentiable`
-    steps the equation in torch."""
+    """Inner problem: `numerical` solves the equation with SciPy, as a black box; `pinn` trains a physics-informed
+    network; `differentiable` makes time steps of the equation in torch."""
     unknown: UnknownName = "coefficient"
-    """`coefficient` is the paper's; `coefficients` all of the equation; `initial-condition` and `source` whole fields;
-    `library` which of eight candidate terms there are. The last three need the differentiable solver."""
+    """Unknown part: `coefficient` is that of the paper; `coefficients` are all of the equation; `initial-condition` and
+    `source` are whole fields; `library` are the coefficients of eight candidate terms. The last three need the
+    differentiable solver."""
     starts: int = 0
-    """Start values, drawn uniformly from the paper's range; each has an outer loop of its own. 0 for 10
-    (of a network: 2)."""
+    """Number of start values, drawn uniformly from the paper's range; each has its own outer loop. 0 for 10
+    (for a network: 2)."""
     observed_x: int = 8
-    """Places of observation."""
+    """Number of places of observation."""
     observed_t: int = 8
-    """Times of observation at each place."""
+    """Number of times of observation at each place."""
     noise: float = 0.0
-    """Standard deviation of the noise on observations, relative to that of the values observed."""
+    """Standard deviation of the noise on observations, relative to that of the observed values."""
     observations: str = ""
-    """A text file with a line x,t,u for each observation, to use instead of the grid; empty for none."""
+    """Text file with a line x,t,u for each observation, to use instead of a grid of observations; empty for none."""
     points: int = 0
     """Grid points of the inner solver; 0 for a number that suits the equation."""
     inner_steps: int = 0
@@ -42,24 +43,24 @@ class PDE:
     solver_tolerance: float = 1e-8
     """Relative tolerance of SciPy's integrator."""
     time_limit: float = 60.0
-    """Seconds after which a solve of SciPy's counts as failed."""
+    """Number of seconds after which a solve by SciPy counts as failed."""
     max_backtracks: int = 8
-    """How often an outer step may be halved because the solver failed at the point that it led to."""
+    """Largest number of times that an outer step is halved because the solver failed at the new point."""
     outer_optimizer: Literal["auto", "secant", "adam", "lbfgs"] = "auto"
-    """`secant` suits one unknown, `lbfgs` (one evaluation a step) many with exact hypergradients, `adam` (decaying to a
-    thousandth of its learning rate) noisy ones. `auto`: secant for one coefficient and for those of burgers, adam for
-    kdv's library, else lbfgs."""
+    """Outer optimiser: `secant` suits one unknown, `lbfgs` (one evaluation per step) many unknowns with exact
+    hypergradients, `adam` (with a learning rate that decays to a thousandth) noisy hypergradients. `auto` selects
+    secant for one coefficient and for those of burgers, adam for kdv's library, else lbfgs."""
     outer_lr: float = 0.0
-    """Outer learning rate; of the secant method the first step, and a quarter of the longest. 0 for 0.5 (secant: kdv
-    0.1, several coefficients 0.2; adam: 0.3, a library 0.03)."""
+    """Outer learning rate; for the secant method, the first step and a quarter of the longest step. 0 for 0.5 (secant:
+    kdv 0.1, several coefficients 0.2; adam: 0.3, a library 0.03)."""
     penalty: float = 1e-6
     """Weight of the penalty on unknown fields (squares) and on a library's coefficients (absolute values)."""
     inner_optimizer: Literal["adam", "sgd"] = "adam"
-    """What trains the network."""
+    """Optimiser that trains the network."""
     inner_lr: float = 0.003
-    """Its learning rate."""
+    """Learning rate of the network's optimiser."""
     collocation: int = 256
-    """Random points at which each training step asks the network to satisfy the equation."""
+    """Number of random points at which each training step evaluates the residual of the equation."""
     depth: int = 9
     """Layers of the network."""
     width: int = 20
@@ -82,19 +83,19 @@ class PDE:
 
     @property
     def start_count(self) -> int:
-        """How many start values there are."""
+        """The number of start values."""
         return self.starts or (2 if self.solver == "pinn" else 10)
 
     @property
     def resolution(self) -> int:
-        """Grid points of the inner solver."""
+        """The number of grid points of the inner solver."""
         if self.solver == "numerical":
             return self.points or {"burgers": 512, "allen-cahn": 256, "kdv": 256}[self.equation]
         return self.points or {"burgers": 1024, "allen-cahn": 256, "kdv": 128}[self.equation]
 
     @property
     def solver_steps(self) -> int:
-        """Time steps of the differentiable solver, or training steps of the network."""
+        """The number of time steps of the differentiable solver, or of training steps of the network."""
         if self.solver == "pinn":
             return self.inner_steps or 100
         return self.inner_steps or {"burgers": 200, "allen-cahn": 100, "kdv": 400}[self.equation]

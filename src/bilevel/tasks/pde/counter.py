@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Counter:
-    """Counts inner steps, and gives them in solves; a solve is `steps_of_a_solve` inner steps."""
+    """A counter of inner steps that reports them as a number of solves, of `steps_of_a_solve` inner steps each."""
 
     steps_of_a_solve: int = 1
     steps: int = 0

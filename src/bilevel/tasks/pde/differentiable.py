@@ -1,17 +1,17 @@
-"""The equations stepped in torch, so that exact derivatives of the solution exist: with respect to coefficients, the
+"""Time steps of the equations in torch, with exact derivatives of the solution with respect to coefficients, the
 initial condition and a source.
 
     u_t = Σ_j c_j term_j(u) + s(x),   terms u, u_x, u_xx, u_xxx, u², u³, u u_x, u² u_x
 
-On period 2 the basis is Fourier's and the first four terms are diagonal in it; with u fixed at both ends it is a sine
-series of u minus its boundary value, in which u_xx is. The diagonal part L is integrated exactly, the rest N by the
-classical Runge–Kutta method ("integrating factor", order 4):
+For period 2 the basis is a Fourier basis, in which the first four terms are diagonal. For u fixed at both ends the
+basis is a sine series of u minus its boundary value, in which u_xx is diagonal. The diagonal part L is integrated
+exactly, and the rest N by the classical Runge–Kutta method ("integrating factor", order 4):
 
     E = e^{LΔ/2},   k_1 = N(û),   k_2 = N(E(û + Δk_1/2)),   k_3 = N(Eû + Δk_2/2),   k_4 = N(E²û + ΔE k_3),
     û ← E²û + (Δ/6)(E²k_1 + 2E(k_2 + k_3) + k_4).
 
-One time step is one inner step. Its batch is a pair (Δ, number of the time of observation that it ends at, or −1), so
-steps end at observation times. The state is {"u": grid values `[n]`, "seen": predictions `[places, times]`}.
+One time step is one inner step. Its batch is a pair (Δ, number of the observation time at which it ends, or −1), and a
+step ends at every observation time. The state is {"u": grid values `[n]`, "seen": predictions `[places, times]`}.
 
 Reference: Canuto et al., Spectral Methods: Fundamentals in Single Domains, 2006, appendix D.
 """
@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 
 
 def term_coefficients(equation: Equation, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The equation's coefficients as those of the terms."""
+    """Return the coefficients of the terms from the coefficients of the equation."""
     if equation.name == "burgers":
         return {"u_xx": values["viscosity"], "u u_x": -values["advection"]}
     if equation.name == "allen-cahn":
@@ -45,7 +45,7 @@ def term_coefficients(equation: Equation, values: Mapping[str, Any]) -> dict[str
 
 @dataclass(frozen=True)
 class FourierBasis:
-    """Values at n points of a period of 2."""
+    """The Fourier basis for values at n points of a period of 2."""
 
     points: int
 
@@ -58,7 +58,7 @@ class FourierBasis:
         return math.pi * torch.arange(self.points // 2 + 1, dtype=torch.float64)
 
     def modes(self, values: Tensor) -> Tensor:
-        """Of values on the grid; those above two thirds are dropped, which products would alias into."""
+        """Compute the modes of values on the grid, without the upper third, into which products would alias."""
         kept = torch.arange(self.points // 2 + 1) < self.points / 3
         return torch.fft.rfft(values) * kept
 
@@ -66,14 +66,14 @@ class FourierBasis:
         return torch.fft.irfft(modes, self.points)
 
     def linear(self, c: Mapping[str, Any]) -> Tensor:
-        """L, the symbol of the terms that are diagonal in this basis."""
+        """Return L, the symbol of the terms that are diagonal in this basis."""
         k = self.wavenumbers
         real = c.get("u", 0.0) - c.get("u_xx", 0.0) * k**2
         imaginary = c.get("u_x", 0.0) * k - c.get("u_xxx", 0.0) * k**3
         return torch.complex(real + torch.zeros_like(k), imaginary + torch.zeros_like(k))
 
     def nonlinear(self, c: Mapping[str, Any], modes: Tensor) -> Tensor:
-        """The modes of all other terms; u u_x = ½(u²)_x and u² u_x = ⅓(u³)_x."""
+        """Compute the modes of all other terms, with u u_x = ½(u²)_x and u² u_x = ⅓(u³)_x."""
         u = self.values(modes)
         plain, flux = self._sum(c, u, {"u²": 1.0, "u³": 1.0}), self._sum(c, u, {"u u_x": 1 / 2, "u² u_x": 1 / 3})
         ik = torch.complex(torch.zeros_like(self.wavenumbers), self.wavenumbers)
@@ -88,7 +88,7 @@ class FourierBasis:
         return torch.stack(parts).sum(0) if parts else None
 
     def evaluation(self, x: np.ndarray) -> Tensor:
-        """The matrix from grid values to values at places x `[X, n]`."""
+        """Return the matrix from grid values to values at places x `[X, n]`."""
         n, k = self.points, np.arange(self.points // 2 + 1)
         weight = np.where((k == 0) | (2 * k == n), 1, 2) / n
         phase = np.pi * k * (x[:, None, None] - self.grid[None, :, None])
@@ -97,7 +97,7 @@ class FourierBasis:
 
 @dataclass(frozen=True)
 class SineBasis:
-    """Values at the inner points of n intervals on (−1, 1), of a function that is `boundary` at both ends."""
+    """The sine basis for values at the inner points of n intervals on (−1, 1); both ends have the value `boundary`."""
 
     points: int
     boundary: float
@@ -111,7 +111,7 @@ class SineBasis:
         return math.pi / 2 * torch.arange(1, self.points, dtype=torch.float64)
 
     def modes(self, values: Tensor) -> Tensor:
-        """The sine transform of values minus the boundary value, by the FFT of their odd continuation."""
+        """Compute the sine transform of values minus the boundary value, by the FFT of their odd continuation."""
         v = values - self.boundary
         zero = torch.zeros_like(v[:1])
         whole = torch.cat([zero, v, zero, -v.flip(0)])
@@ -132,7 +132,7 @@ class SineBasis:
         return self.modes(torch.stack(parts).sum(0) + self.boundary) if parts else torch.zeros_like(modes)
 
     def evaluation(self, x: np.ndarray) -> Tensor:
-        """As for Fourier, of values minus the boundary value."""
+        """Return the matrix from grid values to values at places x `[X, n]`, both minus the boundary value."""
         k = np.pi / 2 * np.arange(1, self.points)
         matrix = np.sin(np.outer(x - LEFT, k)) @ np.sin(np.outer(k, self.grid - LEFT)) * 2 / self.points
         return torch.from_numpy(matrix)
@@ -142,17 +142,17 @@ Basis = FourierBasis | SineBasis
 
 
 def basis_of(equation: Equation, points: int) -> Basis:
-    """Burgers' solution is odd and of period 2, so Fourier's basis serves it too."""
+    """Return the basis for an equation. Burgers' solution is odd and of period 2, so its basis is the Fourier basis."""
     if equation.boundary is None or equation.odd:
         return FourierBasis(points)
     return SineBasis(points, equation.boundary)
 
 
 def step(basis: Basis, u: Tensor, c: Mapping[str, Any], Δ: float, source: Tensor | None = None) -> Tensor:
-    """Grid values a time Δ later."""
+    """Compute the grid values after a time step Δ."""
     half = torch.exp(basis.linear(c) * (Δ / 2))
     whole = half * half
-    # For sines the source's modes are those of a function that vanishes at the ends, like u − boundary.
+    # In the sine basis the source is treated as a function that vanishes at the ends, like u − boundary.
     offset = basis.boundary if isinstance(basis, SineBasis) else 0.0
     given = None if source is None else basis.modes(source + offset)
 
@@ -169,7 +169,14 @@ def step(basis: Basis, u: Tensor, c: Mapping[str, Any], Δ: float, source: Tenso
 
 
 def time_steps(times: Sequence[float], steps: int) -> list[tuple[float, int]]:
-    """About `steps` time steps from 0 to the last of the times, which end at each of them: pairs (Δ, number or −1).
+    """Return about `steps` time steps from 0 to the last observation time, with a step that ends at each of the times.
+
+    Args:
+        times: the observation times, which increase.
+        steps: the approximate number of time steps.
+
+    Returns:
+        Pairs of the step's length Δ and the number of the observation time at which the step ends, or −1.
 
     >>> time_steps([0.5, 1.0], 4)
     [(0.25, -1), (0.25, 0), (0.25, -1), (0.25, 1)]
@@ -184,7 +191,7 @@ def time_steps(times: Sequence[float], steps: int) -> list[tuple[float, int]]:
 
 
 def observe(basis: Basis, evaluation: Tensor, u: Tensor, seen: Tensor, number: int) -> Tensor:
-    """Predictions `[places, times]` with the column of this time filled in, if it is one."""
+    """Return the predictions `[places, times]` with the column of this observation time filled in, unless it is −1."""
     if number < 0:
         return seen
     offset = basis.boundary if isinstance(basis, SineBasis) else 0.0

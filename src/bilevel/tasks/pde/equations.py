@@ -4,7 +4,7 @@
     Allen–Cahn   u_t = ν u_xx + r (u − u³)          u(0, x) = x² cos πx    u(t, ±1) = −1
     KdV          u_t + a u u_x + ν u_xxx = 0        u(0, x) = cos πx       period 2
 
-all on x ∈ [−1, 1], t ∈ [0, 1]. ν is what the paper looks for; the other coefficient is known there.
+All are on x ∈ [−1, 1], t ∈ [0, 1]. In the paper ν is unknown and the other coefficient is known.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ class Equation:
     name: EquationName
     formula: str
     coefficients: Mapping[str, float]
-    """True values by name; the first is the one that the paper looks for."""
+    """The true values by name. The first is the one that is unknown in the paper."""
     largest_start: Mapping[str, float]
-    """Starts are drawn uniformly from (0, this]; for the first coefficient the range is the paper's."""
+    """The upper ends of the ranges from which start values are drawn uniformly. The lower ends are 0. The range of the
+    first coefficient is that of the paper."""
     initial: Callable[[np.ndarray], np.ndarray]
-    """u(0, x)."""
+    """The function u(0, x)."""
     boundary: float | None
     """The value of u at both ends; `None` for a period of 2."""
     odd: bool = False
-    """Whether u(t, −x) = −u(t, x), which halves the work."""
+    """Whether u(t, −x) = −u(t, x), in which case half of the work suffices."""
 
     @property
     def unknown(self) -> str:
-        """The name of the coefficient that the paper looks for."""
+        """The name of the coefficient that is unknown in the paper."""
         return next(iter(self.coefficients))
 
 

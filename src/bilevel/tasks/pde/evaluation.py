@@ -1,4 +1,4 @@
-"""How good what was found is: errors relative to the truth, and how well the observations determine it at all."""
+"""Evaluation of results: errors relative to the truth, and the standard errors of the coefficients."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from bilevel.tasks.pde.config import PDE
 from bilevel.tasks.pde.observations import Observations
 
 FAR_OFF = 0.1
-"""Relative error of the coefficients beyond which a start counts as not converged."""
+"""The relative error of the coefficients above which a start counts as not converged."""
 
 
 def relative_error(found: np.ndarray, true: np.ndarray) -> float:
-    """‖found − true‖ / ‖true‖."""
+    """Compute ‖found − true‖ / ‖true‖."""
     return float(np.linalg.norm(found - true) / np.linalg.norm(true))
 
 
 def field_of(config: PDE, meta: Tensor, seed: int, data: Observations, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """The field `[places, times]` at φ, by the inner solver."""
+    """Compute the field `[places, times]` at φ by the inner solver."""
     if config.solver == "numerical":
         return problem.numerical_field(config, meta, x, t)
     if config.solver == "differentiable":
@@ -36,8 +36,9 @@ def field_of(config: PDE, meta: Tensor, seed: int, data: Observations, x: np.nda
 
 
 def errors_of(config: PDE, data_dir: Path | None, meta: Tensor, seed: int) -> dict[str, Any]:
-    """Relative errors of what was found and of the field, and the field itself; of a field that cannot be computed,
-    what the solver says.
+    """Return the relative errors of the unknowns and of the field, and the field itself.
+
+    If the field cannot be computed, the entry is the solver's message.
     """
     known = problem.reference(config, data_dir)
     data = problem.observed(config, data_dir, seed)
@@ -50,11 +51,14 @@ def errors_of(config: PDE, data_dir: Path | None, meta: Tensor, seed: int) -> di
 
 
 def standard_error(config: PDE, meta: Tensor, data: Observations) -> list[float] | None:
-    """Of each coefficient, from the misfit at φ: the root of the diagonal of s² (JᵀJ)⁻¹, J = ∂(predictions)/∂c.
+    """Compute the standard error of each coefficient from the misfit at φ.
 
-    With s² the mean squared misfit per degree of freedom. At the minimum this is least squares' usual standard error;
-    elsewhere it says how much of the misfit a coefficient could explain. `None` where it is not known: for fields,
-    libraries and networks, or without degrees of freedom.
+    It is the root of the diagonal of s² (JᵀJ)⁻¹ with J = ∂(predictions)/∂c and s² the mean squared misfit per degree of
+    freedom. At the minimum it is the usual standard error of least squares. At other points it says how much of the
+    misfit a coefficient could explain.
+
+    Returns:
+        The standard errors, or `None` for fields, libraries and networks, or without degrees of freedom.
     """
     if config.unknown not in ("coefficient", "coefficients") or config.solver == "pinn" or len(data.u) <= len(meta):
         return None
@@ -81,7 +85,7 @@ def standard_error(config: PDE, meta: Tensor, data: Observations) -> list[float]
 
 
 def summary(runs: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, standard deviation and median of the runs that gave a number."""
+    """Return the mean, the standard deviation and the median of the runs that have a value."""
     numbers = [run for run in runs if run is not None and math.isfinite(run)]
     if not numbers:
         return {"mean": None, "std": None, "median": None, "runs": list(runs)}

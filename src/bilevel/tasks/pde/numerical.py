@@ -1,12 +1,16 @@
-"""The equations solved by SciPy: pseudo-spectral in space, an adaptive integrator in time. Nothing is differentiated.
+"""Solution of the equations by SciPy, pseudo-spectral in space and with an adaptive integrator in time.
 
-- Burgers: u is odd and of period 2, so a sine series on (0, 1) has the accuracy of a Fourier series, with half the
-  points; SciPy's BDF, an implicit method, because ν goes up to 10.
-- Allen–Cahn: u + 1 vanishes at both ends; a sine series on (−1, 1), and BDF.
-- KdV: a Fourier series. The stiff part ν u_xxx only turns phases, so it is integrated exactly (an integrating factor)
+Nothing is differentiated.
+
+- Burgers: u is odd and of period 2. A sine series on (0, 1) has the accuracy of a Fourier series with half the points.
+  The integrator is SciPy's BDF, an implicit method, because ν goes up to 10.
+- Allen–Cahn: u + 1 vanishes at both ends. The series is a sine series on (−1, 1), and the integrator is BDF.
+- KdV: a Fourier series. The stiff part ν u_xxx only rotates phases, so it is integrated exactly (an integrating
+factor),
   and the rest by DOP853, an explicit method of order 8.
 
-Collocation: the unknowns are values at grid points, products are taken pointwise, derivatives are those of the series.
+The method is collocation: the unknowns are values at grid points, products are computed pointwise, and derivatives are
+those of the series.
 """
 
 from __future__ import annotations
@@ -29,25 +33,32 @@ Values = np.ndarray
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How fine, and how long at most."""
+    """The resolution of a solve, and the limits of its work."""
 
     points: int = 512
-    """Grid points on a period, or intervals of the grid: the paper's number."""
+    """The number of grid points on a period, or of intervals of the grid. The default is the paper's number."""
     tolerance: float = 1e-8
-    """Relative tolerance of the time integrator; the absolute one is a hundredth of it."""
+    """The relative tolerance of the time integrator. The absolute tolerance is a hundredth of it."""
     most_evaluations: int = 200_000
-    """Right-hand sides after which a solve counts as failed."""
+    """The number of evaluations of the right-hand side after which a solve counts as failed."""
     time_limit: float = 60.0
-    """Seconds after which a solve counts as failed."""
+    """The number of seconds after which a solve counts as failed."""
 
 
 def solve(
     equation: Equation, coefficients: Mapping[str, float], x: Values, t: Values, accuracy: Accuracy | None = None
 ) -> Values:
-    """The field u at the places x `[X]` and the times t `[T]` (increasing, from 0 on), as `[X, T]`.
+    """Compute the field u at the places x `[X]` and the times t `[T]`, as `[X, T]`.
+
+    Args:
+        equation: the equation.
+        coefficients: the values of its coefficients by name.
+        x: the places, in [−1, 1].
+        t: the times, which increase and are at least 0.
+        accuracy: the resolution and the limits.
 
     Raises:
-        SolverError: a coefficient with which the equation is ill-posed, a solution that blows up, or too much work.
+        SolverError: the equation is ill-posed with these coefficients, the solution blows up, or a limit is exceeded.
 
     >>> from bilevel.tasks.pde.equations import EQUATIONS
     >>> burgers = EQUATIONS["burgers"]
@@ -59,12 +70,12 @@ def solve(
     accuracy = accuracy or Accuracy()
     require_well_posed(equation, coefficients)
     method = {"burgers": _burgers, "allen-cahn": _allen_cahn, "kdv": _kdv}[equation.name]
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below
+    with np.errstate(over="ignore", invalid="ignore"):  # values that overflow raise an error below
         return method(equation, dict(coefficients), x, t, accuracy)
 
 
 def require_well_posed(equation: Equation, coefficients: Mapping[str, float]) -> None:
-    """Raise for a coefficient that is not finite, or that must be positive and is not."""
+    """Raise a SolverError if a coefficient is not finite, or must be positive and is not."""
     for name, value in coefficients.items():
         if not math.isfinite(value):
             raise SolverError(f"{equation.name}: {name} = {value}, not a finite number")
@@ -114,7 +125,7 @@ def _kdv(equation: Equation, c: dict[str, float], x: Values, t: Values, accuracy
     grid = LEFT + 2 * np.arange(n) / n
     k = np.pi * np.arange(n // 2 + 1)
     turning = 1j * c["dispersion"] * k**3  # û_t = iνk³ û − ½ a ik (u²)^
-    kept = np.arange(n // 2 + 1) < n / 3  # the rest would come back as other waves ("aliasing")
+    kept = np.arange(n // 2 + 1) < n / 3  # products of the other modes would appear as lower modes ("aliasing")
     square = np.where(kept, -0.5j * c["advection"] * k, 0)
 
     def rate(time: float, w: Values) -> Values:  # û = exp(turning · t) w
@@ -139,7 +150,10 @@ def _integrate(
     jacobian: Callable[[float, Values], Values] | None,
     scale: float = 1.0,
 ) -> Values:
-    """SciPy's `solve_ivp` with a limit on its work, `[len(start), T]`. `scale` is the size of a typical unknown."""
+    """Integrate with SciPy's `solve_ivp` and a limit on its work. Return `[len(start), T]`.
+
+    `scale` is the size of a typical unknown.
+    """
     began, evaluations = time.monotonic(), 0
 
     def limited(now: float, u: Values) -> Values:
@@ -179,8 +193,9 @@ def _gave_up(equation: Equation, now: float, limit: str) -> SolverError:
 
 @functools.lru_cache(maxsize=8)
 def _sine_matrices(intervals: int, length: float) -> tuple[Values, Values, Values]:
-    """The inner points of a grid on (0, length), and the first and second derivative at them of the sine series through
-    values at them.
+    """Return the inner points of a grid on (0, length), and the matrices of the first and second derivative.
+
+    The derivatives are those of the sine series through values at the inner points, at the inner points.
     """
     grid = length * np.arange(1, intervals) / intervals
     k = np.pi * np.arange(1, intervals) / length
@@ -191,7 +206,7 @@ def _sine_matrices(intervals: int, length: float) -> tuple[Values, Values, Value
 
 
 def _sine_series_at(x: Values, intervals: int, length: float) -> Values:
-    """The matrix that evaluates the sine series through values at the inner grid points at other places x."""
+    """Return the matrix that evaluates at places x the sine series through values at the inner grid points."""
     grid = length * np.arange(1, intervals) / intervals
     k = np.pi * np.arange(1, intervals) / length
     return np.sin(np.outer(x, k)) @ (2 / intervals * np.sin(np.outer(k, grid)))

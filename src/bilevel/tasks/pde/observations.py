@@ -1,4 +1,4 @@
-"""What is observed of a solution, and the solution that a result is judged by: from a file, or from a finer solve."""
+"""Observations of a solution, and the reference solution for evaluation, from a file or from a finer solve."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = {
     "allen-cahn": ("Allen_Cahn.mat", "x", "t", "u"),
     "kdv": ("KdV.mat", "x", "tt", "uu"),
 }
-"""The files in which these solutions go round, and the names of x, t and u in them."""
+"""The usual names of files with these solutions, and the names of x, t and u in them."""
 
 OTHER_NAMES = {"Allen_Cahn.mat": ("Allen_Cahn_deepxde.mat",)}
 
@@ -33,39 +33,39 @@ class Reference:
     x: Values
     t: Values
     u: Values
-    """`[len(x), len(t)]`."""
+    """The values `[len(x), len(t)]`."""
     source: str
-    """Where it comes from, in words."""
+    """A description of where the solution comes from."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """Values of u at places and times, one of each for every observation: `[n]`."""
+    """Values of u at places and times. Each array `[n]` has one entry for every observation."""
 
     x: Values
     t: Values
     u: Values
     noise: float = 0.0
-    """The standard deviation of the noise in u, if it is known."""
+    """The standard deviation of the noise in u, if it is known; else 0."""
 
     @functools.cached_property
     def places(self) -> tuple[Values, Values]:
-        """The distinct places, and for each observation its number among them."""
+        """The distinct places, and the number of each observation's place."""
         return np.unique(self.x, return_inverse=True)
 
     @functools.cached_property
     def times(self) -> tuple[Values, Values]:
-        """The distinct times, and for each observation its number among them."""
+        """The distinct times, and the number of each observation's time."""
         return np.unique(self.t, return_inverse=True)
 
     def of(self, field: Values) -> Values:
-        """The observed entries of a field `[places, times]`."""
+        """Return the observed entries of a field `[places, times]`."""
         return field[self.places[1], self.times[1]]
 
 
 @functools.lru_cache(maxsize=6)
 def own_reference(name: str, x_points: int = 256, t_points: int = 101) -> Reference:
-    """The solution with the true coefficients, on a grid two to four times finer than the one used for inversion."""
+    """Compute the solution with the true coefficients, on a grid two to four times finer than that of the inversion."""
     equation = EQUATIONS[name]
     points = 2048 if equation.odd else 1024
     x, t = np.linspace(LEFT, RIGHT, x_points), np.linspace(0, LAST_TIME, t_points)
@@ -74,10 +74,10 @@ def own_reference(name: str, x_points: int = 256, t_points: int = 101) -> Refere
 
 
 def read_reference(equation: Equation, folder: Path) -> Reference:
-    """The solution in the equation's `.mat` file.
+    """Read the solution in the equation's `.mat` file.
 
     Raises:
-        DataError: the file is missing, damaged, or holds something else.
+        DataError: the file is missing or damaged, or does not hold a solution of this equation.
     """
     from scipy.io import loadmat
 
@@ -88,7 +88,7 @@ def read_reference(equation: Equation, folder: Path) -> Reference:
         raise DataError(f"there is no {' or '.join(names)} in {folder}; leave --data-dir out to do without")
     try:
         content = loadmat(path)
-    except Exception as error:  # a damaged file ends in errors of many kinds
+    except Exception as error:  # a damaged file causes errors of many kinds
         raise DataError(f"{path} is damaged or no MATLAB file: {error or type(error).__name__}") from error
     missing = [key for key in keys if key not in content]
     if missing:
@@ -106,7 +106,7 @@ def read_reference(equation: Equation, folder: Path) -> Reference:
 
 
 def _require_solution(path: Path, equation: Equation, x: Values, t: Values, u: Values) -> None:
-    """Raise unless u is a solution's values on a grid of places and times, from this equation's initial values on."""
+    """Raise a DataError unless u holds values on a grid of places and times that start from the initial values."""
     if u.shape != (len(x), len(t)):
         raise DataError(f"{path}: u is {u.shape} for {len(x)} places and {len(t)} times")
     if not (np.isfinite(x).all() and np.isfinite(t).all() and np.isfinite(u).all()):
@@ -123,7 +123,7 @@ def _require_solution(path: Path, equation: Equation, x: Values, t: Values, u: V
 
 
 def require_inside(x: Values, t: Values, what: str) -> None:
-    """Raise for places or times outside of the equation's domain."""
+    """Raise a DataError if places or times are outside of the equation's domain."""
     outside = (x < LEFT - 1e-9) | (x > RIGHT + 1e-9), (t < 0) | (t > LAST_TIME + 1e-9)
     for name, values, wrong, low, high in (("x", x, outside[0], LEFT, RIGHT), ("t", t, outside[1], 0, LAST_TIME)):
         if wrong.any():
@@ -131,9 +131,17 @@ def require_inside(x: Values, t: Values, what: str) -> None:
 
 
 def on_grid(reference: Reference, places: int, times: int, noise: float, seed: int) -> Observations:
-    """A grid of observations inside the domain, at grid points of the reference, with Gaussian noise.
+    """Return a grid of observations inside the domain, at grid points of the reference, with Gaussian noise.
 
-    `noise` is relative to the standard deviation of the values observed.
+    Args:
+        reference: the solution to observe.
+        places: the number of places.
+        times: the number of times.
+        noise: the standard deviation of the noise, relative to that of the observed values.
+        seed: the seed of the noise.
+
+    Raises:
+        ValueError: the reference has too few places or times.
     """
     if places > len(reference.x) - 2 or times > len(reference.t) - 1:
         raise ValueError(
@@ -150,8 +158,12 @@ def on_grid(reference: Reference, places: int, times: int, noise: float, seed: i
 
 
 def read_table(path: Path) -> Observations:
-    """Observations from a text file with three columns, x, t and u, separated by commas; the first line may
-    be their names.
+    """Read observations from a text file with three columns x, t and u, separated by commas.
+
+    The first line may hold the names of the columns.
+
+    Raises:
+        DataError: the file is missing or has another form.
     """
     if not path.is_file():
         raise DataError(f"there is no {path}; a file with a line x,t,u for each observation is needed")

@@ -1,4 +1,4 @@
-"""The pictures of a PDE run: fields, the way of the coefficients, and what was found beside the truth."""
+"""The plots of a PDE run: fields, the coefficients over the outer steps, and the result beside the truth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bilevel.training.metrics import Row
 
 
 def sections(results: Mapping[str, Any], rows: Sequence[Sequence[Row]], stored: Mapping[str, Any]) -> list[Section]:
-    """The task's part of the report."""
+    """Return the task's part of the report."""
     made = [_table(results)]
     if "found" in stored:
         made.append(_fields(results, stored))

@@ -1,10 +1,11 @@
-"""A physics-informed network as the inner problem: it is trained until it satisfies the equation.
+"""A physics-informed network as the inner problem: it is trained to satisfy the equation.
 
-The paper's network and loss: û(x, t) = (1 − e^{−t}) · net(x, t) + u(0, x), a tanh network of 9 layers of 20 units, with
-the mean squares of the equation's residual at random points and of what the boundary conditions lack.
+The network and the loss are those of the paper: û(x, t) = (1 − e^{−t}) · net(x, t) + u(0, x), with a tanh network of 9
+layers of 20 units. The loss is the mean square of the equation's residual at random points, plus the mean square of the
+residual of the boundary conditions.
 
-Derivatives with respect to x and t are carried through the layers as (u, u_t, u_x, u_xx, u_xxx), by the chain rule for
-tanh written out, so that what an estimator has to differentiate is plain arithmetic.
+Derivatives with respect to x and t are propagated through the layers as (u, u_t, u_x, u_xx, u_xxx), with the chain rule
+for tanh written out. An estimator therefore differentiates only plain arithmetic.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Jet(NamedTuple):
 
 
 class Points(NamedTuple):
-    """Where a training step asks for what: inner points `[n]`, and times at both ends `[n/8]`."""
+    """The points of a training step: inner points `[n]` for the equation, and times `[n/8]` for both ends."""
 
     x: Tensor
     t: Tensor
@@ -51,8 +52,9 @@ class Points(NamedTuple):
 def problem(
     config: PDE, misfit: Callable[[Tensor], Tensor], counter: Counter, data: Observations, seed: int
 ) -> tuple[bilevel.GradientDescent, Any]:
-    """The training of a network as a bilevel problem, and its batches: the same network and points in every outer step,
-    so that h is a function of φ alone.
+    """Return the training of a network as a bilevel problem, and its batches.
+
+    The initial network and the points are the same in every outer step, so that h is a function of φ alone.
     """
     equation, dtype = EQUATIONS[config.equation], _dtype(config)
     x, t = (torch.from_numpy(each).to(dtype) for each in (data.x, data.t))
@@ -75,7 +77,7 @@ def problem(
 
 
 def initial_network(config: PDE, seed: int) -> Network:
-    """Weights uniform in ±√(6/(fan in + fan out)), biases 0."""
+    """Draw weights uniformly in ±√(6/(fan in + fan out)). Biases are 0."""
     generator = randomness.generator(seed, randomness.PDE_NETWORK)
     sizes = [2, *[config.width] * (config.depth - 1), 1]
     layers: Network = []
@@ -87,14 +89,14 @@ def initial_network(config: PDE, seed: int) -> Network:
 
 
 def random_points(config: PDE, seed: int, step: int) -> Points:
-    """Uniform over the domain; a function of the seed and the number of the training step."""
+    """Draw points uniformly over the domain, as a function of the seed and the number of the training step."""
     generator, n = randomness.generator(seed, randomness.PDE_POINTS, step), config.collocation
     x, t, ends = generator.uniform(LEFT, RIGHT, n), *(generator.uniform(0, LAST_TIME, m) for m in (n, max(1, n // 8)))
     return Points(*(torch.from_numpy(each).to(_dtype(config)) for each in (x, t, ends)))
 
 
 def solution(equation: Equation, network: Network, x: Tensor, t: Tensor) -> Jet:
-    """û and its derivatives at points."""
+    """Compute û and its derivatives at points."""
     net, initial = _network_jet(network, x, t), _initial_jet(equation, x)
     grown, rest = 1 - torch.exp(-t), torch.exp(-t)
     return Jet(
@@ -105,7 +107,7 @@ def solution(equation: Equation, network: Network, x: Tensor, t: Tensor) -> Jet:
 
 
 def trained(config: PDE, meta: Tensor, seed: int, data: Observations) -> Network:
-    """The network after its training at φ."""
+    """Train the network at φ."""
     made, batches = problem(config, lambda predicted: predicted.sum(), Counter(), data, seed)
     state = made.init(meta)
     for step in range(len(batches)):
@@ -114,7 +116,7 @@ def trained(config: PDE, meta: Tensor, seed: int, data: Observations) -> Network
 
 
 def network_field(config: PDE, network: Network, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """û `[places, times]`."""
+    """Compute û `[places, times]`."""
     xs, ts = (torch.from_numpy(part.ravel()).to(_dtype(config)) for part in np.meshgrid(x, t, indexing="ij"))
     with torch.no_grad():
         found = solution(EQUATIONS[config.equation], network, xs, ts).u
@@ -122,7 +124,7 @@ def network_field(config: PDE, network: Network, x: np.ndarray, t: np.ndarray) -
 
 
 def _network_jet(network: Network, x: Tensor, t: Tensor) -> Jet:
-    """The network's value and derivatives: all five go through a layer's weights at once."""
+    """Compute the network's value and derivatives, with one matrix product per layer for all five of them."""
     n = len(x)
     ones, zeros = torch.ones_like(x), torch.zeros_like(x)
     pairs = [(x, t), (zeros, ones), (ones, zeros), (zeros, zeros), (zeros, zeros)]
@@ -152,7 +154,7 @@ def _tanh(h: Jet) -> Jet:
 
 
 def _residual(equation: Equation, c: dict[str, Any], u: Jet) -> Tensor:
-    """What u_t lacks to satisfy the equation."""
+    """Compute the residual of the equation."""
     terms = {"u": u.u, "u_xx": u.xx, "u_xxx": u.xxx, "u³": u.u**3, "u u_x": u.u * u.x}
     return u.t - sum(value * terms[name] for name, value in term_coefficients(equation, c).items())
 
@@ -165,7 +167,7 @@ def _boundary_loss(equation: Equation, network: Network, times: Tensor) -> Tenso
 
 
 def _initial_jet(equation: Equation, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u(0, x) and its first three derivatives."""
+    """Compute u(0, x) and its first three derivatives."""
     π, s, c = math.pi, torch.sin(math.pi * x), torch.cos(math.pi * x)
     if equation.name == "burgers":
         return -s, -π * c, π**2 * s, π**3 * c

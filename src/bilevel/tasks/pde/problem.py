@@ -1,4 +1,5 @@
-"""PDE discovery as a bilevel problem: the inner problem solves the equation, the outer loss compares with observations.
+"""PDE discovery as a bilevel problem. The inner problem solves the equation; the outer loss is the misfit to
+observations.
 
 h(φ) = mean over observations of (u_φ(x_i, t_i) − u_i)² / variance of the u_i  +  penalty(φ)
 """
@@ -29,7 +30,7 @@ from bilevel.training.outer_loop import OuterStep
 
 
 def reference(config: PDE, data_dir: Path | None) -> Reference:
-    """The solution that observations are taken from and that the result is judged by."""
+    """Return the solution that is observed and with which the result is compared."""
     equation = EQUATIONS[config.equation]
     if config.unknown == "source":
         return _with_source(config)
@@ -39,15 +40,19 @@ def reference(config: PDE, data_dir: Path | None) -> Reference:
 
 
 def observed(config: PDE, data_dir: Path | None, seed: int) -> Observations:
-    """The observations of a run."""
+    """Return the observations of a run."""
     if config.observations:
         return observations.read_table(Path(config.observations))
     return observations.on_grid(reference(config, data_dir), config.observed_x, config.observed_t, config.noise, seed)
 
 
 def setup(config: PDE, data_dir: Path | None, outer_steps: int, seed: int, start: int = 0) -> Setup:
-    """The bilevel problem with start value number `start`. Rows of the metrics say how many solves a step took, and
-    what was found.
+    """Return the bilevel problem with start value number `start`.
+
+    Each row of the metrics contains the number of solves in the step, and the current values of the unknowns.
+
+    Raises:
+        ValueError: all observations have the same value.
     """
     data = observed(config, data_dir, seed)
     if float(np.std(data.u)) == 0:
@@ -83,12 +88,12 @@ def setup(config: PDE, data_dir: Path | None, outer_steps: int, seed: int, start
 def _optimizer(config: PDE, outer_steps: int) -> Optimizer:
     name = config.outer_optimizer
     if name == "auto":
-        # Off a plateau, such as that of Burgers' large viscosities, the secant method finds its way, L-BFGS does not.
+        # The secant method leaves a plateau, such as that at large viscosities of Burgers' equation; L-BFGS does not.
         name = "secant" if config.equation == "burgers" or config.unknown == "coefficient" else "lbfgs"
         if config.unknown not in ("coefficient", "coefficients"):
             name = "adam" if (config.unknown, config.equation) == ("library", "kdv") else "lbfgs"
     if name == "secant":
-        # KdV's loss has minima of its own at each small coefficient, where waves are many: no long strides there.
+        # KdV's loss has many local minima at small coefficients, where there are many waves, so its steps are short.
         first = config.outer_lr or (
             0.1 if config.equation == "kdv" else 0.5 if config.unknown == "coefficient" else 0.2
         )
@@ -102,7 +107,7 @@ def _optimizer(config: PDE, outer_steps: int) -> Optimizer:
 
 
 def _misfit(data: Observations, predicted: Tensor) -> Tensor:
-    """Mean squared difference from the observations, relative to their variance."""
+    """Compute the mean squared difference from the observations, relative to their variance."""
     values = torch.from_numpy(data.u).to(predicted.dtype)
     return (predicted - values).square().mean() / values.var(unbiased=False)
 
@@ -121,7 +126,7 @@ def _black_box(config: PDE, data: Observations, counter: Counter) -> bilevel.Bla
 
 
 def numerical_field(config: PDE, meta: Tensor, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """The field `[places, times]` by SciPy."""
+    """Compute the field `[places, times]` by SciPy."""
     here = unknowns.situation(config, meta)
     accuracy = numerical.Accuracy(config.resolution, config.solver_tolerance, time_limit=config.time_limit)
     coefficients = {name: float(value) for name, value in here.coefficients.items()}
@@ -144,7 +149,7 @@ def _stepping(
     basis = differentiable.basis_of(equation, config.resolution)
     places, times = data.places, data.times
     evaluation = basis.evaluation(places[0])
-    at_start = int(times[0][0] == 0)  # what is observed at t = 0 needs no step
+    at_start = int(times[0][0] == 0)  # observations at t = 0 need no step
     batches = differentiable.time_steps(list(times[0][at_start:]), config.solver_steps)
 
     def init(meta: Tensor) -> differentiable.State:
@@ -168,7 +173,11 @@ def _stepping(
 
 
 def stepped_field(config: PDE, here: unknowns.Situation, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """The field `[places, times]` by the differentiable solver."""
+    """Compute the field `[places, times]` by the differentiable solver.
+
+    Raises:
+        SolverError: the solution blows up.
+    """
     xs, ts = (part.ravel() for part in np.meshgrid(x, t, indexing="ij"))
     points = Observations(xs, ts, np.arange(len(xs), dtype=float))
     problem, batches = _stepping(config, points, Counter(), lambda meta: here)
@@ -184,7 +193,7 @@ def stepped_field(config: PDE, here: unknowns.Situation, x: np.ndarray, t: np.nd
 
 
 def _with_source(config: PDE) -> Reference:
-    """The solution with the true source, from twice the points and four times the steps that the inversion has."""
+    """Compute the solution with the true source, with twice the points and four times the steps of the inversion."""
     finer = dataclasses.replace(config, points=2 * config.resolution, inner_steps=4 * config.solver_steps)
     known = observations.own_reference(config.equation)
     basis = differentiable.basis_of(EQUATIONS[config.equation], finer.resolution)

@@ -1,4 +1,4 @@
-"""An outer optimiser for fits of one number: few steps, from far away, whatever the size of the gradient."""
+"""An outer optimiser for one unknown number. It needs few steps, from distant starts and for gradients of any size."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from torch import Tensor
 
 
 class Secant(torch.optim.Optimizer):
-    """Each entry of φ moves to where the line through its last two derivatives is zero.
+    """The secant method: each entry of φ moves to the zero of the line through its last two derivatives.
 
         φ ← φ − g / c,   c = (g − g_before) / (φ − φ_before)
 
-    Where c is not positive (far from the minimum, the derivative may even grow smaller), the step is `growth` times
-    the last one, against the derivative's sign; no step is longer than `longest`. Near a minimum the error of three
-    steps on is about the product of those of two steps (order 1.6). Entries are treated apart, so this is for one
-    unknown, or for several that hardly interact.
+    If c is not positive, the step is `growth` times the last step, against the derivative's sign. (Far from the minimum
+    the derivative may even become smaller with the distance.) No step is longer than `longest`. Near a minimum each
+    error is about the product of the two errors before it (order 1.6). Entries are treated separately, so the method is
+    suitable for one unknown, or for several that hardly interact.
 
     Args:
-        lr: the first step.
-        longest: of all steps.
-        growth: of steps where the secant has no minimum.
+        params: the tensors to update.
+        lr: the length of the first step.
+        longest: the largest length of a step.
+        growth: the factor between steps while c is not positive.
+
+    Raises:
+        ValueError: the settings do not satisfy 0 < lr ≤ longest and growth ≥ 1.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.5, longest: float = 2.0, growth: float = 2.0) -> None:
@@ -34,7 +38,7 @@ class Secant(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step from the gradients that are there."""
+        """Make one step from the current gradients. Call `closure`, if given, and return its result."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -1,9 +1,9 @@
-"""PDE discovery: what an equation's solution, observed at a few points, says about the equation (paper §4, Figure 2).
+"""PDE discovery: unknown parts of an equation from its solution, observed at a few points (paper §4, Figure 2).
 
-Departures from the paper and its released code: the coefficient is found in its logarithm, so that no step leads to an
-ill-posed equation; a derivative costs two solves more than none (the released code takes 13, or 289); the outer
-optimiser is the secant method, because one number is looked for; what the solver cannot do is an error or a shorter
-step, counted in the results.
+Differences from the paper and its released code: the unknown is the logarithm of the coefficient, so that no step leads
+to an ill-posed equation. A derivative costs two additional solves (the released code takes 13, or 289). The outer
+optimiser is the secant method, because one number is unknown. A failure of the solver is an error or leads to a shorter
+step, and is counted in the results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _POINTS_OF_PATH = 30
 
 
 class PDETask(Task[PDE]):
-    """Recover what is unknown in an equation."""
+    """Recover unknown parts of a partial differential equation."""
 
     name = "pde"
     summary = "recover unknown coefficients, fields or terms of a partial differential equation from a few observations"
@@ -86,7 +86,7 @@ class PDETask(Task[PDE]):
         return []
 
     def judge(self, run: Trained[PDE]) -> dict[str, Any]:
-        """The other starts, then all of them against the truth."""
+        """Run the outer loops of the other starts, and compare the results of all starts with the truth."""
         found: list[Tensor | None] = [run.meta]
         reasons: list[str] = []
         if run.config.start_count > 1:
@@ -129,7 +129,7 @@ class PDETask(Task[PDE]):
 
 
 def _name(number: int) -> str:
-    """The subfolder of a start; the first one's is the run's own."""
+    """Return the name of the subfolder of a start. The first start uses the run's own folder."""
     return f"start-{number:02d}" if number else "."
 
 
@@ -177,9 +177,7 @@ def _judged(run: Trained[PDE], found: list[Tensor | None], rows: list[list[metri
 
 
 def _path(config: PDE, rows: list[metrics.Row], data: Any) -> list[dict[str, Any]]:
-    """The coefficients of the first start after some of its outer steps, with the standard errors that the observations
-    give them there.
-    """
+    """Return the coefficients of the first start after some of its outer steps, with their standard errors there."""
     if config.unknown not in ("coefficient", "coefficients"):
         return []
     wanted = rows[:: -(-len(rows) // _POINTS_OF_PATH)]

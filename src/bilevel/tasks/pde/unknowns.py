@@ -1,8 +1,9 @@
-"""What is looked for, and how the meta parameters φ stand for it.
+"""The unknowns of a problem, and their representation by the meta parameters φ.
 
-Positive coefficients are φ = log c: every φ gives a well-posed equation. Fields are φ `[n]` in whitened form, field =
-scale · A φ with A a symmetric smoothing matrix, so that ‖φ‖² measures roughness and gradients are well scaled. A
-library's coefficients are φ itself, but for diffusion, which is φ's positive part: `allowed` sees to it.
+A positive coefficient c is represented by φ = log c, so that every φ gives a well-posed equation. A field is
+represented by φ `[n]` with field = scale · A φ, where A is a symmetric smoothing matrix. With it, ‖φ‖² measures
+roughness and gradients are well scaled. The coefficients of a library are φ itself. The coefficient of diffusion must
+be positive, and `allowed` projects φ accordingly.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from bilevel.tasks.pde.differentiable import TERMS, basis_of, term_coefficients
 from bilevel.tasks.pde.equations import EQUATIONS, Equation
 
 SMOOTHNESS = 0.1
-"""Of unknown fields: the length on which they vary."""
+"""The length scale ℓ on which unknown fields vary."""
 
 LIBRARY_UNITS = {"u": 1.0, "u_x": 1.0, "u_xx": 0.01, "u_xxx": 0.01, "u²": 1.0, "u³": 1.0, "u u_x": 1.0, "u² u_x": 1.0}
-"""Typical sizes of the terms' coefficients in this domain: φ is measured in them."""
+"""Typical sizes of the terms' coefficients in this domain, which are the units of φ."""
 
 
 @dataclass(frozen=True)
 class Situation:
-    """An equation ready to be solved: coefficients by name (of its own, or of the library's terms), and fields."""
+    """An equation that can be solved: coefficients by name (its own, or those of the library's terms), and fields."""
 
     coefficients: dict[str, Any]
     initial: Tensor | None = None
-    """Grid values; `None` for the equation's own."""
+    """The initial values on the grid; `None` for the equation's own."""
     source: Tensor | None = None
 
 
 def true_source(x: np.ndarray) -> np.ndarray:
-    """The source that observations of an equation with an unknown source are made with."""
+    """Return the true source for observations of an equation with an unknown source."""
     return 0.5 * np.sin(2 * np.pi * x) + np.exp(-30 * (x - 0.3) ** 2)
 
 
 def names(config: PDE) -> list[str]:
-    """Of the entries of what is looked for."""
+    """Return the names of the entries of the unknowns."""
     equation = EQUATIONS[config.equation]
     if config.unknown == "coefficient":
         return [equation.unknown]
@@ -56,7 +57,7 @@ def names(config: PDE) -> list[str]:
 
 
 def truth(config: PDE) -> np.ndarray:
-    """The true values of what is looked for."""
+    """Return the true values of the unknowns."""
     equation = EQUATIONS[config.equation]
     if config.unknown in ("coefficient", "coefficients"):
         return np.array([equation.coefficients[name] for name in names(config)])
@@ -68,7 +69,7 @@ def truth(config: PDE) -> np.ndarray:
 
 
 def start(config: PDE, seed: int, number: int) -> Tensor:
-    """φ of start `number`: coefficients uniform over their ranges, a field or a library from (almost) nothing."""
+    """Return φ of start `number`. Coefficients are uniform over their ranges; fields and libraries are almost zero."""
     equation, generator = EQUATIONS[config.equation], randomness.generator(seed, randomness.PDE_START, number)
     if config.unknown in ("coefficient", "coefficients"):
         drawn = [equation.largest_start[name] * (1 - generator.random()) for name in names(config)]
@@ -78,7 +79,7 @@ def start(config: PDE, seed: int, number: int) -> Tensor:
 
 
 def found(config: PDE, meta: Tensor) -> Tensor:
-    """What φ stands for, in the order of `names`."""
+    """Return the values of the unknowns at φ, in the order of `names`."""
     if config.unknown in ("coefficient", "coefficients"):
         return meta.exp()
     if config.unknown == "library":
@@ -87,7 +88,7 @@ def found(config: PDE, meta: Tensor) -> Tensor:
 
 
 def situation(config: PDE, meta: Tensor) -> Situation:
-    """The equation that φ stands for."""
+    """Return the equation at φ."""
     equation, values = EQUATIONS[config.equation], found(config, meta)
     if config.unknown == "library":
         return Situation({name: values[i] for i, name in enumerate(TERMS)})
@@ -99,14 +100,14 @@ def situation(config: PDE, meta: Tensor) -> Situation:
 
 
 def term_coefficients_of(config: PDE, here: Situation) -> dict[str, Any]:
-    """Its coefficients as those of the terms."""
+    """Return the coefficients of the terms from those of the equation."""
     if config.unknown == "library":
         return here.coefficients
     return term_coefficients(EQUATIONS[config.equation], here.coefficients)
 
 
 def penalty(config: PDE, meta: Tensor) -> Tensor:
-    """What the outer loss adds to the misfit."""
+    """Compute the penalty, which the outer loss adds to the misfit."""
     if config.unknown == "library":
         return config.penalty * meta.abs().sum()
     if config.unknown in ("initial-condition", "source"):
@@ -115,7 +116,7 @@ def penalty(config: PDE, meta: Tensor) -> Tensor:
 
 
 def allowed(config: PDE, meta: Tensor) -> Tensor:
-    """The nearest φ with which the equation is well-posed."""
+    """Return the nearest φ with which the equation is well-posed."""
     if config.unknown != "library":
         return meta
     lowest = torch.tensor([0.0 if name == "u_xx" else -math.inf for name in TERMS], dtype=meta.dtype)
@@ -124,7 +125,9 @@ def allowed(config: PDE, meta: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _smoothing(name: str, points: int) -> Tensor:
-    """A `[n, n]`: the filter (1 + (ℓk)²)⁻², scaled so that φ of variance 1 gives a field of variance 1."""
+    """Return the matrix A `[n, n]` of the filter (1 + (ℓk)²)⁻², scaled such that φ of variance 1 gives a field of
+    variance 1.
+    """
     equation: Equation = EQUATIONS[name]
     x = basis_of(equation, points).grid
     distance = np.abs(x[:, None] - x)
