@@ -80,6 +80,11 @@ class BilevelProblem:
         return False
 
     @property
+    def of_one(self) -> BilevelProblem:
+        """The problem of one task, for `Tasks`; else the problem itself."""
+        return self
+
+    @property
     def is_examined(self) -> bool:
         """Whether nothing is left for `examine` to find out."""
         return True

@@ -36,7 +36,8 @@ from bilevel import (
     TruncatedReverse,
     ZerothOrder,
 )
-from bilevel.errors import NoDependenceError, NonFiniteError
+from bilevel.errors import CheckError, NoDependenceError, NonFiniteError
+from bilevel.experimental import short_check
 from bilevel.unrolling.unroll import unroll
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -140,6 +141,28 @@ def test_estimators_that_take_one_outer_loss_refuse_a_vector(estimator: bilevel.
         ValueError, match=rf"^{name} takes one outer loss, .* a vector of 3; write .mean\(\) .* Reverse"
     ):
         estimator(descent(outer_losses), make_meta(), BATCHES, TARGETS)
+
+
+def test_check_refuses_a_vector() -> None:
+    with pytest.raises(ValueError, match=r"check compares one outer loss, .* a vector of 3; write .mean"):
+        bilevel.check(descent(outer_losses), make_meta(), BATCHES, TARGETS, progress=False)
+    box = bilevel.BlackBox(lambda meta: meta["shift"], lambda state, meta, batch: state)
+    with pytest.raises(ValueError, match="check compares one outer loss"):
+        bilevel.check(box, make_meta(), progress=False)
+
+
+def test_the_short_check_compares_all_values_of_a_vector() -> None:
+    with short_check(True):
+        found = Reverse()(descent(outer_losses), make_meta(), BATCHES, TARGETS)
+        assert "and outer value; one step: derivatives" in found.diagnostics["checked"]
+        calls: list[int] = []
+
+        def unsteady(model: Any, meta: Any, targets: Tensor) -> Tensor:
+            calls.append(1)
+            return outer_losses(model, meta, targets) + torch.tensor([0.0, 1.0, 0.0]) * len(calls)
+
+        with pytest.raises(CheckError, match="outer value"):
+            Reverse()(descent(unsteady), make_meta(), BATCHES, TARGETS)
 
 
 def test_the_values_of_a_vector_can_be_weighted_in_a_loss() -> None:
