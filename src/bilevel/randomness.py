@@ -63,7 +63,7 @@ SUPPORT_PROBE = 10
 FRESH_DIRECTION = 11
 """Directions that join a stream of tangents in each window."""
 
-TASK = 12
+TASK = 13
 """The seed of each task of `Tasks`; the next counter is the number of the task."""
 
 # -- streams of the tasks. A run is of one task, so two tasks may have the same numbers.
