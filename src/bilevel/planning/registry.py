@@ -33,9 +33,9 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     PersistentES,
     Implicit,
     HessianFree,
-    FirstOrder,
     Penalty,
     SingleLoop,
+    FirstOrder,
     Auto,
 )
 """All estimators, in the order in which they are listed."""
