@@ -614,7 +614,7 @@ class GradientDescent(BilevelProblem):
 
         Modules have the buffers of the state.
         """
-        return state._replace(params=with_buffers(state.params, state.buffers, is_final=True)[0])
+        return state._replace(params=with_buffers(state.params, state.buffers, outside=True)[0])
 
     def _inner(self, params: Tree, meta: Tree, batch: Any, buffers: Tree) -> tuple[Tensor, Tree]:
         """Compute the inner loss, and the modules' buffers after it."""

@@ -303,3 +303,73 @@ def test_spectral_norm_is_refused_in_training_mode() -> None:
     network.eval()
     reverse = bilevel.Reverse()(problem, meta, bilevel.no_batches(2)).grad
     torch.testing.assert_close(reverse, bilevel.Forward()(problem, meta, bilevel.no_batches(2)).grad)
+
+
+class Dropped(nn.Module):
+    """Both of what behaves otherwise in eval mode: dropout and running statistics, if wanted."""
+
+    def __init__(self, normalised: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3) if normalised else nn.Identity()
+        self.drop = nn.Dropout(0.5)
+        self.out = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(self.norm(x)))
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_evaluating_a_final_state_leaves_the_users_module_in_training_mode(normalised: bool) -> None:
+    """As with a trained copy in plain PyTorch; otherwise the next inner loop would train in eval mode."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3)
+    net = Dropped(normalised)
+    problem = bilevel.GradientDescent(
+        lambda model, meta, batch: (meta.sigmoid() * (model(x).squeeze(1) - 1).square()).mean(),
+        lambda model, meta, batch: model(x).square().mean(),
+        net,
+        bilevel.optimizer(torch.optim.SGD, lr=0.1),
+    )
+    meta = torch.zeros(8)
+    first = bilevel.Reverse()(problem, meta, 3)
+    solved = bilevel.solve(problem, meta, 3)
+    for model in (first.state.params, solved.params):
+        assert model.training
+        assert model.eval() is not net
+        assert not model.training
+        assert not model.drop.training
+        assert torch.equal(model(x), model(x))  # nothing is dropped
+        model.drop.train()
+        assert model.drop.training
+        assert not model.training
+        assert not torch.equal(model(x), model(x))
+        assert all(layer.training for layer in net.modules())
+    second = bilevel.Reverse()(problem, meta, 3)
+    assert torch.equal(second.grad, first.grad)
+    assert torch.equal(bilevel.solve(problem, meta, 3).params.out.weight, solved.params.out.weight)
+
+
+def test_a_callback_that_evaluates_a_meta_network_leaves_it_in_training_mode() -> None:
+    torch.manual_seed(0)
+    weigher = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    x, y = torch.randn(6, 1), torch.ones(6)
+    problem = bilevel.GradientDescent(
+        lambda w, net, batch: (net(x).sigmoid().squeeze(1) * (x.squeeze(1) * w - y).square()).mean(),
+        lambda w, net, batch: (x.squeeze(1) * w - 1).square().mean(),
+        torch.zeros(()),
+        bilevel.optimizer(torch.optim.SGD, lr=0.1),
+    )
+
+    def fit(*callbacks: Any) -> list[float]:
+        result = bilevel.fit(
+            problem,
+            copy.deepcopy(weigher),
+            2,
+            estimator=bilevel.Reverse(),
+            steps=3,
+            callbacks=callbacks,
+            progress=False,
+        )
+        return [row["outer_loss"] for row in result.history]
+
+    assert fit(lambda step: step.meta.eval()) == fit()

@@ -20,7 +20,7 @@ from bilevel import trees
 from bilevel.models import fsdp
 from bilevel.models.buffers import cells_of
 from bilevel.models.locks import locked
-from bilevel.models.module_view import ModuleView, is_view, view_of, views_in
+from bilevel.models.module_view import ModuleView, is_view, modes_of, view_of, views_in
 from bilevel.models.parameter_hooks import has_hooks
 from bilevel.models.places import Cell, Constant, Layout, ModulesInUse, Place
 from bilevel.models.recomputed import Recomputed
@@ -165,32 +165,29 @@ def _view(module: nn.Module, prefix: str, memory: Memory | None, initial: Initia
 
 
 def with_buffers(
-    tree: Tree, buffers: Mapping[str, Tensor] | tuple[()], is_final: bool = False
+    tree: Tree, buffers: Mapping[str, Tensor] | tuple[()], outside: bool = False
 ) -> tuple[Tree, dict[str, Cell]]:
     """Return the tree as the user wrote it, with copies of an inner state's buffers in its modules.
 
     Args:
         tree: the tree of views and tensors.
         buffers: the buffers of an inner state by name.
-        is_final: whether the views are called outside of losses.
+        outside: whether the views are called outside of losses. They then have training modes of their own.
 
     Returns:
         The tree, and the cells of the copies by name.
     """
     tree = presented(tree)
-    if not buffers:
+    if not buffers and not outside:
         return tree, {}
-    assert isinstance(buffers, Mapping)
-    cells = cells_of(buffers)
-    return (
-        optree.tree_map(
-            lambda node: view_of(node._layout, node.named_tensors, cells, is_final) if is_view(node) else node,
-            tree,
-            is_leaf=is_view,
-            namespace=NAMESPACE,
-        ),
-        cells,
-    )
+    cells = cells_of(buffers) if isinstance(buffers, Mapping) else {}
+
+    def completed(node: Any) -> Any:
+        if not is_view(node):
+            return node
+        return view_of(node._layout, node.named_tensors, cells, modes_of(node.module) if outside else None)
+
+    return optree.tree_map(completed, tree, is_leaf=is_view, namespace=NAMESPACE), cells
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,10 @@ class ModuleView:
     the module updates, such as running statistics, are part of the inner state, and the view of a final state computes
     with them. `net.load_state_dict(estimate.state.params.state_dict())` copies parameters and buffers into a module.
 
+    The view of a final state has training modes of its own: `estimate.state.params.eval()` leaves the module as it is,
+    so that the next inner loop trains in the modes in which the module was handed over. Inside a loss, `eval()` and
+    `train()` act until the end of that loss.
+
     Several threads may use one module. Each waits until the losses of the others are computed.
 
     >>> import torch
@@ -52,7 +56,7 @@ class ModuleView:
             for name in named_tensors:
                 if name not in known:
                     raise ValueError(f"{type(module).__name__} has no parameter {name!r}; it has: {', '.join(known)}")
-            self._hold(Layout.of(module, named_tensors), named_tensors, {}, False)
+            self._hold(Layout.of(module, named_tensors), named_tensors, {}, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._layout.sharded:
@@ -65,6 +69,8 @@ class ModuleView:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "module" not in self.__dict__:
             raise AttributeError(name)
+        if name == "training" and self._modes is not None:
+            return self._modes[self.module]
         on_class = inspect.getattr_static(type(self.module), name, None)
         if isinstance(on_class, functools.cached_property):  # not cached, because the cache would outlive these tensors
             return self._evaluate(on_class.func)
@@ -100,22 +106,28 @@ class ModuleView:
     def standing_in(self) -> AbstractContextManager[Any]:
         """Context in which the module holds the view's tensors in place of its own."""
         there = standing(self._layout, self.named_tensors, self._cells)
-        if not (self._is_final and any(cell.value.requires_grad for cell in self._cells.values())):
+        if self._modes is None:
             return there
         stack = ExitStack()
-        stack.enter_context(Writes(self._cells.values()))
+        if any(cell.value.requires_grad for cell in self._cells.values()):
+            stack.enter_context(Writes(self._cells.values()))
         stack.enter_context(there)
+        stack.enter_context(_own_modes(self._modes))
         return stack
 
     def _hold(
-        self, layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell], is_final: bool
+        self,
+        layout: Layout,
+        named_tensors: Mapping[str, Tensor],
+        cells: Mapping[str, Cell],
+        modes: dict[nn.Module, bool] | None,
     ) -> None:
         self.__dict__.update(
             module=layout.module,
             named_tensors=dict(named_tensors),
             _layout=layout,
             _cells=dict(cells),
-            _is_final=is_final,
+            _modes=modes,
         )
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +152,7 @@ class ModuleView:
                 return tensors[names[value]] if value in names else value
             if isinstance(value, nn.Module):
                 layout = self._layout.of_layer(value)
-                return view_of(layout, self._layout.renamed(tensors, layout), self._cells, self._is_final)
+                return view_of(layout, self._layout.renamed(tensors, layout), self._cells, self._modes)
             if isinstance(value, _Iterated):
                 return iter([viewed(each) for each in value.items])
             if type(value) in (list, tuple):
@@ -160,16 +172,39 @@ class _Iterated:
 
 
 def view_of(
-    layout: Layout, named_tensors: Mapping[str, Tensor], cells: Mapping[str, Cell], is_final: bool = False
+    layout: Layout,
+    named_tensors: Mapping[str, Tensor],
+    cells: Mapping[str, Cell],
+    modes: dict[nn.Module, bool] | None = None,
 ) -> ModuleView:
     """Return a view with a layout that is already known.
 
-    With `is_final`, it belongs to a final state, and is called outside of losses. Running statistics with a derivative
-    are then updated as in a loss, since PyTorch's own kernels do not take them.
+    With `modes`, from `modes_of`, it is a view that users keep and call outside of losses. `eval()` and `train()` then
+    change the view's own modes and leave the module as it is, since the next inner loop trains in the module's modes.
+    Running statistics with a derivative are updated as in a loss, since PyTorch's own kernels do not take them.
     """
     view = ModuleView.__new__(ModuleView)
-    view._hold(layout, named_tensors, cells, is_final)
+    view._hold(layout, named_tensors, cells, modes)
     return view
+
+
+def modes_of(module: nn.Module) -> dict[nn.Module, bool]:
+    """Return whether each layer of a module is in training mode."""
+    return {layer: layer.training for layer in module.modules()}
+
+
+@contextmanager
+def _own_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
+    """Context in which layers have these modes. Changes are written into `modes`, and the layers' own are restored."""
+    before = {layer: layer.training for layer in modes}
+    for layer, training in modes.items():
+        layer.training = training
+    try:
+        yield
+    finally:
+        for layer, training in before.items():
+            modes[layer] = layer.training
+            layer.training = training
 
 
 def _flatten_view(view: ModuleView) -> tuple[tuple[Tensor, ...], tuple[Layout, tuple[str, ...]], tuple[str, ...]]:

@@ -188,7 +188,9 @@ class OuterLoop:
         """Return φ in the form that the user passed: with views of modules, or with the modules, updated in place."""
         tensors = chosen(self.kept, self._detached()) if write_modules else self._detached()
         tree = trees.map_leaves(torch.clone, self._parts.rebuild(tensors))
-        return in_form_of(self._form, conversion.written_back(tree) if write_modules else tree)
+        if write_modules:
+            return in_form_of(self._form, conversion.written_back(tree))
+        return in_form_of(self._form, conversion.with_buffers(tree, (), outside=True)[0])
 
     def _detached(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters]

@@ -47,11 +47,11 @@ class Compared(NamedTuple):
     """One derivative of one part of a step."""
 
     part: str
-    """Which function was differentiated."""
+    """The function that was differentiated."""
     by: str
-    """With respect to which argument."""
+    """The argument by which it was differentiated."""
     mode: str
-    """How: in forward or in reverse mode."""
+    """The mode of differentiation: forward or reverse."""
     judgement: Judgement
     tape: Tape | None = None
 
