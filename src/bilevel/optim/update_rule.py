@@ -482,7 +482,7 @@ def _require_derivative_of_setting(optimizer: Optimizer, name: str) -> None:
     def rebuild(values: list[Tensor]) -> Any:
         return trees.unflatten(trees.flatten(default)[1], values)
 
-    constant = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1})
+    constant = Optimizer(optimizer.algorithm, {**optimizer._constants(), "lr": 0.1, name: default})
     subject = Optimizer(optimizer.algorithm, {**constant.settings, name: rebuild})
 
     def trajectory(*values: Tensor, subject: Optimizer = subject) -> Tensor:

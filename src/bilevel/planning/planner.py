@@ -191,7 +191,7 @@ def plan_from_sizes(
     Raises:
         ValueError: a number is too small. The message names it.
 
-    >>> plan_from_sizes(1.5e9, 1e5, 100, memory="80GB", optimizer_memory=0).recommended.checkpoints
+    >>> plan_from_sizes(1.5e9, 1e5, 100, memory="90GB", optimizer_memory=0).recommended.checkpoints
     'log'
     """
     size = params * bytes_per_number
