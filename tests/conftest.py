@@ -1,4 +1,4 @@
-"""What holds for every test: nothing goes over the network, and the garbage collector leaves the tests themselves alone."""
+"""What holds for every test: no network, and garbage collections that leave the collected tests alone."""
 
 import gc
 import os
