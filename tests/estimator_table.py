@@ -4,8 +4,8 @@ A new estimator joins with a row in `ROWS`. What each field asks for:
 
 - `estimates` (tests/estimators/test_estimates.py): settings for a problem with N = 5 and T = 4, whose results must be
   of the right form, repeatable and independent of global state.
-- `exact`, `stochastic`, `formula`, `last_steps`, `own` (tests/estimators/test_closed_forms.py): the truth that the
-  estimates must agree with. At least one of them is needed.
+- `exact`, `stochastic`, `formula`, `last_steps`, `from_start`, `own` (tests/estimators/test_closed_forms.py): the truth
+  that the estimates must agree with. At least one of them is needed.
 - `unbiased` (tests/estimators/test_unbiasedness.py): for random estimators, from a distribution and a control variate
   to the estimator whose expectation is computed over all values of its directions.
 - `small` (tests/test_bad_input.py): settings for a problem with N = 2 and T = 3, with which bad input is tried.
@@ -31,6 +31,7 @@ from bilevel import (
     CoarserProblem,
     ConjugateGradient,
     EmpiricalFisher,
+    FirstOrder,
     Forward,
     ForwardGradient,
     HessianFree,
@@ -118,6 +119,8 @@ class Row:
     converging: Mapping[str, Converging] = field(default_factory=dict)
     last_steps: Callable[[int], bilevel.Estimator] | None = None
     """The number s of last steps ↦ an estimator that goes back through them alone."""
+    from_start: Mapping[str, bilevel.Estimator] = field(default_factory=dict)
+    """Estimators that see the dependence of the initial state alone: c + d Z_0."""
     unbiased: Unbiased | None = None
     named: Sequence[bilevel.Estimator] = ()
     workers: Mapping[str, bilevel.Estimator] = field(default_factory=dict)
@@ -497,6 +500,13 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
         ],
         named=[SingleLoop(0.5, order="simultaneous", average=0.1)],
         needs_inner_loss=True,
+    ),
+    FirstOrder: Row(
+        estimates=[],  # it refuses a problem whose initial state does not depend on φ: see test_first_order.py
+        small={},
+        from_start={"first order": FirstOrder()},
+        flags=[],  # the initial parameters of the tasks do not depend on φ either
+        named=[FirstOrder()],
     ),
     Auto: Row(
         estimates=[Auto("1GB")],

@@ -92,7 +92,7 @@ def windows(estimator: bilevel.Estimator) -> list[float]:
         estimate = estimator(problem, meta, batches, seed=3, carried=None if estimate is None else estimate.carried)
         meta = trees.map_leaves(lambda leaf: 0.9 * leaf, meta)
         numbers += [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
-        numbers.append(estimate.standard_error or 0.0)
+        numbers.append(float(estimate.standard_error or 0.0))
     assert estimate is not None
     memory = trees.leaves(estimate.carried.memory)  # type: ignore[union-attr]
     return [*numbers, *torch.cat([torch.as_tensor(each).reshape(-1) for each in memory]).tolist()]

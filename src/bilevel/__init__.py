@@ -2,8 +2,7 @@
 
 Describe a training loop once (`GradientDescent`, `Problem` or `BlackBox`). Then take its hypergradient by any method:
 `Reverse`, `TruncatedReverse`, `Forward`, `ForwardGradient`, `StreamingForwardGradient`, `ZerothOrder`, `Implicit`,
-`HessianFree`, `Penalty`, `SingleLoop`,
-`PersistentES`.
+`HessianFree`, `Penalty`, `SingleLoop`, `PersistentES`, `FirstOrder`.
 
 Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change between minor versions.
 """
@@ -16,6 +15,7 @@ from bilevel.epochs import epochs
 from bilevel.estimators import (
     Estimate,
     Estimator,
+    FirstOrder,
     Forward,
     ForwardGradient,
     HessianFree,
@@ -39,6 +39,7 @@ from bilevel.training.fit import FitResult, fit
 from bilevel.training.phases import Phase
 from bilevel.training.settings import OuterUpdate, RunFolder
 from bilevel.unrolling.freed_memory import keep_freed_memory
+from bilevel.vectorised_tasks import Tasks
 
 __version__ = "0.1.0a1"
 
@@ -51,6 +52,7 @@ __all__ = [
     "EmpiricalFisher",
     "Estimate",
     "Estimator",
+    "FirstOrder",
     "FitResult",
     "Forward",
     "ForwardGradient",
@@ -70,6 +72,7 @@ __all__ = [
     "RunningMean",
     "SingleLoop",
     "StreamingForwardGradient",
+    "Tasks",
     "TruncatedReverse",
     "ZerothOrder",
     "batches",

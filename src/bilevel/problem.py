@@ -72,6 +72,31 @@ class BilevelProblem:
         """The problem itself if its steps are those of an optimiser on an inner loss, otherwise `None`."""
         return None
 
+    @property
+    def presents_meta(self) -> bool:
+        """Whether the problem itself hands meta to the user's functions in the form in which they passed it, and
+        computes these functions with rules for operations that lack derivatives.
+        """
+        return False
+
+    @property
+    def of_one(self) -> BilevelProblem:
+        """The problem of one task, for `Tasks`; else the problem itself."""
+        return self
+
+    @property
+    def is_examined(self) -> bool:
+        """Whether nothing is left for `examine` to find out."""
+        return True
+
+    def examine(self, meta: Tree) -> Callable[[Any], None] | None:  # noqa: ARG002
+        """Find out, once for a problem, what an inner step changes besides parameters; see `GradientDescent`."""
+        return None
+
+    def presented(self, state: Tree) -> Tree:
+        """Return a state as users see it."""
+        return state
+
     def require_inner_loss(self, who: str, because: str, instead: str) -> GradientDescent:
         """Return the problem as `GradientDescent`, for a method that differentiates the inner loss.
 
@@ -131,7 +156,8 @@ class Problem(BilevelProblem):
         init: `init(meta) -> state` returns the inner state θ_0. It may depend on meta and may draw random numbers.
         step: `step(state, meta, batch) -> state` computes one inner step Ω_t. The new state must have the structure,
             shapes and dtypes of the old state.
-        outer_loss: `outer_loss(state, meta, batch) -> scalar` returns the outer loss at a state.
+        outer_loss: `outer_loss(state, meta, batch) -> scalar` returns the outer loss at a state, or a vector `[m]` of m
+            outer losses (see `Estimate`).
 
     Random numbers drawn with torch's global generator (dropout, random initialisation) are reproducible. They are a
     function of the estimator's seed and the number of the step.
@@ -163,7 +189,8 @@ class BlackBox(BilevelProblem):
     Args:
         solve: `solve(meta) -> state` runs the inner loop: a simulator, a subprocess, or another library. It should
             raise `SolverError` if it fails.
-        outer_loss: `outer_loss(state, meta, batch) -> scalar` returns the outer loss at a state.
+        outer_loss: `outer_loss(state, meta, batch) -> scalar` returns the outer loss at a state, or a vector `[m]` of m
+            outer losses (see `Estimate`).
         solve_all: `solve_all(metas) -> states` runs the inner loop for a list of points, in parallel for example (see
             `OutsideProgram`). An estimate then passes all its points at once, and holds all their states in memory.
 
@@ -244,7 +271,8 @@ class GradientDescent(BilevelProblem):
 
     Args:
         inner_loss: `inner_loss(params, meta, batch) -> scalar` returns the loss that the inner loop minimises.
-        outer_loss: `outer_loss(params, meta, batch) -> scalar` returns the outer loss at the final parameters.
+        outer_loss: `outer_loss(params, meta, batch) -> scalar` returns the outer loss at the final parameters, or a
+            vector `[m]` of m outer losses (see `Estimate`).
         params: an `nn.Module`, or a tree of tensors, or a function `params(meta)` that returns either. The function is
             called for every solve. It may draw random numbers from torch's generator, which is seeded reproducibly, and
             may use the meta parameters. If `params` is a module, both losses receive it as a `ModuleView`, which is
@@ -318,6 +346,11 @@ class GradientDescent(BilevelProblem):
     def as_gradient_descent(self) -> GradientDescent:
         """The problem itself."""
         return self
+
+    @property
+    def presents_meta(self) -> bool:
+        """True."""
+        return True
 
     @property
     def backend(self) -> str | None:
@@ -650,6 +683,19 @@ def as_problem(value: Any) -> BilevelProblem:
         f"problem is {what}; an instance of bilevel.Problem, GradientDescent or BlackBox is needed: estimators are "
         "called as estimator(problem, meta, inner_batches, outer_batch)"
     )
+
+
+def require_losses(value: Any, name: str) -> Tensor:
+    """Return the value if it is one real loss or a vector `[m]` of them; else raise an error that says what it is."""
+    if not isinstance(value, Tensor) or value.ndim != 1:
+        return require_scalar(value, name)
+    if not len(value):
+        raise ValueError(
+            f"{name} returned a vector without entries; return one loss, or a vector with one entry for each"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name} returned a {value.dtype} vector; real floating-point losses are needed")
+    return value
 
 
 def nothing_to_descend_on() -> NoDependenceError:

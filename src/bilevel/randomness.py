@@ -16,6 +16,7 @@ The first counter is the number of a *stream*, which serves one purpose. All num
 from __future__ import annotations
 
 import functools
+import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -61,6 +62,9 @@ SUPPORT_PROBE = 10
 """Probes for the meta parameters that the inner loop uses."""
 FRESH_DIRECTION = 11
 """Directions that join a stream of tangents in each window."""
+
+TASK = 13
+"""The seed of each task of `Tasks`; the next counter is the number of the task."""
 
 # -- streams of the tasks. A run is of one task, so two tasks may have the same numbers.
 
@@ -178,6 +182,8 @@ class _Watch:
         """Whether a function has drawn from them. They are then set before every function."""
         self.busy = False
         """Whether a function is currently being called."""
+        self.stream: tuple[int, tuple[int, ...]] | None = None
+        """The seed and the counters of the function that is being called."""
         _set_host(0)
         self._numpy_twin = np.random.RandomState(_words(0))
         self._python_twin = random.Random(0)
@@ -249,23 +255,66 @@ def evaluate(
     """
     with PROCESS_WIDE:
         if _watch is not None and not _watch.busy:
-            return _evaluated(_watch, function, derive(seed, *counters), given)
+            return _evaluated(_watch, function, (seed, counters), given)
         with preserved():
             assert _watch is not None
-            return _evaluated(_watch, function, derive(seed, *counters), given)
+            return _evaluated(_watch, function, (seed, counters), given)
 
 
-def _evaluated(watch: _Watch, function: Callable[[Any], Result], stream: int, given: Callable[[], Any]) -> Result:
+def _evaluated(
+    watch: _Watch, function: Callable[[Any], Result], stream: tuple[int, tuple[int, ...]], given: Callable[[], Any]
+) -> Result:
+    seed, counters = stream
+    start = derive(seed, *counters)
     while True:
         argument = given()
-        watch.start(stream)
-        watch.busy = True
+        watch.start(start)
+        watch.busy, watch.stream = True, stream
         try:
             result = function(argument)
         finally:
             watch.busy = False
         if not watch.must_repeat():
             return result
+
+
+def current_stream() -> tuple[int, tuple[int, ...]]:
+    """Return the seed and the counters with which `evaluate` calls the function that is being computed.
+
+    >>> evaluate(lambda _: current_stream(), 7, STEP, 3)
+    (7, (1, 3))
+    """
+    assert _watch is not None
+    assert _watch.stream is not None
+    return _watch.stream
+
+
+def positions() -> list[Any]:
+    """Return where torch's global generators are, as something that can be compared, and also Python's and NumPy's if
+    functions that `evaluate` calls draw from them.
+
+    A function that draws from Python's or NumPy's generator for the first time is called again, and then they count.
+    """
+    found: list[Any] = [each.get_state().numpy().tobytes() for each in _torch_generators()]
+    return [*found, *host_positions()]
+
+
+def host_positions() -> list[Any]:
+    """Return where Python's and NumPy's generators are, if functions that `evaluate` calls draw from them."""
+    if _watch is None or not _watch.sets_all:
+        return []
+    return [random.getstate(), pickle.dumps(np.random.get_state(legacy=False))]
+
+
+@contextmanager
+def another_stream(seed: int, *counters: int) -> Iterator[None]:
+    """Context manager inside of a function that `evaluate` calls: the global generators start another stream.
+
+    On leaving, they are set back. NumPy's and Python's generators are set only where functions draw from them.
+    """
+    follows = _watch is not None and _watch.sets_all
+    with seeded(seed, *counters) if follows else torch_seeded(seed, *counters):
+        yield
 
 
 class GeneratorStates(NamedTuple):

@@ -152,10 +152,25 @@ LOSS_VALUES = [
     ("a number", lambda theta: 0.25, TypeError, ["returned 0.25 (float)", "as a tensor", ".item()"]),
     ("the item", lambda theta: float(theta.sum().detach()), TypeError, ["(float)", "as a tensor", ".item()"]),
     ("nothing", lambda theta: None, TypeError, ["returned None (NoneType)", "return the loss as a tensor"]),
-    ("a vector", lambda theta: theta.square(), ValueError, ["shape (2,)", ".mean() or .sum()"]),
-    ("one number in a vector", lambda theta: theta.sum().reshape(1), ValueError, ["shape (1,)", ".mean() or .sum()"]),
+    ("a matrix", lambda theta: theta.square().reshape(1, 2), ValueError, ["shape (1, 2)", ".mean() or .sum()"]),
     ("a whole number", lambda theta: theta.sum().long(), ValueError, ["torch.int64 scalar", "floating-point"]),
     ("a complex number", lambda theta: theta.sum() * 1j, ValueError, ["torch.complex128 scalar", "real"]),
+]
+INNER_VALUES = [
+    *LOSS_VALUES,
+    ("a vector", lambda theta: theta.square(), ValueError, ["shape (2,)", ".mean() or .sum()"]),
+    ("one number in a vector", lambda theta: theta.sum().reshape(1), ValueError, ["shape (1,)", ".mean() or .sum()"]),
+]
+OUTER_VALUES = [
+    *LOSS_VALUES,
+    (
+        "an empty vector",
+        lambda theta: theta[:0].square(),
+        ValueError,
+        ["a vector without entries", "one entry for each"],
+    ),
+    ("whole numbers in a vector", lambda theta: theta.long(), ValueError, ["torch.int64 vector", "floating-point"]),
+    ("a complex vector", lambda theta: theta * 1j, ValueError, ["torch.complex128 vector", "real"]),
 ]
 
 
@@ -166,8 +181,8 @@ LOSSES = [
         exception,
         [f"{which} returned", *fragments],
     )
-    for which in ("inner_loss", "outer_loss")
-    for what, value, exception, fragments in LOSS_VALUES
+    for which, values in (("inner_loss", INNER_VALUES), ("outer_loss", OUTER_VALUES))
+    for what, value, exception, fragments in values
 ] + [
     Row(
         f"outer_loss of a Problem returns {what}",
@@ -176,7 +191,7 @@ LOSSES = [
         ["outer_loss returned", *fragments],
         UNROLLED_AND_ZEROTH,
     )
-    for what, value, exception, fragments in LOSS_VALUES
+    for what, value, exception, fragments in OUTER_VALUES
 ]
 
 

@@ -258,7 +258,19 @@ ESTIMATORS = [flags for row in ROWS.values() for flags in row.flags]
 """What is given, and the estimator that comes of it."""
 
 
-@pytest.mark.parametrize("kind", ROWS, ids=lambda kind: kind.__name__)
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("kind", [kind for kind, row in ROWS.items() if row.from_start], ids=lambda kind: kind.__name__)
+def test_estimators_that_do_not_fit_a_task_say_why(
+    kind: type[bilevel.Estimator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", "--estimator", names.kebab(kind.__name__))
+    assert "the initial state does not depend on the meta parameters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind, row in ROWS.items() if not row.from_start], ids=lambda kind: kind.__name__
+)
 def test_every_estimator_is_called_by_its_plain_name(kind: type[bilevel.Estimator]) -> None:
     assert names.kebab(kind.__name__) in {flags[1] for flags, _ in ROWS[kind].flags if flags}
 

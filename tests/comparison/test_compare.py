@@ -110,7 +110,7 @@ def test_the_reference_can_be_chosen() -> None:
 class _MustNotRun(bilevel.Estimator):
     is_random = False
 
-    def units(self, steps: int, meta_size: int) -> float:
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:
         raise NotImplementedError
 
     def _estimate(self, run: Any) -> bilevel.Estimate:  # noqa: ARG002
@@ -173,7 +173,7 @@ def test_what_torch_sets_up_once_is_not_charged(monkeypatch: pytest.MonkeyPatch)
     class SlowAtFirst(bilevel.Estimator):
         is_random = False
 
-        def units(self, steps: int, meta_size: int) -> float:
+        def units(self, steps: int, meta_size: int, losses: int = 1) -> float:
             raise NotImplementedError
 
         def _estimate(self, run: Any) -> bilevel.Estimate:

@@ -28,6 +28,7 @@ from estimator_table import ROWS, Converging, Formula, Own
 
 import bilevel
 from bilevel import HessianFree, Implicit, ZerothOrder
+from bilevel.errors import NoDependenceError
 
 ROUNDING = 1e-10
 """Relative; the problems are small and well conditioned, so float64 leaves some 1e-15."""
@@ -265,6 +266,25 @@ def test_hessian_free_scales_with_adam(algorithm: type[torch.optim.Optimizer]) -
     assert case.error(estimate, c - 0.7 * (P * d) @ case.stationarity[(steps - 1) % 2].by_phi) < ROUNDING
 
 
+# -- from the initial state alone ----------------------------------------------------------------------------------
+
+FROM_START = {name: estimator for row in ROWS.values() for name, estimator in row.from_start.items()}
+
+
+@every_problem
+@pytest.mark.parametrize("estimator", FROM_START.values(), ids=FROM_START.keys())
+def test_estimators_from_the_start_take_the_steps_for_the_identity(
+    estimator: bilevel.Estimator, case: ClosedForm
+) -> None:
+    if not case.Z_0.any():
+        with pytest.raises(NoDependenceError, match="the initial state does not depend on the meta parameters"):
+            case(estimator)
+        return
+    estimate = case(estimator)
+    assert case.error(estimate, case.c + case.d @ case.Z_0[: len(case.theta)]) < ROUNDING
+    assert estimate.value.item() == pytest.approx(case.value, rel=ROUNDING)
+
+
 # -- methods with a truth of their own -----------------------------------------------------------------------------
 
 OWN = {name: own for row in ROWS.values() for name, own in row.own.items()}
@@ -334,7 +354,8 @@ def bias_bound(steps: int, case: ClosedForm) -> float:
 @pytest.mark.parametrize("kind", ROWS, ids=lambda kind: kind.__name__)
 def test_every_estimator_has_a_truth_that_it_must_agree_with(kind: type[bilevel.Estimator]) -> None:
     row = ROWS[kind]
-    assert row.exact or row.stochastic or row.formula or row.last_steps or row.own
+    assert row.exact or row.stochastic or row.formula or row.last_steps or row.from_start or row.own
     rows = (*row.stochastic, *row.formula.values(), *row.converging.values(), *row.own.values())
     found = [each.estimator for each in rows] + [make(UNROLLED[0]) for make in row.exact.values()]
+    found += row.from_start.values()
     assert {type(estimator) for estimator in found} == {kind}

@@ -64,7 +64,7 @@ def test_a_description_needs_no_defaults() -> None:
         width: int = 2
         is_random = False
 
-        def units(self, steps: int, meta_size: int) -> float:
+        def units(self, steps: int, meta_size: int, losses: int = 1) -> float:
             raise NotImplementedError
 
         def _estimate(self, run: Any) -> bilevel.Estimate:

@@ -28,7 +28,7 @@ class Unusual(bilevel.Estimator):
     lot: int = 0
     is_random: ClassVar[bool] = True
 
-    def units(self, steps: int, meta_size: int) -> float:
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         return ForwardGradient(self.probes).units(steps, meta_size)
 
     def redrawn(self, number: int) -> Unusual:

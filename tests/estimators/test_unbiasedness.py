@@ -117,7 +117,7 @@ def expectation(
         mean += probability * grad
         squared += probability * float(np.sum((grad - case.gradient) ** 2))
         assert estimate.standard_error is not None
-        claimed += probability * estimate.standard_error**2
+        claimed += probability * float(estimate.standard_error) ** 2
     return mean, squared, claimed
 
 

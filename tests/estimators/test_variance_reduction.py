@@ -579,7 +579,7 @@ class Scripted(Estimator):
     script: tuple[tuple[float, float | None], ...]
     is_random = False
 
-    def units(self, steps: int, meta_size: int) -> float:
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:
         raise NotImplementedError
 
     def _estimate(self, run: Unroll) -> Estimate:

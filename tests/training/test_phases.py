@@ -29,7 +29,7 @@ class Scripted(Estimator):
     losses: tuple[float, ...]
     is_random = False
 
-    def units(self, steps: int, meta_size: int) -> float:
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:
         raise NotImplementedError
 
     def _estimate(self, run: Unroll) -> Estimate:

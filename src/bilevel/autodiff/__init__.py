@@ -11,6 +11,7 @@ from bilevel.autodiff.reverse_mode import (
     has_graph,
     placed_where_reached,
     pull_back,
+    pull_back_many,
     start_graph,
     zeros_where_none,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "noted_routes",
     "placed_where_reached",
     "pull_back",
+    "pull_back_many",
     "push",
     "push_by_double_reverse",
     "push_forward",

@@ -183,36 +183,57 @@ class Transpose:
             For each argument, a list with `[k, *leaf.shape]` for each leaf; zeros where the value does not depend on
             it.
         """
-        groups = [self._inputs[i] for i in of]
-        wanted = [t for group in groups for t in group]
         count = len(cotangents[0])
+        return [
+            [t.new_zeros(count, *t.shape) if g is None else g for g, t in zip(found, self._inputs[i], strict=True)]
+            for found, i in zip(self.many_or_none(cotangents, of), of, strict=True)
+        ]
+
+    def many_or_none(
+        self, cotangents: Sequence[Tensor], of: Sequence[int] | None = None, at_once: int | None = None
+    ) -> list[list[Tensor | None]]:
+        """Return the same for k cotangents, `[k, *leaf.shape]` each, `at_once` of them at a time. The graph stays.
+
+        `None` in the result marks a leaf that the value does not depend on.
+        """
+        groups = [self._inputs[i] for i in (range(len(self._inputs)) if of is None else of)]
+        wanted = [t for group in groups for t in group]
         pairs = [(o, c) for o, c in zip(self._outputs, cotangents, strict=True) if o.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if pairs and wanted:
             outputs, weights = zip(*pairs, strict=True)
-            found = many_products(outputs, wanted, weights, self._memory)
-        filled = iter(t.new_zeros(count, *t.shape) if g is None else g for g, t in zip(found, wanted, strict=True))
-        return [[next(filled).detach() for _ in group] for group in groups]
+            found = many_products(outputs, wanted, weights, self._memory, at_once)
+        remaining = iter(g if g is None else g.detach() for g in found)
+        return [[next(remaining) for _ in group] for group in groups]
 
 
 def many_products(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], memory: Memory
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    memory: Memory,
+    at_once: int | None = None,
 ) -> list[Tensor | None]:
     """Compute weightᵀ · ∂outputs/∂inputs for k weights.
 
-    The graph is kept. All k products are computed in one backward pass by `torch.vmap`, or one by one if an operation
-    does not support it.
+    The graph is kept. All k products, or `at_once` of them at a time, are computed in one backward pass by
+    `torch.vmap`, or one by one if an operation does not support it.
 
     Args:
         outputs: the results of a computation with a graph.
         inputs: tensors of that graph.
         weights: `[k, *output.shape]` for each output.
+        at_once: how many weights share a backward pass; `None` for all.
         memory: the known properties of the operations of the problem. It records whether `torch.vmap` failed.
 
     Returns:
         `[k, *input.shape]` for each input, or `None` if the outputs do not depend on it.
     """
     count = len(weights[0])
+    if at_once is not None and at_once < count:
+        starts = range(0, count, at_once)
+        parts = [many_products(outputs, inputs, [w[i : i + at_once] for w in weights], memory) for i in starts]
+        return [None if each[0] is None else torch.cat(list(each)) for each in zip(*parts, strict=True)]  # type: ignore[arg-type]
 
     def one(i: int) -> Sequence[Tensor | None]:
         return torch.autograd.grad(outputs, inputs, [w[i] for w in weights], retain_graph=True, allow_unused=True)
@@ -232,6 +253,35 @@ def many_products(
                 memory.one_by_one = True
         rows = [one(i) for i in range(count)]
     return [None if row[0] is None else torch.stack(list(row)) for row in zip(*rows, strict=True)]  # type: ignore[arg-type]
+
+
+def pull_back_many(
+    function: Callable[..., Tree],
+    arguments: Sequence[Tree],
+    cotangents: Sequence[Tensor] | None = None,
+    memory: Memory | None = None,
+    at_once: int | None = None,
+) -> tuple[Tree, list[list[Tensor | None]]]:
+    """Return `function(*arguments)`, and for every argument k cotangentsᵀ · Jacobian, `[k, *leaf.shape]` for each leaf.
+
+    The function is evaluated once. Its graph serves all cotangents, in one backward pass for every `at_once` of them.
+
+    Args:
+        function: a function from trees to a tree.
+        arguments: the trees at which it is evaluated.
+        cotangents: `[k, *leaf.shape]` for each differentiable leaf of the value. Without them the value must be a
+            vector `[k]`, and the gradients of its entries are taken.
+        memory: what is known about the problem that the function belongs to.
+        at_once: how many cotangents share a backward pass; `None` for all.
+
+    >>> pull_back_many(lambda x: x**2, [torch.tensor([2.0, 3.0])])
+    (tensor([4., 9.]), [[tensor([[4., 0.],
+            [0., 6.]])]])
+    """
+    transpose = Transpose(function, arguments, memory)
+    if cotangents is None:
+        cotangents = [torch.eye(len(transpose.value)).to(transpose.value)]
+    return transpose.value, transpose.many_or_none(cotangents, at_once=at_once)
 
 
 def pull_back(
@@ -259,10 +309,15 @@ def pull_back(
     return transpose.value, transpose(cotangents, keep=False)
 
 
-def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree) -> list[Tensor]:
-    """Replace `None` by zeros of the right shape. There is one entry for each differentiable leaf of the tree."""
-    shapes = trees.split(tree).differentiable
-    return [torch.zeros_like(s) if t is None else t for t, s in zip(tensors, shapes, strict=True)]
+def fill_zeros(tensors: Sequence[Tensor | None], tree: Tree, count: int | None = None) -> list[Tensor]:
+    """Replace `None` by zeros of the right shape. There is one entry for each differentiable leaf of the tree.
+
+    With a count the tensors have a leading axis, `[count, *leaf.shape]`, and so have the zeros.
+    """
+    filled = zeros_where_none(tensors, trees.split(tree).differentiable)
+    return [
+        z if t is not None or count is None else z.expand(count, *z.shape) for t, z in zip(tensors, filled, strict=True)
+    ]
 
 
 def zeros_where_none(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import randomness, trees
-from bilevel.checking.subject import Subject, described
+from bilevel.checking.subject import Subject, described, require_one_outer_loss
 from bilevel.report.findings import Finding, Verdict
 from bilevel.unrolling.loop_comparison import Apart, SideBySide
 from bilevel.unrolling.plain_copies import NoPlainLoopError
@@ -78,6 +78,7 @@ def _compared(run: Unroll, plain: PlainLoop, prefix: str) -> list[Finding] | str
     except Exception as error:  # the user's code does not take the module itself, or an error of the optimiser
         return f"the plain loop raised {described(error)}"
     ours = run.outer_loss(both.state, run.meta).detach()
+    require_one_outer_loss(ours)
     rows = [_row(both.apart, run.steps, prefix, both.largest)]
     if names := both.unfollowed():
         rows.append(
@@ -131,7 +132,9 @@ def compare_own_loop(subject: Subject, loop: Callable[[Any], Any]) -> Iterator[F
     except Exception as error:
         yield Finding(PART, tested, Verdict.UNJUDGED, f"it raised {described(error)}", "plain(meta) returns a number")
         return
-    ours = float(subject.run.value()[0])
+    value = subject.run.value()[0]
+    require_one_outer_loss(value)
+    ours = float(value)
     spread = max(values) - min(values)
     gap = abs(ours - values[0])
     scale = max(abs(ours), abs(values[0]), 1e-300)

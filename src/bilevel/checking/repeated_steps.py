@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import trees
-from bilevel.checking.subject import Subject
+from bilevel.checking.subject import Subject, require_one_outer_loss
 from bilevel.errors import ReplayError
 from bilevel.report.findings import Finding, Verdict
 from bilevel.unrolling.state_comparison import disagreement, distances, parts_of, same_bits
@@ -46,6 +46,7 @@ def _steps(subject: Subject, chosen: list[int]) -> Iterator[Finding]:
             kept[t] = (state, after)
         state = after
     value = run.outer_loss(state, run.meta).detach()
+    require_one_outer_loss(value)
     for t in reversed(chosen):  # out of order: a queue then holds something else
         before, after = kept[t]
         again = run.descend(before, t, t + 1)
@@ -60,7 +61,9 @@ def _steps(subject: Subject, chosen: list[int]) -> Iterator[Finding]:
 
 def compare_solves(subject: Subject) -> Iterator[Finding]:
     """Yield a row on a black box that is solved twice."""
-    yield _of_values(subject.run.value()[0], subject.run.value()[0])
+    value = subject.run.value()[0]
+    require_one_outer_loss(value)
+    yield _of_values(value, subject.run.value()[0])
 
 
 def _of_values(value: Tensor, again_value: Tensor) -> Finding:

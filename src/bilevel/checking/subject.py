@@ -7,8 +7,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel import randomness, trees
+from bilevel.unrolling import argument_checks
 from bilevel.unrolling.double_precision import as_double, lowest_dtype, problem_in_double
 from bilevel.unrolling.plain_copies import NoPlainLoopError
 from bilevel.unrolling.plain_loop import PlainLoop
@@ -85,3 +87,8 @@ def _first_line(error: Exception) -> str:
 def described(error: Exception) -> str:
     """Return the kind of an error and the first line of its message."""
     return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def require_one_outer_loss(value: Tensor) -> None:
+    """Raise if `outer_loss` returned a vector of losses."""
+    argument_checks.one_outer_loss(value, "check compares", ", or check each entry by itself")

@@ -17,6 +17,7 @@ from bilevel.estimators.names import describe
 from bilevel.problem import BilevelProblem, Unrollable, as_problem
 from bilevel.report.peak_memory import PeakMemory
 from bilevel.report.progress import bar
+from bilevel.unrolling import argument_checks
 from bilevel.unrolling.unroll import unroll
 
 
@@ -108,6 +109,11 @@ def compare(
     rows: list[ComparisonRow] = []
     with bar("comparing", len(estimators) + 1, show=progress) as shown:
         truth = (exact or Reverse("sqrt"))(run.problem, meta, inner_batches, outer_batch, seed)
+        argument_checks.one_outer_loss(
+            truth.value,
+            "compare measures errors of the gradient of",
+            ", or compare the estimates themselves, which take the vector",
+        )
         length = float(trees.squared_norm(trees.leaves(truth.grad)).sqrt())
         if length == 0:
             raise ValueError(
@@ -154,7 +160,7 @@ def _compared(
     products, own = errors @ errors.T, np.linalg.norm(grads, axis=1)
     cosines = np.where(own > 0, grads @ exact / (length * np.where(own > 0, own, 1)), 0.0)
     values = _statistics(products, cosines)
-    claimed = [None if e.standard_error is None else (e.standard_error / length) ** 2 for e in found]
+    claimed = [None if e.standard_error is None else (float(e.standard_error) / length) ** 2 for e in found]
     known = [c for c in claimed if c is not None]
     if not estimator.is_random:  # the whole error is bias
         values["squared_bias"], values["variance"] = values["squared_error"], 0.0

@@ -69,9 +69,12 @@ class Combined(NamedTuple):
     """A gradient made from slopes, directions and control variates."""
 
     grad: list[Tensor]
-    standard_error: float
+    """One tensor for each leaf of φ; `[m, *leaf.shape]` for m outer losses."""
+    standard_error: float | Tensor
+    """For m outer losses `[m]`, in float64."""
     variance_left: float | None
-    """The expected squared error divided by that without control variates; `None` if there are none."""
+    """The expected squared error divided by that without control variates, both summed over the m outer losses; `None`
+    if there are none."""
 
 
 @trees.without_autocast()
@@ -87,8 +90,9 @@ def combine(
 
     Args:
         directions: the b directions v_i.
-        slopes: w_i = ∇h · v_i `[b]`, all b of them on every worker.
-        variates: the gradients of m control variates, `[m, *leaf.shape]` for each leaf of φ.
+        slopes: w_i = ∇h · v_i `[b]`, all b of them on every worker; for a vector of m outer losses `[b, m]`.
+        variates: the gradients of q control variates, `[q, *leaf.shape]` for each leaf of φ. For a vector they are
+            `[m, q, *leaf.shape]`, and the scales are fitted for each outer loss by itself.
         at_once: the largest number of directions that may be in memory together.
         workers: the workers, all of which call this function.
         exchange: with "slopes" each worker adds up all directions. With "gradient" each worker adds up its own
@@ -97,41 +101,46 @@ def combine(
     Returns:
         The gradient, its standard error, and the share of the variance that remains.
     """
-    count, m = directions.count, len(variates[0])
+    if slopes.ndim == 1:
+        found = combine(directions, slopes.unsqueeze(1), [c.unsqueeze(0) for c in variates], at_once, workers, exchange)
+        assert isinstance(found.standard_error, Tensor)
+        return found._replace(grad=[g[0] for g in found.grad], standard_error=float(found.standard_error[0]))
+    count, (m, q) = directions.count, variates[0].shape[:2]
     bytes_per_number = max(leaf.element_size() for leaf in directions.like)
     among = communication.partners(exchange, count, directions.size, bytes_per_number, workers)
     chunk = min(at_once, math.ceil(count / among.size))
     w = slopes.double()
     starts = range(0, count, chunk)
     chunks = [range(starts[i], min(starts[i] + chunk, count)) for i in among.share(len(starts))]
-    p = w.new_zeros(count, m)
-    if m:
+    p = w.new_zeros(count, m, q)
+    if q:
         for numbers in chunks:
             for v, c in zip(directions.draw(numbers), variates, strict=True):
-                p[numbers.start : numbers.stop] += (_rows(v) @ _rows(c).T).to(p)
+                p[numbers.start : numbers.stop] += (_rows(v) @ _rows(c.flatten(0, 1)).T).to(p).reshape(-1, m, q)
         (p,) = among.sum("predicted slopes", [p])  # p is 0 for the directions of other workers
-    scales = fitted_scales(w, p, variates)
+    scales = torch.stack([fitted_scales(w[:, j], p[:, j], [c[j] for c in variates]) for j in range(m)], 1)
     mean = scales.mean(0)
     used = scales
     if directions.distribution.from_basis:
         share = count / directions.size
         used = share * mean + (1 - share) * scales
-    left = w - (used * p).sum(1)
-    grad = [torch.zeros_like(leaf) for leaf in directions.like]
+    left = w - (used * p).sum(2)
+    grad = [leaf.new_zeros(m, *leaf.shape) for leaf in directions.like]
     for numbers in chunks:
         part = left[numbers.start : numbers.stop] / count
         for g, v in zip(grad, directions.draw(numbers), strict=True):
-            g += torch.einsum("k,k...->...", part.to(v), v)
+            g += torch.einsum("km,k...->m...", part.to(v), v)
     grad = among.sum("gradient", grad)
     for number, (g, c) in enumerate(zip(grad, variates, strict=True)):
         back = mean
         if directions.distribution.by_leaf:
             here = [i for i, leaf in enumerate(directions.leaves) if leaf == number]
             back = scales[here].mean(0)
-        g += torch.einsum("m,m...->...", back.to(c), c)
-    variance = directions.variance(w - (scales * p).sum(1))
-    plain = directions.variance(w)
-    return Combined(grad, variance**0.5, variance / plain if m and plain > 0 else None)
+        g += torch.einsum("mq,mq...->m...", back.to(c), c)
+    rest = w - (scales * p).sum(2)
+    variance, plain = (w.new_tensor([directions.variance(x) for x in column.unbind(1)]) for column in (rest, w))
+    ratio = float(variance.sum() / plain.sum()) if q and plain.sum() > 0 else None
+    return Combined(grad, variance.sqrt(), ratio)
 
 
 def fitted_scales(w: Tensor, p: Tensor, variates: list[Tensor]) -> Tensor:

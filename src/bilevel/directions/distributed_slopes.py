@@ -43,37 +43,44 @@ def spread_slopes(
         computed = {number: variate(number) for number in deal.variates_of(workers.rank)}
         chunks = deal.chunks_of(workers.rank)
         if not chunks:  # there are more workers than chunks
-            return Slopes(*run.value(), trees.leaves(run.meta)[0].new_zeros(0), False), computed
+            value, state = run.value()
+            return Slopes(value, state, trees.leaves(run.meta)[0].new_zeros(0, *value.shape), False), computed
         pushed = push(chunks)
         if workers.size > 1:  # here it is still known which worker computed them
             require_finite(run, pushed.value, pushed.state, pushed.slopes)
         return pushed, computed
 
     pushed, computed = workers.together("directions", mine)
-    variates = everybodys_variates(run, deal, computed, workers)
+    variates = everybodys_variates(run, deal, computed, workers, pushed.value.shape)
     if workers.size == 1:
         return pushed, variates
-    first_two = torch.tensor([float(pushed.value), float(pushed.moved)], dtype=torch.float64, device="cpu")
+    value = pushed.value.detach().cpu().double().reshape(-1)
+    flag = value.new_tensor([float(pushed.moved)])
     numbers = _padded(pushed.slopes.cpu().double(), deal, workers)
-    received = workers.gather("slopes", torch.cat([first_two, numbers]))
-    slopes = _in_order(workers, deal, received[:, 2:])
-    value, moved = received[0, 0].to(pushed.value), bool(received[:, 1].any())
+    received = workers.gather("slopes", torch.cat([value, flag, numbers.reshape(-1)]))
+    m = len(value)
+    slopes = _in_order(workers, deal, received[:, m + 1 :].reshape(len(received), *numbers.shape))
+    value, moved = received[0, :m].reshape(pushed.value.shape).to(pushed.value), bool(received[:, m].any())
     return Slopes(value, pushed.state, slopes.to(pushed.slopes), moved), variates
 
 
 def everybodys_variates(
-    run: Unroll, deal: Assignment, computed: dict[int, list[Tensor]], workers: Workers
+    run: Unroll, deal: Assignment, computed: dict[int, list[Tensor]], workers: Workers, lead: torch.Size
 ) -> list[list[Tensor]]:
-    """Collect the control variates' gradients on every worker, each from the worker that computed it."""
+    """Collect the control variates' gradients on every worker, each from the worker that computed it.
+
+    `lead` is the shape of the outer loss. The gradients have it in front of the shape of their leaf.
+    """
     found = []
     for number, owner in enumerate(deal.variates):
-        mine = computed.get(number) or trees.leaves(run.meta)  # φ has the same shapes; the broadcast fills in values
+        # The gradients of another worker have the same shapes. The broadcast fills in the values.
+        mine = computed.get(number) or [leaf.expand((*lead, *leaf.shape)) for leaf in trees.leaves(run.meta)]
         found.append(mine if owner is None else workers.broadcast_tensors("control variates", mine, owner))
     return found
 
 
 def everybodys_numbers(what: str, deal: Assignment, mine: Tensor, workers: Workers) -> Tensor:
-    """Collect one number for each direction on every worker, as `[b]` in the order of the directions.
+    """Collect one number for each direction on every worker, as `[b]` or `[b, m]` in the order of the directions.
 
     Args:
         what: the name of the numbers in error messages.

@@ -7,6 +7,7 @@ derive from `Estimator`; its `_estimate` gets the inner loop as an `Unroll` and 
 
 from bilevel.directions.distributions import Directions, seed_of_draw
 from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
+from bilevel.estimators.first_order import FirstOrder
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
@@ -27,6 +28,7 @@ __all__ = [
     "Directions",
     "Estimate",
     "Estimator",
+    "FirstOrder",
     "Forward",
     "ForwardGradient",
     "HessianFree",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bilevel import checks, distributed, trees
@@ -87,12 +88,37 @@ def estimate_from_slopes(
         directions: v_1 … v_b.
         value: the outer loss.
         state: θ_T.
-        slopes: ∇h · v_i `[b]`, all of them on every worker.
-        gradients: for each control variate its gradient, one tensor for each leaf of φ.
+        slopes: ∇h · v_i `[b]`, all of them on every worker; for a vector of m outer losses `[b, m]`.
+        gradients: for each control variate its gradient, one tensor for each leaf of φ; for a vector of outer losses
+            `[m, *leaf.shape]`, or `[*leaf.shape]` for a variate that is the same for all of them.
         at_once: how many directions may be in memory together.
     """
-    scaled = control_variates.scaled(gradients, trees.leaves(run.meta), directions.support)
+    leaves, count = trees.leaves(run.meta), len(value) if value.ndim else 1
+    variates_of_each = [
+        control_variates.scaled(
+            [[_of_entry(part, leaf, j, count, value) for part, leaf in zip(g, leaves, strict=True)] for g in gradients],
+            leaves,
+            directions.support,
+        )
+        for j in range(count)
+    ]
+    scaled = variates_of_each[0]
+    if value.ndim:
+        scaled = [torch.stack(each) for each in zip(*variates_of_each, strict=True)]
     workers = distributed.current()
     found = control_variates.combine(directions, slopes, scaled, at_once, workers, settings.exchange)
     left = {} if found.variance_left is None else {"variance_left": found.variance_left}
     return Estimate(value, like_meta(run, found.grad), state, found.standard_error, left)
+
+
+def _of_entry(part: Tensor, leaf: Tensor, number: int, count: int, value: Tensor) -> Tensor:
+    """Return the control variate of one entry of the outer loss, for one leaf of φ."""
+    if part.shape == leaf.shape:
+        return part
+    if not value.ndim or part.shape != (count, *leaf.shape):
+        entries = f" or {(count, *leaf.shape)}, one for each of {count} outer losses," if value.ndim else ""
+        raise ValueError(
+            f"a control variate has a gradient of shape {tuple(part.shape)} for a meta parameter of shape "
+            f"{tuple(leaf.shape)}; the same shape{entries} is needed"
+        )
+    return part[number]

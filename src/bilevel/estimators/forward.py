@@ -29,8 +29,8 @@ class Forward(Estimator):
         chunk_size: columns carried at once; `None` for all N. Each chunk runs the inner loop again.
 
     Cost: (1 + 2N)·T units in one chunk, (2N + ⌈N/chunk_size⌉)·T in several. Memory: 1 + N states (1 + chunk_size),
-    whatever T.
-    Bias: none. For a handful of meta parameters (learning rates, coefficients of an equation).
+    whatever T. A vector of m outer losses costs no more. Bias: none. For a handful of meta
+    parameters (learning rates, coefficients of an equation).
 
     Reference: Franceschi et al., ICML 2017; Shen et al., NeurIPS 2024, eq. 4.
 
@@ -52,7 +52,7 @@ class Forward(Estimator):
         if self.chunk_size is not None:
             checks.whole_number(self.chunk_size, "chunk_size")
 
-    def units(self, steps: int, meta_size: int) -> float:
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         return (math.ceil(meta_size / (self.chunk_size or meta_size)) + 2.0 * meta_size) * steps
 
     def _estimate(self, run: Unroll) -> Estimate:
@@ -68,8 +68,9 @@ class Forward(Estimator):
         assert pushed is not None
         found = torch.cat(slopes)  # in the dtype of the outer loss, and rounded once, to that of each leaf
         run.require_connections(moved, found, pushed.state)
-        parts = found.split([leaf.numel() for leaf in leaves])
-        grad = [part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+        parts = found.movedim(0, -1).split([leaf.numel() for leaf in leaves], -1)
+        lead = found.shape[1:]
+        grad = [part.reshape((*lead, *leaf.shape)).to(leaf) for part, leaf in zip(parts, leaves, strict=True)]
         return Estimate(pushed.value, like_meta(run, grad), pushed.state)
 
 

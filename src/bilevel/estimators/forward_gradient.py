@@ -67,6 +67,8 @@ class ForwardGradient(Estimator):
     E‖grad − ∇h‖²/‖∇h‖²: (N − 1)/b for Rademacher, (N + 1)/b for Gaussian, (N − b)/b for coordinate and orthogonal
     directions; with a control variate c, that times ‖∇h − s·c‖²/‖∇h‖². `standard_error` estimates the root of the
     variance from the spread of w, and `diagnostics["variance_left"]` what of the variance the control variate left.
+    A vector of m outer losses costs no more. Each entry has its own scales of the control variates, and its own
+    standard error; `variance_left` is then that of all entries together.
 
     Departures from the paper: coordinates are drawn without replacement, which makes them exact at b = N; direction i
     is a function of (seed, i) alone.
@@ -110,7 +112,7 @@ class ForwardGradient(Estimator):
     def redrawn(self, number: int) -> ForwardGradient:
         return replace(self, draw=self.draw + number)
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         chunk = self.directions if self.tangents == "shared" else self.chunk_size or self.directions
         return (math.ceil(self.directions / chunk) + 2.0 * self.directions) * steps
 

@@ -21,7 +21,7 @@ from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.problem import Descent, GradientDescent
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.first_order import objective_by_meta, outer_gradients
-from bilevel.unrolling.unroll import Unroll
+from bilevel.unrolling.unroll import Losses, Unroll
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class HessianFree(Estimator):
     both. Memory: the graph of one inner gradient; with `mixed="difference"` one first-order gradient.
     Bias: of the order of the hypergradient itself, unless the inner Hessian is close to I/α; the difference adds
     O(step_size²). Dependence on φ through the initial state or the learning rate is not seen. Running statistics of
-    modules (BatchNorm) are taken as constants.
+    modules (BatchNorm) are taken as constants. A vector of m outer losses adds 2(m − 1) units: the inner loop and the
+    gradients serve all of them.
 
     Departures from SAMA: the step of the difference is relative to ‖θ_T‖, where SAMA takes a fixed length; P has the
     derivative of Adam's second moment, of both moments' bias corrections, and of any other optimiser, where SAMA writes
@@ -96,8 +97,8 @@ class HessianFree(Estimator):
         if not isinstance(self.lookahead, bool):
             raise ValueError(f"lookahead={self.lookahead!r}: True or False is needed")
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
-        product = 3.0 if self.mixed == "exact" else 2.0
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
+        product = 2.0 * losses + (self.mixed == "exact")
         return steps + product + (self.preconditioner == "optimizer" or self.lookahead)
 
     @property
@@ -112,7 +113,7 @@ class HessianFree(Estimator):
                 "HessianFree(lookahead=True) judges the parameters one step beyond the state that bilevel.solve "
                 "returns; take lookahead=False"
             )
-        return StationaryPoint(run, run.final_state(), lambda state, d, c: self._through(run, state, d, c))
+        return StationaryPoint(run, run.final_state(), lambda *through: self._through(run, *through))
 
     def _estimate(self, run: Unroll) -> Estimate:
         problem = require_gradient_descent(run, self)
@@ -125,21 +126,34 @@ class HessianFree(Estimator):
         if not final:
             value = run.outer_loss(state, run.meta).detach()
         run.same_value("plain", value)
-        return Estimate(value, like_meta(run, self._through(run, state, d, c, ahead)), state)
+        grad = self._through(run, state, d, c, Losses.of(value).number, ahead)
+        return Estimate(value, like_meta(run, grad), state)
 
     def _through(
-        self, run: Unroll, state: Descent, d: Sequence[Tensor], c: list[Tensor], ahead: _OneMoreStep | None = None
+        self,
+        run: Unroll,
+        state: Descent,
+        d: Sequence[Tensor],
+        c: list[Tensor],
+        count: int | None,
+        ahead: _OneMoreStep | None = None,
     ) -> list[Tensor]:
-        """Return c − α (P d)ᵀ Y."""
+        """Return c − α (P d)ᵀ Y. With a count m, d, c and the result have a leading axis of that length."""
         problem = require_gradient_descent(run, self)
         d = list(d[: len(trees.split(state.params).differentiable)])
         if self.preconditioner == "optimizer":
-            d = (ahead or _OneMoreStep(run, problem, state)).scaled(d)
+            d = (ahead or _OneMoreStep(run, problem, state)).scaled(d, count)
         d = [self.scale * part for part in d]
         if self.mixed == "difference":
-            return self._subtract_difference(run, problem, state, c, d)
+            if count is None:
+                return self._subtract_difference(run, problem, state, c, d)
+            each = [
+                self._subtract_difference(run, problem, state, [part[j] for part in c], [part[j] for part in d])
+                for j in range(count)
+            ]
+            return [torch.stack(parts) for parts in zip(*each, strict=True)]
         jacobian = stationarity_transpose(run, problem, state, batches=1)
-        return subtract_mixed_product(run, problem, state, c, jacobian, d)
+        return subtract_mixed_product(run, problem, state, c, jacobian, d, count)
 
     def _subtract_difference(
         self, run: Unroll, problem: GradientDescent, state: Descent, c: list[Tensor], vector: Sequence[Tensor]
@@ -184,10 +198,12 @@ class _OneMoreStep:
             return problem.apply(again, gradient, meta)
 
         self._gradient, self._sign = gradient, problem.optimizer.sign
-        self._transpose = autodiff.Transpose(lambda g: trees.split(update(g).params).differentiable, [gradient])
+        self._transpose = autodiff.Transpose(
+            lambda g: trees.split(update(g).params).differentiable, [gradient], run.memory
+        )
         self.after: Descent = state._replace(params=trees.split(state.params).rebuild(self._transpose.value))
 
-    def scaled(self, d: list[Tensor]) -> list[Tensor]:
-        """Return P d = −dᵀ ∂θ'/∂gradient, the gradient being what is descended on."""
-        (found,) = self._transpose(d, keep=False)
+    def scaled(self, d: list[Tensor], count: int | None) -> list[Tensor]:
+        """Return P d = −dᵀ ∂θ'/∂gradient, the gradient being what is descended on; for each of `count` outer losses."""
+        (found,) = self._transpose(d, keep=False) if count is None else self._transpose.many_or_none(d)
         return [-self._sign * part for part in autodiff.placed_where_reached(found, self._gradient, d)]

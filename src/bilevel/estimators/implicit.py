@@ -20,7 +20,7 @@ from bilevel.problem import Descent, GradientDescent
 from bilevel.solvers import ConjugateGradient, LinearSolver
 from bilevel.trees import Tree
 from bilevel.unrolling import diagnosis
-from bilevel.unrolling.unroll import Unroll
+from bilevel.unrolling.unroll import Losses, Unroll
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Implicit(Estimator):
         batches: g is the mean over the last so many inner batches.
 
     Cost: T + 3 + 2·products units: T for the inner loop, 1 for a gradient with its graph, 2 for each of the solver's
-    products with H, and at most 2 for the product with Y. All but the first T are multiplied by `batches`. Memory:
-    the graph of one inner gradient, whatever T.
+    products with H, and at most 2 for the product with Y. All but the first T are multiplied by `batches`. For a vector
+    of m outer losses there are m linear systems, so 2·products and the 2 for Y come m times. Memory: the graph of one
+    inner gradient, whatever T.
     Bias: the inner loop must have come to rest; what is missing, d(dθ_T/dφ + H⁻¹Y), is not measured by the method (the
     diagnostic `gradient_norm`, ‖∇g(θ_T)‖, says how far from rest it is). The solver adds its own error. Dependence on φ
     through the initial state or the learning rate does not move the solution and is not seen. Running statistics of
@@ -74,20 +75,20 @@ class Implicit(Estimator):
             )
         checks.whole_number(self.batches, "batches")
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         # For each batch: the gradient with its graph, and two units for each product with H and for the one with Y.
-        return steps + self.batches * (1.0 + 2.0 * (self.solver.products + 1))
+        return steps + self.batches * (1.0 + 2.0 * losses * (self.solver.products + 1))
 
     def reverse_pass(self, run: Unroll) -> ReversePass:
         self._problem_of(run)
         solver, final = self._after_inner_loop(run)
-        return StationaryPoint(run, final, lambda state, d, c: self._through(run, solver, state, d, c)[0])
+        return StationaryPoint(run, final, lambda *through: self._through(run, solver, *through)[0])
 
     def _estimate(self, run: Unroll) -> Estimate:
         self._problem_of(run)
         solver, state = self._after_inner_loop(run)
         value, d, c = run.outer_cotangents(state)
-        grad, diagnostics = self._through(run, solver, state, d, c)
+        grad, diagnostics = self._through(run, solver, state, d, c, Losses.of(value).number)
         return Estimate(value, like_meta(run, grad), state, diagnostics=diagnostics)
 
     def _problem_of(self, run: Unroll) -> GradientDescent:
@@ -109,9 +110,18 @@ class Implicit(Estimator):
         return self.solver.with_gradients(gradients), state
 
     def _through(
-        self, run: Unroll, solver: LinearSolver, state: Descent, d: Sequence[Tensor], c: list[Tensor]
+        self,
+        run: Unroll,
+        solver: LinearSolver,
+        state: Descent,
+        d: Sequence[Tensor],
+        c: list[Tensor],
+        count: int | None,
     ) -> tuple[list[Tensor], dict[str, float]]:
-        """Return c − λᵀY with Hλ = d, and what the solver observed."""
+        """Return c − λᵀY with Hλ = d, and what the solver observed.
+
+        With a count m, the leaves of d and c have a leading axis of that length, for m outer losses.
+        """
         problem, reached = self._problem_of(run), list[bool]()
         jacobian = stationarity_transpose(run, problem, state, self.batches, reached)
         theta = trees.split(state.params).differentiable
@@ -121,20 +131,26 @@ class Implicit(Estimator):
         def hessian(vector: Sequence[Tensor]) -> list[Tensor]:
             return autodiff.fill_zeros(jacobian(vector, of=[0])[0], theta)
 
+        sides = [[part[j] for part in d] for j in range(count)] if count is not None else [d]
         with trees.without_autocast():
-            solution = solver.solve(hessian, d)
-        if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
-            raise NonFiniteError(
-                f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, or a "
-                "second derivative of inner_loss overflows or is undefined at the final state",
-                last_finite_state=state,
-            )
-        grad = subtract_mixed_product(run, problem, state, c, jacobian, solution.x)
-        if not solution.converged:
-            warnings.warn(f"Implicit: {solution.message}", stacklevel=5)  # where the estimator was called
+            solutions = [solver.solve(hessian, side) for side in sides]
+        for solution in solutions:
+            if not (math.isfinite(solution.residual) and trees.all_finite(solution.x)):
+                raise NonFiniteError(
+                    f"Implicit: the solution of Hλ = d is not finite: {solution.message}. Either the solver diverges, "
+                    "or a second derivative of inner_loss overflows or is undefined at the final state",
+                    last_finite_state=state,
+                )
+        vector = solutions[0].x
+        if count is not None:
+            vector = [torch.stack(parts) for parts in zip(*(solution.x for solution in solutions), strict=True)]
+        grad = subtract_mixed_product(run, problem, state, c, jacobian, vector, count)
+        left = next((solution for solution in solutions if not solution.converged), None)
+        if left is not None:
+            warnings.warn(f"Implicit: {left.message}", stacklevel=5)  # where the estimator was called
         diagnostics = {
-            "solver_iterations": float(solution.iterations),
-            "solver_residual": solution.residual,
+            "solver_iterations": float(max(solution.iterations for solution in solutions)),
+            "solver_residual": max(solution.residual for solution in solutions),
             "gradient_norm": float(trees.squared_norm(jacobian.value).sqrt()),
         }
         return grad, diagnostics
@@ -147,15 +163,23 @@ class StationaryPoint(ReversePass):
         self,
         run: Unroll,
         state: Descent,
-        through: Callable[[Descent, Sequence[Tensor], list[Tensor]], list[Tensor]],
+        through: Callable[[Descent, Sequence[Tensor], list[Tensor], int | None], list[Tensor]],
     ) -> None:
-        """`through(state, d, c)` returns c + d · dθ_T/dφ."""
+        """`through(state, d, c, count)` returns c + d · dθ_T/dφ; with a count, for a leading axis of that length."""
         self._run, self._through = run, through
         self.from_start = False
         self.state = state
 
-    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
-        return self._through(last, d, [torch.zeros_like(leaf) for leaf in trees.leaves(self._run.meta)])
+    def pull_back(
+        self,
+        last: Tree,
+        d: Sequence[Tensor],
+        keep: bool = False,  # noqa: ARG002
+        count: int | None = None,
+    ) -> list[Tensor]:
+        meta = self._run.meta
+        zeros = autodiff.fill_zeros([None] * len(trees.split(meta).differentiable), meta, count)
+        return self._through(last, d, zeros, count)
 
 
 def stationarity_transpose(
@@ -184,7 +208,7 @@ def stationarity_transpose_at(
             torch.stack(parts).mean(0) for parts in zip(*(autodiff.fill_zeros(e, params) for e in each), strict=True)
         ]
 
-    return autodiff.Transpose(gradient, [state.params, run.meta])
+    return autodiff.Transpose(gradient, [state.params, run.meta], run.memory)
 
 
 def subtract_mixed_product(
@@ -193,15 +217,19 @@ def subtract_mixed_product(
     state: Descent,
     c: list[Tensor],
     jacobian: autodiff.Transpose,
-    vector: Sequence[Tensor],
+    vector: list[Tensor],
+    count: int | None,
 ) -> list[Tensor]:
-    """c − vᵀY, with an error if the inner loss does not depend on φ on any batch."""
-    mixed = jacobian(vector, of=[1], keep=False)[0]
+    """Compute c − vᵀY, and raise if the inner loss does not depend on φ on any batch.
+
+    With a count m, the leaves of c and v have a leading axis of that length, for m outer losses.
+    """
+    mixed = (jacobian(vector, of=[1], keep=False) if count is None else jacobian.many_or_none(vector, of=[1]))[0]
     if all(part is None for part in mixed):
         require_dependence_of_loss(run, problem, state)
     if not any(part is not None and bool(part.any()) for part in mixed):
         diagnosis.require_finite_losses(run)
-    return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta), strict=True)]
+    return [old - new for old, new in zip(c, autodiff.fill_zeros(mixed, run.meta, count), strict=True)]
 
 
 def require_dependence_of_loss(run: Unroll, problem: GradientDescent, state: Descent) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from bilevel import checks, trees
 from bilevel.errors import NonFiniteError
-from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
+from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent, require_one_outer_loss
 from bilevel.estimators.implicit import require_dependence_of_loss
 from bilevel.problem import Descent, GradientDescent
 from bilevel.unrolling import diagnosis
@@ -86,7 +86,7 @@ class Penalty(Estimator):
             checks.whole_number(self.steps, "steps")
         checks.whole_number(self.batches, "batches")
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         return steps + 2.0 * (steps if self.steps is None else self.steps) + 2.0 * self.batches
 
     @property
@@ -105,9 +105,10 @@ class Penalty(Estimator):
         weight = self.penalty * (1.0 + memory["windows"]) ** self.growth
         first = 0 if self.steps is None else run.steps - self.steps
         state, second = _both_copies(run, problem, first, memory["second"])
+        value = run.outer_loss(state, run.meta).detach()
+        require_one_outer_loss(self, value)
         for t in range(first, run.steps):
             second = _penalised_step(run, problem, t, second, weight)
-        value = run.outer_loss(state, run.meta).detach()
         run.same_value("plain", value)
         diagnosis.require_finite(run, value, state)
         if not trees.all_finite(second):

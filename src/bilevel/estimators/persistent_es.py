@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import checks, randomness, trees
 from bilevel.directions.distributions import Directions, seed_of_draw
-from bilevel.estimators.base import Estimate, Estimator, like_meta
+from bilevel.estimators.base import Estimate, Estimator, like_meta, require_one_outer_loss
 from bilevel.estimators.streaming_forward_gradient import SYMMETRIC
 from bilevel.estimators.zeroth_order import warn_of_no_slopes
 from bilevel.trees import Tree
@@ -85,7 +85,7 @@ class PersistentES(Estimator):
     def redrawn(self, number: int) -> PersistentES:
         return replace(self, draw=self.draw + number)
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         return (1.0 + 2.0 * self.directions) * steps
 
     def _estimate(self, run: Unroll) -> Estimate:
@@ -95,6 +95,7 @@ class PersistentES(Estimator):
         if memory is not None and self.carry == "fresh":
             labels = [old + fresh for old, fresh in zip(memory["labels"], vectors, strict=True)]
         value, state = run.value()
+        require_one_outer_loss(self, value)
         diagnosis.require_finite(run, value, state)
         start = None if memory is None else run.start()
         slopes, copies = [], []

@@ -16,7 +16,7 @@ from bilevel.trees import Tree
 from bilevel.unrolling import checkpoint_schedules
 from bilevel.unrolling.checkpoint_schedules import Checkpoints, Trail
 from bilevel.unrolling.state_storage import OFFLOADS, Offload
-from bilevel.unrolling.unroll import Unroll
+from bilevel.unrolling.unroll import Losses, Unroll
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,14 @@ class Reverse(Estimator):
             `"graph"`: the whole autograd graph, nothing is repeated. T times the graph of a step.
         offload: where the kept states lie: on their device (`None`), `"cpu"` for the host's memory (which on a machine
             without a GPU changes nothing), or `"disk"` for a temporary file in TMPDIR. They are fetched ahead.
-
+        chunk_size: how many entries of a vector of outer losses are pulled back at once; `None` for all. Smaller chunks
+            take less memory: the inner loop is not run again for them.
 
     Cost: in units of one inner gradient, 3T for `"graph"`, else 3T and the steps computed, at most (3 + r)·T: 4T for
-    `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). Besides the states, the graph of
-    one step is held, of which layers wrapped in `bilevel.experimental.Recomputed` keep their inputs alone. Bias: none.
+    `"all"` (r = 1), at most 5T for `"sqrt"` (r = 2). A vector of m outer losses adds 2(m − 1)·T: the inner loop is run,
+    and run again, once for all of them. Memory: besides the states, the graph of one step is held. Layers wrapped in
+    `bilevel.experimental.Recomputed` keep their inputs alone in it. For m outer losses, m cotangents of a state and the
+    backward passes of one chunk come on top. Bias: none.
 
     Reference: Shen et al., NeurIPS 2024, eq. 5 and 6; Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017. The
     schedule: Griewank and Walther, ACM TOMS 2000.
@@ -60,10 +63,13 @@ class Reverse(Estimator):
 
     checkpoints: Checkpoints | Literal["graph"] = "all"
     offload: Offload = None
+    chunk_size: int | None = None
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checkpoint_schedules.check(self.checkpoints)
+        if self.chunk_size is not None:
+            checks.whole_number(self.chunk_size, "chunk_size")
         if self.offload is not None:
             checks.one_of(self.offload, "offload", OFFLOADS)
             if self.checkpoints == "graph":
@@ -71,11 +77,12 @@ class Reverse(Estimator):
                     f'offload={self.offload!r} moves kept states, and checkpoints="graph" keeps none; take "all"'
                 )
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
+        there_and_back = (1.0 + 2.0 * losses) * steps
         if self.checkpoints == "graph":
-            return 3.0 * steps
+            return there_and_back
         made = checkpoint_schedules.steps_computed(steps, checkpoint_schedules.slots(self.checkpoints, steps))
-        return made + 3.0 * steps
+        return made + there_and_back
 
     @property
     def computes_steps_once(self) -> bool:
@@ -83,8 +90,8 @@ class Reverse(Estimator):
 
     def reverse_pass(self, run: Unroll) -> ReversePass:
         if self.checkpoints == "graph":
-            return _OneGraph(run)
-        return _StepByStep(run, self.checkpoints, self.offload)  # pyright: ignore[reportArgumentType]
+            return _OneGraph(run, self.chunk_size)
+        return _StepByStep(run, self.checkpoints, self.offload, self.chunk_size)  # pyright: ignore[reportArgumentType]
 
     def _estimate(self, run: Unroll) -> Estimate:
         return estimate_by(self.reverse_pass(run), run)
@@ -94,15 +101,15 @@ def estimate_by(way: ReversePass, run: Unroll) -> Estimate:
     """Return the estimate d · dθ_T/dφ + c that a reverse pass gives, and close the pass."""
     with way:
         value, d, c = run.outer_cotangents(way.state)
-        through = way.pull_back(way.state, d)
+        through = way.pull_back(way.state, d, count=Losses.of(value).number)
     return Estimate(value, like_meta(run, run.add_explicit(through, c, way.from_start)), way.state)
 
 
 class _StepByStep(ReversePass):
     """Goes back through all steps from kept states, each of which is used up."""
 
-    def __init__(self, run: Unroll, checkpoints: Checkpoints, offload: Offload) -> None:
-        self._run = run
+    def __init__(self, run: Unroll, checkpoints: Checkpoints, offload: Offload, chunk_size: int | None) -> None:
+        self._run, self._chunk_size = run, chunk_size
         self._checkpoints: Checkpoints = checkpoints
         self._offload: Offload = offload
         self._trail: Trail | None = None
@@ -118,37 +125,53 @@ class _StepByStep(ReversePass):
             self.close()
             raise
 
-    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
+    def pull_back(
+        self,
+        last: Tree,
+        d: Sequence[Tensor],
+        keep: bool = False,  # noqa: ARG002
+        count: int | None = None,
+    ) -> list[Tensor]:
         if self._trail is None:
             self._descend()
         assert self._trail is not None
         trail, self._trail, cotangents = self._trail, None, list(d)
+        losses = Losses(count, self._chunk_size)
         try:
-            through = self._run.pull_back(trail.backwards(), last, cotangents)
+            through = self._run.pull_back(trail.backwards(), last, cotangents, losses)
         finally:
             self.close()
-        self._run.pull_back_init(cotangents, through)
+        self._run.pull_back_init(cotangents, through, losses)
         return through
 
 
 class _OneGraph(ReversePass):
     """Holds the graph of all steps."""
 
-    def __init__(self, run: Unroll) -> None:
+    def __init__(self, run: Unroll, chunk_size: int | None) -> None:
         def final_state(meta: Tree) -> Tree:
             state = run.init(meta)
             for t in range(run.steps):
                 state = run.step(t, state, meta)
             return state
 
-        self._meta = run.meta
-        self._jacobian: autodiff.Transpose | None = autodiff.Transpose(final_state, [run.meta])
+        self._meta, self._chunk_size = run.meta, chunk_size
+        self._jacobian: autodiff.Transpose | None = autodiff.Transpose(final_state, [run.meta], run.memory)
         self.state = self._jacobian.value
 
-    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
+    def pull_back(
+        self,
+        last: Tree,  # noqa: ARG002
+        d: Sequence[Tensor],
+        keep: bool = False,
+        count: int | None = None,
+    ) -> list[Tensor]:
         assert self._jacobian is not None
-        (through,) = self._jacobian(d, keep=keep)
-        return autodiff.fill_zeros(through, self._meta)
+        if count is None:
+            (through,) = self._jacobian(d, keep=keep)
+        else:
+            (through,) = self._jacobian.many_or_none(d, at_once=self._chunk_size)
+        return autodiff.fill_zeros(through, self._meta, count)
 
     def close(self) -> None:
         self._jacobian = None

@@ -24,12 +24,14 @@ class ReversePass(ABC):
     """Whether the way back reaches the initial state."""
 
     @abstractmethod
-    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:
+    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False, count: int | None = None) -> list[Tensor]:
         """Return d · dθ_T/dφ, one tensor for each leaf of φ.
 
         Args:
             last: θ_T again.
             d: one cotangent for each differentiable leaf of θ_T.
+            count: m, if d are the cotangents of m outer losses, `[m, *leaf.shape]` each. The result then has the same
+                leading axis. `None` for a single cotangent.
             keep: whether the pass will be used again. What a pass uses up is then computed again by the next one, at
                 the cost of running the inner loop once more.
         """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import autodiff, checks, trees
 from bilevel.errors import NonFiniteError
-from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent
+from bilevel.estimators.base import Estimate, Estimator, like_meta, require_gradient_descent, require_one_outer_loss
 from bilevel.estimators.implicit import stationarity_transpose_at, subtract_mixed_product
 from bilevel.problem import Descent, GradientDescent
 from bilevel.unrolling import diagnosis
@@ -84,7 +84,7 @@ class SingleLoop(Estimator):
                 'step; take order="alternating", or leave solver_steps out'
             )
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         return 5.0 * steps if self.order == "simultaneous" else steps + 3.0 * self.solver_steps + 2.0
 
     def _estimate(self, run: Unroll) -> Estimate:
@@ -112,6 +112,7 @@ class SingleLoop(Estimator):
     def _in_turn(self, run: Unroll, problem: GradientDescent, kept: list[Tensor] | None) -> _Found:
         state: Descent = run.final_state()
         value, d, c = run.outer_cotangents(state)
+        require_one_outer_loss(self, value)
         v = _start(kept, state)
         count, last = len(v), run.steps - 1
 
@@ -125,7 +126,7 @@ class SingleLoop(Estimator):
             v = self._moved(v, linearised(number)[1])
         jacobian, residual = linearised(0)
         v = self._moved(v, residual)
-        grad = subtract_mixed_product(run, problem, state, c, jacobian, [-part for part in v])
+        grad = subtract_mixed_product(run, problem, state, c, jacobian, [-part for part in v], None)
         return _Found(value, state, v, grad, _relative(residual, d[:count]))
 
     def _together(self, run: Unroll, problem: GradientDescent, kept: list[Tensor] | None) -> _Found:
@@ -135,11 +136,12 @@ class SingleLoop(Estimator):
         grad: list[Tensor] = []
         for t in range(run.steps):
             reached: list[bool] = []
-            _, d, c = run.outer_cotangents(state, final=False)
+            value, d, c = run.outer_cotangents(state, final=False)
+            require_one_outer_loss(self, value)
             jacobian = stationarity_transpose_at(run, problem, state, [t], reached)
             residual = _residual(jacobian(v, of=[0])[0], d[:count], reached)
             if t == last:
-                grad = subtract_mixed_product(run, problem, state, c, jacobian, [-part for part in v])
+                grad = subtract_mixed_product(run, problem, state, c, jacobian, [-part for part in v], None)
                 relative = _relative(residual, d[:count])
             v, state = self._moved(v, residual), run.descend(state, t, t + 1)
         value = run.outer_loss(state, run.meta).detach()

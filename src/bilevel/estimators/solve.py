@@ -92,8 +92,7 @@ def solve(
                 method.reverse_pass(run)  # raises
             state = plain_final_state(run)
             diagnosis.require_finite_solution(run, state)
-    descent = run.problem.as_gradient_descent
-    return state if descent is None else descent.presented(state)
+    return run.problem.presented(state)
 
 
 class _State(torch.autograd.Function):

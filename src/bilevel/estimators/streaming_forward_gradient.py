@@ -79,7 +79,8 @@ class StreamingForwardGradient(Estimator):
         draw: another number gives other directions for the same seed.
         exchange: as in `ForwardGradient`.
 
-    Cost: (1 + 2b)·T units for a window of T steps, and T more for every further chunk. Memory: 1 + b states. Bias: none
+    Cost: (1 + 2b)·T units for a window of T steps, and T more for every further chunk, for a scalar outer loss as well
+    as for a vector. Memory: 1 + b states. Bias: none
     at fixed φ; while φ moves, the estimate mixes derivatives at past φ, as real-time recurrent learning does.
 
     The memory between windows holds the `tangents`, and with fresh directions also `labels` and `first_norm`, the
@@ -138,7 +139,7 @@ class StreamingForwardGradient(Estimator):
     def redrawn(self, number: int) -> StreamingForwardGradient:
         return replace(self, draw=self.draw + number)
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         return (math.ceil(self.directions / (self.chunk_size or self.directions)) + 2.0 * self.directions) * steps
 
     @property
@@ -172,12 +173,12 @@ class StreamingForwardGradient(Estimator):
             labels = [old / balance + fresh for old, fresh in zip(memory["labels"], vectors, strict=True)]
             past = [balance * t for t in memory["tangents"]]
         slopes, tangents, _, _ = self._push(run, lambda numbers: _rows(vectors, numbers), past)
-        terms = [torch.einsum("b,b...->b...", slopes.slopes.to(label), label) for label in labels]
-        grad = [term.mean(0) for term in terms]
-        error = None
-        if count > 1:
-            spread = sum(float((term - mean).double().square().sum()) for term, mean in zip(terms, grad, strict=True))
-            error = (spread / (count * (count - 1))) ** 0.5
+        if slopes.value.ndim:
+            each = [_mean_of_terms(column, labels) for column in slopes.slopes.unbind(1)]
+            grad = [torch.stack(parts) for parts in zip(*(g for g, _ in each), strict=True)]
+            error = torch.tensor([e for _, e in each], dtype=torch.float64) if count > 1 else None
+        else:
+            grad, error = _mean_of_terms(slopes.slopes, labels)
         norm = memory["first_norm"] if memory is not None else float(trees.squared_norm(tangents).sqrt())
         kept = {"tangents": tangents, "labels": labels, "first_norm": norm}
         end = run.window_end(slopes.state, kept, agreed=True)
@@ -234,6 +235,16 @@ class StreamingForwardGradient(Estimator):
         slopes = slopes._replace(state=agreed_tree(trees.detach(slopes.state), workers))
         tangents = everybodys_rows("tangents", assigned, mine, slopes.state, workers)
         return slopes, tangents, gradients, assigned.longest_chunk
+
+
+def _mean_of_terms(slopes: Tensor, labels: Sequence[Tensor]) -> tuple[list[Tensor], float | None]:
+    """Return the mean over b directions of slope times label, and its standard error if b is at least 2."""
+    terms = [torch.einsum("b,b...->b...", slopes.to(label), label) for label in labels]
+    grad, count = [term.mean(0) for term in terms], len(slopes)
+    if count == 1:
+        return grad, None
+    spread = sum(float((term - mean).double().square().sum()) for term, mean in zip(terms, grad, strict=True))
+    return grad, (spread / (count * (count - 1))) ** 0.5
 
 
 def _rows(stacks: Sequence[Tensor], numbers: range) -> list[Tensor]:

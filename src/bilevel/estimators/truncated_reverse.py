@@ -13,7 +13,7 @@ from bilevel.estimators.base import Estimate, Estimator
 from bilevel.estimators.reverse import estimate_by
 from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.trees import Tree
-from bilevel.unrolling.unroll import Unroll
+from bilevel.unrolling.unroll import Losses, Unroll
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class TruncatedReverse(Estimator):
     Args:
         steps: s, at most the number of inner steps T. At s = T the result is exact (the initial state's dependence on
             φ is then included).
+        chunk_size: how many entries of a vector of outer losses are pulled back at once; `None` for all. Smaller chunks
+            take less memory: the inner loop is not run again for them.
 
-    Cost: T + 3s units. Memory: s states and the graph of one step.
+    Cost: T + 3s units; a vector of m outer losses adds 2(m − 1)·s. Memory: s states and the graph of one step.
     Bias: at most (1 − ηα)^s/(ηα) · ‖d_T‖ · max_{t ≤ T−s} ‖B_t‖, with B_0 = dθ_0/dφ, for gradient descent with rate
     η ≤ 2/(α + L) on an inner loss that is α-strongly convex and L-smooth; it does not shrink with more outer batches.
 
@@ -46,14 +48,17 @@ class TruncatedReverse(Estimator):
     """
 
     steps: int = 1
+    chunk_size: int | None = None
     is_biased: ClassVar[bool] = True
     is_random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.whole_number(self.steps, "steps")
+        if self.chunk_size is not None:
+            checks.whole_number(self.chunk_size, "chunk_size")
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
-        return steps + 3.0 * self.steps
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
+        return steps + (1.0 + 2.0 * losses) * self.steps
 
     def reverse_pass(self, run: Unroll) -> ReversePass:
         if self.steps > run.steps:
@@ -61,7 +66,7 @@ class TruncatedReverse(Estimator):
                 f"TruncatedReverse(steps={self.steps}) of an inner loop with {run.steps} steps; take steps <= "
                 f"{run.steps}, or Reverse() to go back through all of them"
             )
-        return _LastSteps(run, self.steps)
+        return _LastSteps(run, self.steps, self.chunk_size)
 
     def _estimate(self, run: Unroll) -> Estimate:
         return estimate_by(self.reverse_pass(run), run)
@@ -70,8 +75,9 @@ class TruncatedReverse(Estimator):
 class _LastSteps(ReversePass):
     """Goes back through the last steps from the states before them, each of which is used up."""
 
-    def __init__(self, run: Unroll, steps: int) -> None:
+    def __init__(self, run: Unroll, steps: int, chunk_size: int | None) -> None:
         self._run, self._first = run, run.steps - steps
+        self._chunk_size = chunk_size
         self.from_start = self._first == 0
         self._trail: list[tuple[int, Tree]] = []
         self.state = self._descend()
@@ -83,13 +89,20 @@ class _LastSteps(ReversePass):
             self._trail.append((t + 1, run.descend(self._trail[-1][1], t, t + 1)))
         return run.descend(self._trail[-1][1], run.steps - 1)
 
-    def pull_back(self, last: Tree, d: Sequence[Tensor], keep: bool = False) -> list[Tensor]:  # noqa: ARG002
+    def pull_back(
+        self,
+        last: Tree,
+        d: Sequence[Tensor],
+        keep: bool = False,  # noqa: ARG002
+        count: int | None = None,
+    ) -> list[Tensor]:
         if not self._trail:
             self._descend()
         trail, cotangents = self._trail, list(d)
-        through = self._run.pull_back((trail.pop() for _ in range(len(trail))), last, cotangents)
+        losses = Losses(count, self._chunk_size)
+        through = self._run.pull_back((trail.pop() for _ in range(len(trail))), last, cotangents, losses)
         if self.from_start:
-            self._run.pull_back_init(cotangents, through)
+            self._run.pull_back_init(cotangents, through, losses)
         return through
 
     def close(self) -> None:

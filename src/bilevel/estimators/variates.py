@@ -110,7 +110,8 @@ class Constant(Variate):
     """Takes a gradient that is already known, of an earlier step or of a similar problem, as a control variate.
 
     Args:
-        value: a tree with the leaves of `meta`. It must not depend on the seed of the estimate.
+        value: a tree with the leaves of `meta`. For a vector of m outer losses, its leaves may also be
+            `[m, *leaf.shape]`, a gradient for each. It must not depend on the seed of the estimate.
     """
 
     value: Tree
@@ -118,7 +119,8 @@ class Constant(Variate):
     def gradient(self, run: Unroll) -> list[Tensor]:
         found, wanted = trees.leaves(self.value), trees.leaves(run.meta)
         shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (found, wanted)]
-        if shapes[0] != shapes[1]:
+        for_each = [shape[1:] for shape in shapes[0]]
+        if shapes[1] not in (shapes[0], for_each):
             raise ValueError(f"Constant holds tensors of shapes {shapes[0]}; meta has {shapes[1]}")
         return [a.to(device=b.device, dtype=b.dtype) for a, b in zip(found, wanted, strict=True)]
 

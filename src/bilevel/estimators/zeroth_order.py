@@ -48,7 +48,7 @@ class ZerothOrder(Estimator):
             workers.
 
     Cost: 1 + 2b solves (central) or 1 + b (forward), each of T units; at once, if a `BlackBox` has `solve_all`.
-    Memory: one solve, whatever T and N.
+    A vector of m outer losses costs no more. Memory: one solve, whatever T and N.
     Bias: O(μ²) central, O(μ) forward; apart from it the relative variance is that of `ForwardGradient`, which is what
     `standard_error` estimates.
 
@@ -80,7 +80,7 @@ class ZerothOrder(Estimator):
     def redrawn(self, number: int) -> ZerothOrder:
         return replace(self, draw=self.draw + number)
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         return (1.0 + self._solves_each * self.directions) * steps
 
     def _estimate(self, run: Unroll) -> Estimate:
@@ -97,10 +97,12 @@ class ZerothOrder(Estimator):
                 {i: variates.gradient_of(several[i], run) for i in shares.variates_of(workers.rank)},
             ),
         )
-        gradients = everybodys_variates(run, shares, computed, workers)
+        gradients = everybodys_variates(run, shares, computed, workers, value.shape)
         slopes = everybodys_numbers("slopes", shares, mine, workers).to(value)
-        if not bool(slopes.any()):
-            warn_of_no_slopes("ZerothOrder", value, self.step_size, stacklevel=5)
+        still = ~slopes.any(0)
+        if bool(still.any()):
+            entry = int(still.nonzero()[0]) if value.ndim else None
+            warn_of_no_slopes("ZerothOrder", value, self.step_size, stacklevel=5, entry=entry)
         return directional.estimate_from_slopes(self, run, directions, value, state, slopes, gradients)
 
     def _slopes(self, run: Unroll, directions: Directions, numbers: Sequence[int]) -> tuple[Tensor, Tree, Tensor]:
@@ -116,7 +118,7 @@ class ZerothOrder(Estimator):
         else:
             pairs = zip(shifted[::2], shifted[1::2], strict=True)
             slopes = [(ahead - behind) / (2 * self.step_size) for ahead, behind in pairs]
-        return value, state, torch.stack(slopes) if slopes else value.new_zeros(0)
+        return value, state, torch.stack(slopes) if slopes else value.new_zeros(0, *value.shape)
 
     @property
     def _solves_each(self) -> float:
@@ -130,7 +132,7 @@ class ZerothOrder(Estimator):
 
     @staticmethod
     def _finite(run: Unroll, directions: Directions, place: tuple[int, float], value: Tensor, state: Tree) -> Tensor:
-        if not bool(torch.isfinite(value)):
+        if not bool(torch.isfinite(value).all()):
             number, offset = place
             where = f"meta {'+' if offset > 0 else '-'} {abs(offset):g}·direction"
             what = f"the outer loss at {where} (finite at meta itself; a smaller step_size may help)"
@@ -138,12 +140,13 @@ class ZerothOrder(Estimator):
         return value
 
 
-def warn_of_no_slopes(who: str, value: Tensor, step_size: float, stacklevel: int) -> None:
-    """Warn that no difference of outer losses differs from zero."""
+def warn_of_no_slopes(who: str, value: Tensor, step_size: float, stacklevel: int, entry: int | None = None) -> None:
+    """Warn that no difference of outer losses differs from zero; of a vector, the differences of one entry."""
+    which, same = ("", value) if entry is None else (f"entry {entry} of ", value[entry])
     warnings.warn(
-        f"{who}: the outer loss is {value.item():.6g} to the last bit wherever meta moved by step_size={step_size:g}, "
-        "so the estimate is zero: meta does not reach the outer loss, or step_size is too small for "
-        f"{value.dtype}, or (another seed helps then) all directions are at right angles to the gradient",
+        f"{who}: {which}the outer loss is {same.item():.6g} to the last bit wherever meta moved by "
+        f"step_size={step_size:g}, so the estimate is zero: meta does not reach the outer loss, or step_size is too "
+        f"small for {value.dtype}, or (another seed helps then) all directions are at right angles to the gradient",
         stacklevel=stacklevel,
     )
 

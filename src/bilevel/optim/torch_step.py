@@ -24,12 +24,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop
 from torch.optim.lr_scheduler import LRScheduler
+from torch.overrides import TorchFunctionMode
 
 from bilevel import trees
 from bilevel.optim.buckets import LIMIT, Buckets
@@ -155,7 +158,8 @@ class TorchStep:
             instance.state[clone] = self._thawed(bucket.memory)
         step = inspect.unwrap(self.algorithm.step)  # without hooks, and without the no_grad around it
         if self.is_pytorchs_own and not has_tensors:
-            step(instance)
+            with _BatchingRules() if any(map(is_batchedtensor, clones)) else nullcontext():
+                step(instance)
         else:
             for group in instance.param_groups:
                 group.update({n: _as_numbers(v) for n, v in group.items() if n != "params"})
@@ -247,6 +251,22 @@ class TorchStep:
             return trees.map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(memory))
         return {name: _thawed_entry(name, value) for name, value in memory.items() if name != "has_begun"}
 
+
+class _BatchingRules(TorchFunctionMode):
+    """Computes operations in place without a batching rule out of place, which `torch.vmap` does at once for all."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out_of_place = _OUT_OF_PLACE.get(func)
+        if out_of_place is None:
+            return func(*args, **(kwargs or {}))
+        return args[0].copy_(out_of_place(*args, **(kwargs or {})))
+
+
+_OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
+    Tensor.lerp_: torch.lerp,
+    Tensor.addcmul_: torch.addcmul,
+    Tensor.addcdiv_: torch.addcdiv,
+}
 
 Part = TypeVar("Part", Tensor, "Tensor | None")
 

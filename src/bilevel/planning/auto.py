@@ -58,7 +58,7 @@ class Auto(Estimator):
         planner.parse_bytes(self.memory)
         checks.whole_number(self.directions, "directions")
 
-    def units(self, steps: int, meta_size: int) -> float:  # noqa: ARG002
+    def units(self, steps: int, meta_size: int, losses: int = 1) -> float:  # noqa: ARG002
         raise TypeError(
             "Auto has no cost of its own: what an estimate costs depends on the method that is chosen for an inner "
             "loop; ask that one with auto.resolved(run).units(steps, meta_size)"

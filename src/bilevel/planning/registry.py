@@ -9,6 +9,7 @@ from typing import Any
 
 from bilevel.estimators import names
 from bilevel.estimators.base import Estimator
+from bilevel.estimators.first_order import FirstOrder
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.forward_gradient import ForwardGradient
 from bilevel.estimators.hessian_free import HessianFree
@@ -34,6 +35,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     HessianFree,
     Penalty,
     SingleLoop,
+    FirstOrder,
     Auto,
 )
 """All estimators, in the order in which they are listed."""

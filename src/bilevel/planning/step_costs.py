@@ -18,6 +18,7 @@ from bilevel.errors import MissingDerivativeError
 from bilevel.models.module_view import modules_in
 from bilevel.planning.live_memory import counting
 from bilevel.trees import Tree
+from bilevel.unrolling import argument_checks
 from bilevel.unrolling.step_products import push_step
 from bilevel.unrolling.unroll import Unroll
 
@@ -81,6 +82,11 @@ def measure(run: Unroll) -> StepCosts:
     """Measure the prices for this inner loop. The cost is that of about fifty inner steps, for any T."""
     state = run.start()
     meta_bytes, state_bytes = _size(run.meta), _size(state)
+    argument_checks.one_outer_loss(
+        run.outer_loss(state, run.meta).detach(),
+        "plan and Auto choose a method for",
+        ", or name the method: Reverse() and all others take the vector as it is",
+    )
     outer = _price(lambda: run.outer_loss(state, run.meta))
     if run.problem.is_black_box:
         return StepCosts(run.meta_size, meta_bytes, state_bytes, _price(run.start), outer)

@@ -18,6 +18,7 @@ from bilevel.estimators import Estimate, Estimator
 from bilevel.models.sharing import leaves_once
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Tree
+from bilevel.unrolling import argument_checks
 from bilevel.unrolling.inner_loop import WindowEnd
 from bilevel.unrolling.unroll import unroll
 
@@ -129,7 +130,7 @@ class Draws:
             estimate = self._estimate(number, estimator, meta, outer_step)
             sums = [total + part for total, part in zip(sums, leaves_once(estimate.grad, meta), strict=True)]
             losses.append(float(estimate.value))
-            errors.append(estimate.standard_error)
+            errors.append(None if estimate.standard_error is None else float(estimate.standard_error))
         assert estimate is not None
         return Estimates(sums, losses, errors, estimate)
 
@@ -158,6 +159,7 @@ class Draws:
             ) from error
         except SolverError as error:
             raise SolverError(f"outer step {outer_step}: {error}") from error
+        argument_checks.one_outer_loss(found.value, "fit descends on", "; single estimates take the vector as it is")
         if self.stream and found.carried is not None:
             self.carried = found.carried
             if not found.carried.agreed:

@@ -46,6 +46,21 @@ def meta_parameters(meta: Tree) -> None:
         )
 
 
+def one_outer_loss(value: Tensor, who: str, instead: str) -> None:
+    """Raise if `outer_loss` returned a vector of losses, for what takes a single one.
+
+    Args:
+        value: the outer loss.
+        who: the subject of the error's sentence, with its verb.
+        instead: what to write for a vector.
+    """
+    if value.ndim:
+        raise ValueError(
+            f"{who} one outer loss, and outer_loss returned a vector of {len(value)}; write .mean() or .sum() for "
+            f"their mean or sum{instead}"
+        )
+
+
 def finite(meta: Tree) -> None:
     """Raise if a meta parameter is NaN or infinite."""
     for name, leaf in trees.named_leaves(meta, "meta"):

@@ -22,7 +22,7 @@ def require_finite(run: InnerLoop, value: Tensor, state: Tree, derivatives: Tree
 
     The state of a black box is not checked.
     """
-    if not bool(torch.isfinite(value)):
+    if not bool(torch.isfinite(value).all()):
         raise non_finite(run, "the outer loss", value, state)
     if not run.problem.is_black_box and not trees.all_finite(state):
         raise non_finite(run, "the final inner state", value, state)
@@ -48,7 +48,7 @@ def non_finite(run: InnerLoop, what: str, value: Tensor | None, state: Tree) -> 
     if run.problem.is_black_box and value is not None:
         place = _first_not_finite("state", state)
         found = f"{place} holds NaN or infinity already" if place else "the state is finite"
-        return NonFiniteError(f"{what}: outer_loss is {value.item()} for the state that solve returned; {found}")
+        return NonFiniteError(f"{what}: outer_loss is {_shown(value)} for the state that solve returned; {found}")
     state = run.start()
     place = _first_not_finite("state", state)
     if place:
@@ -62,17 +62,26 @@ def non_finite(run: InnerLoop, what: str, value: Tensor | None, state: Tree) -> 
             message = f"{what}: inner step {t} of {run.steps} (counted from 0) made {place} NaN or infinite"
             return NonFiniteError(f"{message}; {_inner_fault(run, t, state)}", t, state)
         state = after
-    if value is not None and not bool(torch.isfinite(value)):
-        message = f"{what}: outer_loss is {value.item()}, though all {run.steps} inner states are finite"
+    if value is not None and not bool(torch.isfinite(value).all()):
+        message = f"{what}: outer_loss is {_shown(value)}, though all {run.steps} inner states are finite"
         return NonFiniteError(f"{message}; check outer_loss and outer_batch", None, final)
     return NonFiniteError(
-        f"{what}, though {'' if value is None else f'outer_loss = {value.item():.6g} and '}all {run.steps} inner "
+        f"{what}, though {'' if value is None else f'outer_loss = {_shown(value)} and '}all {run.steps} inner "
         "states are: a derivative "
         "overflows or is undefined somewhere (√ or log at 0, or an inner loop so unstable that its derivative "
         "explodes: a smaller inner learning rate or fewer steps help)",
         None,
         final,
     )
+
+
+def _shown(value: Tensor) -> str:
+    """The outer loss, or the entry of a vector of them to look at, as text."""
+    if not value.ndim:
+        return f"{value.item():.6g}"
+    broken = (~torch.isfinite(value)).nonzero()
+    number = int(broken[0]) if len(broken) else 0
+    return f"{value[number].item():.6g} (entry {number} of {len(value)})"
 
 
 def _inner_fault(run: InnerLoop, t: int, state: Tree) -> str:

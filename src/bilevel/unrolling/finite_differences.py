@@ -64,8 +64,11 @@ class FiniteDifferences(TangentRule):
     ) -> tuple[Tensor, Tensor]:
         value, d, c = outer_gradients(run, state)
         run.same_value("differences", value)
+        pairs = zip(tangents, directions, strict=True)
+        if not value.ndim:
+            return value, torch.stack([trees.dot(d, y) + trees.dot(c, v) for y, v in pairs])
         return value, torch.stack(
-            [trees.dot(d, y) + trees.dot(c, v) for y, v in zip(tangents, directions, strict=True)]
+            [torch.stack([trees.dot([t[j] for t in (*d, *c)], [*y, *v]) for j in range(len(value))]) for y, v in pairs]
         )
 
 

@@ -15,6 +15,8 @@ from bilevel.unrolling.unroll import Unroll
 def outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the outer loss at a state, and its gradients by the state and by φ.
 
+    For a vector of m outer losses the gradients are `[m, *leaf.shape]`.
+
     Raises:
         NoDependenceError: the outer loss does not depend on the state.
     """
@@ -25,12 +27,18 @@ def outer_gradients(run: Unroll, state: Tree) -> tuple[Tensor, list[Tensor], lis
         value = run.outer_loss(there, meta)
     if not value.requires_grad:
         run.outer_cotangents(state)  # says what is wrong
+    flat = [*tensors[0], *tensors[1]]
     with standing_in(there, meta):
-        found = iter(torch.autograd.grad(value, [*tensors[0], *tensors[1]], allow_unused=True))
-    d, c = ([next(found) for _ in ts] for ts in tensors)
-    if all(part is None for part in d):
+        rows = [
+            torch.autograd.grad(h, flat, allow_unused=True, retain_graph=value.ndim > 0)
+            for h in (value.unbind() if value.ndim else [value])
+        ]
+    if all(part is None for row in rows for part in row[: len(tensors[0])]):
         run.outer_cotangents(state)
-    return value.detach(), autodiff.fill_zeros(d, state), autodiff.fill_zeros(c, run.meta)
+    filled = [autodiff.zeros_where_none(row, flat) for row in rows]
+    found = iter(torch.stack(each) if value.ndim else each[0] for each in zip(*filled, strict=True))
+    d, c = ([next(found) for _ in ts] for ts in tensors)
+    return value.detach(), d, c
 
 
 def objective_by_meta(run: Unroll, problem: GradientDescent, state: Descent, batches: int) -> list[Tensor] | None:

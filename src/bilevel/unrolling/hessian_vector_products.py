@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import trees
 from bilevel.errors import CompileError
 from bilevel.problem import GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.step_products import push_step_by_hessian_products
 from bilevel.unrolling.tangents import Part, TangentRule
-from bilevel.unrolling.unroll import Unroll
+from bilevel.unrolling.unroll import Unroll, slopes_along
 
 
 class SharedSteps(TangentRule):
@@ -51,7 +50,8 @@ class SharedSteps(TangentRule):
         self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tensor, Tensor]:
         value, d, c = run.outer_cotangents(state)
-        slopes = [trees.dots([*d, *c], [*y, *vectors]) for y, vectors in zip(tangents, directions, strict=True)]
+        parts = zip(tangents, directions, strict=True)
+        slopes = [slopes_along(value, [*d, *c], [*y, *vectors]) for y, vectors in parts]
         return value, torch.cat(slopes)
 
 

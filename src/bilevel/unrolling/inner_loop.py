@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel import autodiff, randomness, trees
 from bilevel.batches import Batches, ChangesInPlace, draws_nothing, with_own_containers
 from bilevel.models.sharing import presented
-from bilevel.problem import BilevelProblem, Descent, require_scalar
+from bilevel.problem import BilevelProblem, Descent, require_losses
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.outside_reads import INIT, OUTER, STEP, watched_once
@@ -109,7 +109,7 @@ class InnerLoop:
         """Compute θ_{t+1} from θ_t, for t from 0 to T − 1."""
         # A `GradientDescent` itself runs its loss under the rules of `_differentiated`.
         step, passed = self.problem.step, self._as_passed(meta)
-        own = self.problem.as_gradient_descent is not None
+        own = self.problem.presents_meta
 
         def function(batch: Any) -> Tree:
             self.require_one_device(t, state, meta, batch)
@@ -168,13 +168,13 @@ class InnerLoop:
         return replace(self, problem=self.problem.eager)
 
     def outer_loss(self, state: Tree, meta: Tree) -> Tensor:
-        """Compute the outer loss at a state."""
+        """Compute the outer loss at a state: a scalar, or a vector `[m]` of m outer losses."""
         kept = ChangesInPlace(self.outer_batch, "outer_batch")
 
         def function(batch: Any) -> Tensor:
             with watched_once(self.problem, OUTER, self.meta, [state, meta]):
                 value = self._differentiated(self.problem.outer_loss, state, self._as_passed(meta), batch)
-                return require_scalar(value, "outer_loss")
+                return require_losses(value, "outer_loss")
 
         value = randomness.evaluate(
             function,
@@ -190,7 +190,7 @@ class InnerLoop:
 
         A `GradientDescent` itself converts φ for the user's functions.
         """
-        return meta if self.problem.as_gradient_descent is not None else presented(meta)
+        return meta if self.problem.presents_meta else presented(meta)
 
     @property
     def memory(self) -> autodiff.Memory:

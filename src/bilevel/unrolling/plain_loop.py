@@ -20,7 +20,7 @@ from bilevel.batches import with_own_containers
 from bilevel.models.module_view import modules_in
 from bilevel.optim.settings import of_meta_and_step, one_each
 from bilevel.optim.torch_step import SPEED_ONLY
-from bilevel.problem import GradientDescent, require_scalar
+from bilevel.problem import GradientDescent, require_losses
 from bilevel.trees import Tree
 from bilevel.unrolling.double_precision import InDouble
 from bilevel.unrolling.inner_loop import InnerLoop
@@ -118,7 +118,7 @@ class PlainLoop:
         params = self._started()
         with self._stream(randomness.OUTER), torch.enable_grad(), self._modes(), self._taped():
             value = self.problem._outer_loss(params.value, self.meta.value, with_own_containers(self.run.outer_batch))
-        return require_scalar(value, "outer_loss").detach()
+        return require_losses(value, "outer_loss").detach()
 
     def solve(self, meta: Sequence[Tensor] | None = None) -> Tensor:
         """Run the whole loop at φ, and return the outer loss."""

@@ -256,13 +256,16 @@ def _of_descent(run: Unroll, meta: Any, draws: torch.dtype | None) -> list[Findi
             what = f"{apart.what}, {apart.distance:.2g} apart"
             return [_apart(run, t, before, both.state, what, apart.distance, draws)]
     mine, theirs = run.outer_loss(both.state, run.meta).detach(), plain.outer_value()
-    size = max(abs(float(mine)), abs(float(theirs)))
+    size = max(float(value.abs().max()) for value in (mine, theirs))
+    apart_by = (mine - theirs).abs()
     if names := both.unfollowed():
         found_buffers = f"the plain loop changes {', '.join(names[:3])}, which is no part of the inner state"
         return [Finding("the loop", "buffers", Verdict.WRONG, found_buffers)]
-    if not abs(float(mine) - float(theirs)) <= torch.finfo(theirs.dtype).eps ** 0.5 * size and mine != theirs:
-        finite = bool(torch.isfinite(mine)) and bool(torch.isfinite(theirs))
-        text = f"outer value {float(mine):.9g}, and {float(theirs):.9g} in the plain loop"
+    if not float(apart_by.max()) <= torch.finfo(theirs.dtype).eps ** 0.5 * size and not torch.equal(mine, theirs):
+        finite = all(bool(torch.isfinite(value).all()) for value in (mine, theirs))
+        worst = int(apart_by.argmax())
+        a, b = (float(value.flatten()[worst]) for value in (mine, theirs))
+        text = f"outer value {a:.9g}, and {b:.9g} in the plain loop"
         doubt = Verdict.WRONG if finite and draws is not None else Verdict.NOT_CHECKED
         return [Finding("the loop", "outer value", doubt, text)]
     rows = [Finding("the loop", f"{tested} and outer value", Verdict.RIGHT, "equal within rounding")]
@@ -376,6 +379,8 @@ def _of_own_steps(run: Unroll) -> list[Finding]:
 def _kind_of(run: Unroll) -> Hashable:
     """What two problems must share for one check to be enough."""
     problem: BilevelProblem = run.problem
+    if problem.of_one is not problem:
+        return type(problem), _kind_of(replace(run, problem=problem.of_one))
     descent = problem.as_gradient_descent
     metas = _shapes(run.meta)
     if descent is None:

@@ -34,7 +34,7 @@ class Slopes(NamedTuple):
     state: Tree
     """θ_T."""
     slopes: Tensor
-    """∇h · v for every direction, `[k]`."""
+    """∇h · v for every direction, `[k]`; for m outer losses `[k, m]`."""
     moved: bool
     """Whether any direction moves the final state at all."""
 
@@ -68,7 +68,7 @@ class TangentRule(ABC):
     def outer_loss(
         self, run: Unroll, state: Tree, tangents: list[Part], directions: list[Part]
     ) -> tuple[Tensor, Tensor]:
-        """Return the outer loss and the slopes d y + c v `[k]`."""
+        """Return the outer loss and the slopes d y + c v, `[k]`; `[k, m]` for m outer losses."""
 
 
 class ForwardMode(TangentRule):

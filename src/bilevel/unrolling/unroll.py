@@ -6,9 +6,9 @@ d = ∂outer/∂θ_T, c = ∂outer/∂φ. Then ∇h = d Z_T + c.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,23 @@ from bilevel.unrolling.diagnosis import require_dependence, require_finite
 from bilevel.unrolling.inner_loop import InnerLoop, WindowEnd
 from bilevel.unrolling.replay import GoingBack, compare_values
 from bilevel.unrolling.step_products import Pulled
+
+
+class Losses(NamedTuple):
+    """How many outer losses there are, and how many of them are pulled back at once."""
+
+    number: int | None = None
+    """m for a vector `[m]` of outer losses, `None` for a scalar."""
+    at_once: int | None = None
+    """How many cotangents share a backward pass through the graph of a step; `None` for all."""
+
+    @classmethod
+    def of(cls, value: Tensor, at_once: int | None = None) -> Losses:
+        """Return the number of losses that an outer loss holds."""
+        return cls(len(value) if value.ndim else None, at_once)
+
+
+ONE_LOSS = Losses()
 
 
 @dataclass(frozen=True)
@@ -46,11 +63,11 @@ class Unroll(InnerLoop):
     # -- forward: the start of tangents (their propagation through the steps: bilevel.unrolling.tangents) ------------
 
     def push_outer(self, pushed: autodiff.Pushed, directions: list[Tensor]) -> autodiff.Pushed:
-        """Compute the outer loss and its slopes d y_T + c v."""
+        """Compute the outer loss and its slopes d y_T + c v, `[k]`; `[k, m]` for m outer losses."""
 
         def by_reverse() -> autodiff.Pushed:
             value, d, c = self.outer_cotangents(pushed.value)
-            return autodiff.Pushed(value, [trees.dots([*d, *c], [*pushed.tangents, *directions])])
+            return autodiff.Pushed(value, [slopes_along(value, [*d, *c], [*pushed.tangents, *directions])])
 
         arguments, tangents = [pushed.value, self.meta], [pushed.tangents, directions]
         return autodiff.push(self.outer_loss, arguments, tangents, self.memory, "outer loss", by_reverse)
@@ -73,27 +90,40 @@ class Unroll(InnerLoop):
     def outer_cotangents(self, state: Tree, final: bool = True) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return the outer loss h at a state, d = ∂outer/∂θ and c = ∂outer/∂φ.
 
-        `final` says that the state is θ_T, where every run of this inner loop must give the same outer loss.
+        `final` says that the state is θ_T, where every run of this inner loop must give the same outer loss. For a
+        vector of m outer losses, the leaves of d and c are `[m, *leaf.shape]`.
         """
-        value, (d, c) = autodiff.pull_back(self.outer_loss, [state, self.meta])
+        outer = autodiff.Transpose(self.outer_loss, [state, self.meta], self.memory)
+        value: Tensor = outer.value
+        count = len(value) if value.ndim else None
+        if count is None:
+            d, c = outer([torch.ones_like(value)], keep=False)
+        else:
+            d, c = outer.many_or_none([torch.eye(count).to(value)])
         if all(part is None for part in d):
             raise NoDependenceError(
                 "outer_loss does not depend on the inner state, so no inner step has an effect on it; compute it from "
                 "the parameters or state it is given (for a module: call the model passed to outer_loss, not one from "
                 "outside), and keep .detach(), .item() and torch.no_grad() out of it"
             )
-        derivatives = autodiff.fill_zeros(d, state), autodiff.fill_zeros(c, self.meta)
+        derivatives = autodiff.fill_zeros(d, state, count), autodiff.fill_zeros(c, self.meta, count)
         require_finite(self, value, state, derivatives)
         if final:
             self.same_value("plain", value)
         return value, *derivatives
 
-    def pull_back_step(self, t: int, state: Tree, d: list[Tensor]) -> Pulled:
-        """Compute θ_{t+1}, d A_t and d B_t for the step from θ_t, by one backward pass through the step."""
-        after, (down, across) = autodiff.pull_back(lambda state, meta: self.step(t, state, meta), [state, self.meta], d)
+    def pull_back_step(self, t: int, state: Tree, d: list[Tensor], losses: Losses = ONE_LOSS) -> Pulled:
+        """Compute θ_{t+1}, d A_t and d B_t for the step from θ_t, by one evaluation of the step and its graph."""
+
+        def step(state: Tree, meta: Tree) -> Tree:
+            return self.step(t, state, meta)
+
+        after, (down, across) = self._pulled_back(step, [state, self.meta], d, losses)
         return Pulled(after, down, across)
 
-    def pull_back(self, trail: Iterable[tuple[int, Tree]], last: Tree, d: list[Tensor]) -> list[Tensor]:
+    def pull_back(
+        self, trail: Iterable[tuple[int, Tree]], last: Tree, d: list[Tensor], losses: Losses = ONE_LOSS
+    ) -> list[Tensor]:
         """Compute Σ_t d_t B_t over the steps in backward order.
 
         From the last step to the first: sum ← sum + d B_t, d ← d A_t, each a vector-Jacobian product of one step. The
@@ -103,6 +133,8 @@ class Unroll(InnerLoop):
             trail: the pairs (t, θ_t) in backward order.
             last: θ_T.
             d: ∂outer/∂θ_T. It is changed in place to the cotangent of the trail's first state.
+            losses: for m outer losses, m. The leaves of d and of the sum are then `[m, *leaf.shape]`, and each step is
+                computed once for all of them.
 
         Raises:
             ReplayError: a step gave another state when it was computed again.
@@ -113,19 +145,28 @@ class Unroll(InnerLoop):
 
         check = GoingBack(self, again)
         total = [torch.zeros_like(leaf) for leaf in trees.leaves(self.meta)]
+        if losses.number is not None:
+            total = [zeros.expand(losses.number, *zeros.shape) for zeros in total]
         for t, state in trail:
-            pulled = self.pull_back_step(t, state, d)
+            pulled = self.pull_back_step(t, state, d, losses)
             check.compare(t, state, last, pulled.after)
-            d[:] = autodiff.fill_zeros(pulled.down, state)
+            d[:] = autodiff.fill_zeros(pulled.down, state, losses.number)
             _accumulate(total, pulled.across)
             last = state
         check.finish()
         return total
 
-    def pull_back_init(self, d: list[Tensor], total: list[Tensor]) -> None:
+    def pull_back_init(self, d: list[Tensor], total: list[Tensor], losses: Losses = ONE_LOSS) -> None:
         """Add d B_0 to the total, which is the contribution of the initial state's dependence on φ."""
-        _, (across,) = autodiff.pull_back(self.init, [self.meta], d)
+        _, (across,) = self._pulled_back(self.init, [self.meta], d, losses)
         _accumulate(total, across)
+
+    def _pulled_back(
+        self, function: Callable[..., Tree], arguments: list[Tree], d: list[Tensor], losses: Losses
+    ) -> tuple[Tree, list[list[Tensor | None]]]:
+        if losses.number is None:
+            return autodiff.pull_back(function, arguments, d)
+        return autodiff.pull_back_many(function, arguments, d, self.memory, losses.at_once)
 
     def add_explicit(self, through: list[Tensor], c: list[Tensor], from_start: bool = True) -> list[Tensor]:
         """Compute ∇h = d Z_T + c from both parts.
@@ -168,13 +209,25 @@ def unroll(
     argument_checks.one_device(meta=meta, outer_batch=outer_batch)
     argument_checks.finite(meta)
     run = Unroll(problem, trees.detach(meta), inner_batches, outer_batch, seed, carried)
-    descent = run.problem.as_gradient_descent
-    if descent is not None and carried is None and run.steps and not descent.is_examined:
+    if carried is None and run.steps and not problem.is_examined:
         with torch.enable_grad():
-            look = randomness.evaluate(lambda _: descent.examine(run.meta), seed, randomness.INIT)
+            look = randomness.evaluate(lambda _: problem.examine(run.meta), seed, randomness.INIT)
             if look is not None:
                 run.at_step(0, look)
     return run
+
+
+def slopes_along(value: Tensor, derivatives: list[Tensor], directions: list[Tensor]) -> Tensor:
+    """Return the slopes of an outer loss along k directions: `[k]`, or `[k, m]` if the value is a vector `[m]`.
+
+    Args:
+        value: the outer loss.
+        derivatives: its derivative, one tensor for each leaf, with a leading axis of length m if it is a vector.
+        directions: `[k, *leaf.shape]` for each leaf.
+    """
+    if not value.ndim:
+        return trees.dots(derivatives, directions)
+    return torch.stack([trees.dots([part[j] for part in derivatives], directions) for j in range(len(value))], 1)
 
 
 def _accumulate(c: list[Tensor], parts: list[Tensor | None]) -> None:
