@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import clocks_alone  # noqa: F401
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap

@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import clocks_alone  # noqa: F401
 import numpy as np
 import rich
 import torch

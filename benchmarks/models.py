@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import clocks_alone  # noqa: F401
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

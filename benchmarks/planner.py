@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import clocks_alone  # noqa: F401
 import torch
 from models import MODELS
 

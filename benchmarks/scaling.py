@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import clocks_alone  # noqa: F401
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

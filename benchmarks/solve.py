@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import clocks_alone  # noqa: F401
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import clocks_alone  # noqa: F401
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

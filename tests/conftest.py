@@ -1,15 +1,10 @@
-"""What holds for every test: no network, and garbage collections that leave the collected tests alone."""
+"""What holds for every test: no network, and no short check of each of thousands of problems."""
 
-import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported
+# Each of the thousands of small problems here would be checked. What is on by default has tests of its own.
+os.environ.setdefault("BILEVEL_SHORT_CHECK", "fit")
 os.environ["COLUMNS"] = "160"  # tables are read whole, whatever the terminal
 
 collect_ignore_glob = ["*conftest.py"]  # pytest loads them; collected for doctests as well, those of one name collide
-
-
-def pytest_collection_finish() -> None:
-    """Take the thousands of collected tests out of every later collection, of which the planner makes many."""
-    gc.collect()
-    gc.freeze()

@@ -55,7 +55,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "a checkpoint holds .* not PosixPath|WindowsPath",
     ),
-    "no gradient": ({"problem": replace(QUADRATIC, outer_loss=lambda *_: torch.ones(2))}, ValueError, "scalar"),
+    "several outer losses": (
+        {"problem": replace(QUADRATIC, outer_loss=lambda theta, *_: theta[:2] ** 2)},
+        ValueError,
+        "fit descends on one outer loss",
+    ),
     "no steps": ({"inner_batches": []}, ValueError, "inner_batches is empty"),
     "a shape that differs": ({"project": lambda phi: phi[:2]}, ValueError, r"project returned .*\(2,\).*\(3,\)"),
     "a projection of nothing": ({"project": lambda phi: None}, ValueError, "project returned None"),

@@ -396,3 +396,26 @@ def test_a_memory_is_noticed_in_a_step_in_which_the_optimiser_begins_to_keep_som
     for estimator in (bilevel.Reverse(), bilevel.ForwardGradient(2, tangents="difference")):
         with pytest.raises(bilevel.errors.ReplayError):
             estimator(problem, WEIGHTS, list("abab"))
+
+
+def test_rounding_is_no_memory_where_the_optimiser_keeps_more_from_step_to_step() -> None:
+    """Every step is compared with the parts that its own state has."""
+    heads = {name: torch.linspace(0.5, 1.0, 3, dtype=D) for name in "abc"}
+
+    def rounded(theta: Any, meta: Tensor, batch: str) -> Tensor:
+        calls.append(1)
+        return (1 + 1e-15 * len(calls)) * weighted(theta[batch], meta)
+
+    def judged(theta: Any, meta: Tensor, batch: Any) -> Tensor:
+        return sum((outer(theta[name], meta, batch) for name in "abc"), torch.zeros((), dtype=D))
+
+    calls: list[int] = []
+    problem = bilevel.GradientDescent(rounded, judged, heads, bilevel.optimizer(torch.optim.Adam, lr=0.1))
+    found = bilevel.Reverse()(problem, WEIGHTS, list("abcabc"))
+    exactly = bilevel.GradientDescent(
+        lambda theta, meta, batch: weighted(theta[batch], meta),
+        judged,
+        heads,
+        bilevel.optimizer(torch.optim.Adam, lr=0.1),
+    )
+    torch.testing.assert_close(found.grad, bilevel.Reverse("graph")(exactly, WEIGHTS, list("abcabc")).grad)

@@ -205,22 +205,31 @@ def test_losses_with_a_memory_are_left_to_the_estimators() -> None:
             bilevel.Reverse()(problem(remembers), META, 4)
 
 
-def test_by_default_it_runs_in_fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_every_estimate_runs_it_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = []
     own = short_check._findings
     monkeypatch.setattr(short_check, "_findings", lambda run, meta: checks.append(1) or own(run, meta))
     monkeypatch.delenv(short_check.SWITCH, raising=False)
     described = problem()
+    for _ in range(2):
+        assert "checked" in bilevel.Reverse()(described, META, 3).diagnostics
+        assert len(checks) == 1
+    monkeypatch.setenv(short_check.SWITCH, "fit")
+    short_check.forget()
     assert "checked" not in bilevel.Reverse()(described, META, 3).diagnostics
-    assert not checks
     bilevel.fit(described, META, 3, estimator=bilevel.Reverse(), steps=3, progress=False)
-    assert len(checks) == 1
+    assert len(checks) == 2
     monkeypatch.setenv(short_check.SWITCH, "off")
     short_check.forget()
     bilevel.fit(described, META, 3, estimator=bilevel.Reverse(), steps=1, progress=False)
-    assert len(checks) == 1
-    monkeypatch.setenv(short_check.SWITCH, "on")
-    assert "checked" in bilevel.Reverse()(described, META, 3).diagnostics
+    assert "checked" not in bilevel.Reverse()(described, META, 3).diagnostics
+    assert len(checks) == 2
+
+
+def test_a_misspelt_switch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(short_check.SWITCH, "of")
+    with pytest.raises(ValueError, match=r"BILEVEL_SHORT_CHECK is 'of'; set it to"):
+        bilevel.Reverse()(problem(), META, 3)
 
 
 def test_fit_raises_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 
 from bilevel.planning import registry
 
+NOT_COMPARED = ("forward", "first-order")
+"""Estimators that are compared if they are named: the first costs N units for N meta parameters, and the second is the
+derivative by the initial parameters alone."""
+
 
 @dataclass(frozen=True)
 class CompareOptions:
     """Options of `bilevel compare`, besides the settings of the task."""
 
     estimators: tuple[str, ...] = field(
-        default=tuple(name for name in registry.by_name() if name != "forward"),
+        default=tuple(name for name in registry.by_name() if name not in NOT_COMPARED),
         metadata={"metavar": "NAME [NAME ...]"},
     )
     """Estimators, such as reverse or "forward-gradient(directions=32)"."""

@@ -51,8 +51,8 @@ class Estimate:
         diagnostics: what the method observed on the way, such as the residual of a linear solve. Where an operation has
             no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the inner steps and
             functions whose tangents took another route. The same names with `_units` say what they cost in inner
-            gradients. Where the short check is on (in `fit`, or by `bilevel.experimental.short_check(True)`), `checked`
-            is a text that says what was verified for this kind of problem, and when.
+            gradients. `checked` is a text that says what the short check verified for this kind of problem, and when
+            (see `bilevel.experimental.short_check`).
         carried: the end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from
             there.
         compile_seconds: wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up
@@ -160,7 +160,7 @@ class Estimator(ABC):
             NonFiniteError: the outer loss, an inner state or the hypergradient is NaN or infinite.
             NoDependenceError: the inner loop does not use the meta parameters, or the outer loss not the inner state.
             MissingDerivativeError: an operation lacks the derivative this method needs.
-            CheckError: the short check, if it is on, found the loop, or a derivative of a step, to be wrong (see
+            CheckError: the short check found the loop, or a derivative of a step, to be wrong (see
                 `bilevel.experimental.short_check`).
             TypeError, ValueError: an argument is not what it should be; the message says what to pass instead.
         """

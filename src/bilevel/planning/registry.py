@@ -65,7 +65,7 @@ def parse(text: str, **defaults: Any) -> Estimator:
     >>> parse("forward-gradient(directions=32)", chunk_size=8).chunk_size
     8
     >>> parse("forward-gradient(control_variate=truncated-reverse(steps=5), directions=32)").control_variate
-    TruncatedReverse(steps=5)
+    TruncatedReverse(steps=5, chunk_size=None)
     >>> parse("implicit(solver=neumann(iterations=5))").solver
     Neumann(iterations=5, step_size=0.01)
     """

@@ -16,7 +16,7 @@ import torch
 from bilevel import autodiff, trees
 from bilevel.errors import MissingDerivativeError
 from bilevel.models.module_view import modules_in
-from bilevel.planning.live_memory import counting
+from bilevel.planning.live_memory import counting, quick_collections
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks
 from bilevel.unrolling.step_products import push_step
@@ -78,6 +78,7 @@ class StepCosts:
     """Whether a step depends on φ. If only the initial state does, truncated methods miss the dependence."""
 
 
+@quick_collections()
 def measure(run: Unroll) -> StepCosts:
     """Measure the prices for this inner loop. The cost is that of about fifty inner steps, for any T."""
     state = run.start()

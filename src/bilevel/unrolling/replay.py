@@ -57,7 +57,8 @@ class GoingBack:
             again: a function of t and a state that computes step t as in the backward pass.
         """
         self._run, self._again = run, again
-        self._parts: Parts | None = None
+        self._parts: dict[int, Parts] = {}
+        """By the number of tensors, which grows where an optimiser begins to keep something in a later step."""
         self._flags: list[tuple[int, Tensor]] = []
 
     def compare(self, t: int, before: Tree, kept: Tree, again: Tree) -> None:
@@ -69,12 +70,16 @@ class GoingBack:
             kept: the state after the step in the forward pass.
             again: the state after the step when it was computed again.
         """
-        if self._parts is None:
-            self._parts = parts_of(kept)
         inside = 0 < t < self._run.steps - 1
         if _on_cpu(kept) and same_bits(kept, again, parameters_alone=inside):
             return
-        self._flags.append((t, disagreement(self._parts, before, kept, again)))
+        self._flags.append((t, disagreement(self._parts_of(kept), before, kept, again)))
+
+    def _parts_of(self, state: Tree) -> Parts:
+        count = len(trees.split(state).differentiable)
+        if count not in self._parts:
+            self._parts[count] = parts_of(state)
+        return self._parts[count]
 
     def finish(self) -> None:
         """Raise a ReplayError if a step gave another state when it was computed again."""
@@ -88,7 +93,6 @@ class GoingBack:
     @torch.enable_grad()
     def _run_again(self, t: int) -> None:
         """Raise a ReplayError unless the two ways of computing step t explain that it gave two results."""
-        assert self._parts is not None
         run = self._run
         state = run.descend(run.start(), 0, t)
         ways: list[Callable[[], Tree]] = [
@@ -98,11 +102,11 @@ class GoingBack:
         results = [(way, ways[way]()) for way in (0, 0, 1, 0, 1)]  # with a queue, two calls in a row may agree
         firsts = {0: results[0][1], 1: results[2][1]}
         for way, result in results:
-            if _differ(self._parts, state, firsts[way], result):
+            if _differ(self._parts_of(result), state, firsts[way], result):
                 raise _changed(run, t, state, firsts[way], result)
         if not _on_cpu(state) and not all(same_bits(firsts[way], result) for way, result in results):
             return  # the kernels of this device add up in an arbitrary order
-        if not bool(disagreement(self._parts, state, firsts[0], firsts[1])[0]):
+        if not bool(disagreement(self._parts_of(firsts[0]), state, firsts[0], firsts[1])[0]):
             raise _changed(run, t)
 
 

@@ -57,8 +57,8 @@ _LARGEST, _LARGEST_IN_DOUBLE = 2**26, 2**22
 """The largest numbers of inner parameters for which there is a check at all, and one in float64, with derivatives. The
 check holds three copies of the parameters."""
 SWITCH = "BILEVEL_SHORT_CHECK"
-"""The environment variable that decides where the check runs: "fit", in `fit` alone, which is the default; "on", in
-every estimate; "off", nowhere."""
+"""The environment variable that decides where the check runs: "on", in every estimate, which is the default; "fit", in
+`fit` alone; "off", nowhere."""
 
 _CHECKED: dict[Hashable, str] = {}
 """What was verified, by kind of problem."""
@@ -79,8 +79,9 @@ def short_check(on: bool) -> Iterator[None]:
     """Context manager that switches the short check on or off, in this thread.
 
     Before the first estimate for each kind of problem, three inner steps are taken beside a plain PyTorch loop, and
-    derivatives of one step are compared with differences. That costs at most 12 inner gradients. By default the check
-    runs in `fit` alone. The environment variable BILEVEL_SHORT_CHECK is "fit", "on" (for every estimator) or "off".
+    derivatives of one step are compared with differences. That costs at most 12 inner gradients. By default every
+    estimator runs the check, once in a process for each kind of problem. The environment variable BILEVEL_SHORT_CHECK
+    is "on", "fit" (before the first step of `fit` alone) or "off".
 
     >>> import torch, bilevel
     >>> problem = bilevel.GradientDescent(
@@ -93,6 +94,9 @@ def short_check(on: bool) -> Iterator[None]:
     ...     estimate = bilevel.Reverse()(problem, torch.tensor(2.0), 4)
     >>> estimate.diagnostics["checked"].split(";")[0]
     'the loop: steps 0, 1, 3 and outer value'
+    >>> with bilevel.experimental.short_check(False):
+    ...     "checked" in bilevel.Reverse()(problem, torch.tensor(2.0), 4).diagnostics
+    False
     """
     before = _STATE.on
     _STATE.on = on
@@ -117,7 +121,9 @@ def is_on() -> bool:
     """Return whether the short check runs here."""
     if _STATE.on is not None:
         return _STATE.on
-    choice = os.environ.get(SWITCH, "fit")
+    choice = os.environ.get(SWITCH, "on")
+    if choice not in ("on", "fit", "off"):
+        raise ValueError(f"the environment variable {SWITCH} is {choice!r}; set it to on, fit or off")
     return choice == "on" or (choice == "fit" and _STATE.in_fit)
 
 
