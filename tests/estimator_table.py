@@ -127,6 +127,9 @@ class Row:
     streams: Mapping[str, bilevel.Estimator] = field(default_factory=dict)
     forward_mode: bool = False
     """Whether the inner loop is differentiated in forward mode (with the settings of `small`)."""
+    differences: bool = False
+    """Whether those of `small` take differences along one random direction of signs, of length 1e-4: for one meta
+    parameter, or along a line, they are then right without an average, and they warn where no difference is seen."""
     needs_inner_loss: bool = False
     """Whether it takes a `GradientDescent` only."""
 
@@ -311,6 +314,7 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
         forward_mode=True,
     ),
     ZerothOrder: Row(
+        differences=True,
         estimates=[ZerothOrder(2), ZerothOrder(2, scheme="forward", distribution="gaussian")],
         small={
             "zeroth-order": ZerothOrder(1, step_size=1e-4),
@@ -349,6 +353,7 @@ ROWS: dict[type[bilevel.Estimator], Row] = {
         },
     ),
     PersistentES: Row(
+        differences=True,
         estimates=[PersistentES(4), PersistentES(2, carry="same", distribution="gaussian")],
         small={"persistent-es": PersistentES(1, step_size=1e-4)},
         stochastic=[

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bad_input_cases import (
+    BLACK_BOX,
     DERIVATIVES,
     ESTIMATORS,
     EVERY,
@@ -41,8 +42,8 @@ def test_steps_without_a_loss_are_refused_by_name(name: str) -> None:
     refused(TypeError, *fragments, by=lambda: call(name, problem()))
 
 
-@pytest.mark.parametrize("name", ZEROTH_ORDER)
-class TestZerothOrder:
+@pytest.mark.parametrize("name", BLACK_BOX)
+class TestBlackBox:
     def test_inner_batches_of_a_black_box(self, name: str) -> None:
         box = bilevel.BlackBox(lambda phi: phi, total)
         fragments = ["a BlackBox takes no inner_batches", "pass None"]
@@ -76,8 +77,11 @@ class TestZerothOrder:
         box = bilevel.BlackBox(solve, lambda state, phi, batch: state["u"].sum())
         fragments = ["outer_loss is nan for the state that solve returned", "state['u'] holds NaN"]
         refused(NonFiniteError, *fragments, by=lambda: call(name, box, inner_batches=None))
-        assert len(solves) == 1  # one may take an hour
+        assert len(solves) == 1 or name not in ZEROTH_ORDER  # one may take an hour
 
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+class TestZerothOrder:
     def test_a_black_box_may_keep_what_it_likes_in_its_state(self, name: str) -> None:
         box = bilevel.BlackBox(lambda phi: {"u": phi, "mask": NAN * phi}, lambda state, phi, batch: state["u"].sum())
         assert call(name, box, torch.tensor(2.0), None).grad.item() == pytest.approx(1.0, abs=1e-9)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from bad_input_cases import (
+    BLACK_BOX,
     BY_DEFINITION,
     DERIVATIVES,
     ESTIMATORS,
@@ -186,6 +187,9 @@ def test_faint_dependence_is_not_refused(case: Legitimate, name: str) -> None:
         "implicit-neumann": 2 * 0.5**20,
     }
     tolerance = tolerances.get(name, 1e-10)
+    if name in BLACK_BOX and name not in ZEROTH_ORDER:  # random: what matters here is that there is an estimate
+        assert bool(torch.isfinite(estimate.grad).all())
+        return
     if name in BY_DEFINITION:
         assert bool(estimate.grad.any()) == (expected != 0)
         return
