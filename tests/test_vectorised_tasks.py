@@ -231,6 +231,7 @@ def test_draws_from_numpy_are_refused() -> None:
         Reverse()(Tasks(problem, K), torch.ones(2), BATCHES, OUTER)
 
 
+@pytest.mark.slow
 def test_chunks_have_random_directions_of_their_own_and_an_error_of_the_mean() -> None:
     problem = maml()
     exact = flat(Reverse()(Tasks(problem, K), MODEL, BATCHES, OUTER).grad)

@@ -1,9 +1,10 @@
 """Groups of workers for the tests: a program, because it forks, and a test process may have threads.
 
     python tests/worker_groups.py FOLDER
+    python tests/worker_groups.py FOLDER fully-sharded
 
 Runs everything below in groups of forked processes, which costs one import of torch in all, and leaves what happened in
-FOLDER/happened.json.
+FOLDER/happened.json. The second command runs what takes longest: modules under `fully_shard`, and their example.
 """
 
 from __future__ import annotations
@@ -484,7 +485,7 @@ def command(folder: Path, *flags: str) -> None:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def main(base: Path) -> None:
+def main(base: Path, part: str = "") -> None:
     torch.set_num_threads(1)
     happened: dict[str, Any] = {}
     start = time.monotonic()
@@ -513,6 +514,24 @@ def main(base: Path) -> None:
         printed_at = [base / f"{name}.log.{rank}" for rank in range(2)]
         happened[name] = {"codes": wait_for_group(pids), "printed": [path.read_text() for path in printed_at]}
 
+    def alone_with_networks() -> None:
+        torch.set_default_dtype(torch.float64)
+        for name, _, optimizer in SHARDED[:2]:
+            problem = network_problem(small_network(), optimizer)
+            estimate = bilevel.ForwardGradient(3, tangents="difference")(
+                problem, torch.linspace(-1, 1, 12), bilevel.no_batches(4)
+            )
+            happened[f"one process, {name}"] = estimate.grad.tolist()
+            happened[f"one process, fit, {name}"] = fit_network(problem, None, Workers())
+
+    if part == "fully-sharded":
+        alone_with_networks()
+        group("fully sharded", lambda: fully_sharded(base))
+        torch.set_default_dtype(torch.float32)
+        example = Path(__file__).parent.parent / "examples" / "sharded.py"
+        group("example", lambda: runpy.run_path(str(example), run_name="__main__"))
+        (base / "happened.json").write_text(json.dumps(happened))
+        return
     estimates(base)  # this process alone; what torch sets up once, the forks have from here
     curves(base)
     train(base / "trained")
@@ -544,19 +563,8 @@ def main(base: Path) -> None:
         alone = estimator(layers_problem(two_layers(), optimizer), torch.linspace(-1, 1, 12), bilevel.no_batches(4))
         happened[f"whole, {name}"] = alone.grad.tolist()
     group("sharded", lambda: sharded(base))
-    torch.set_default_dtype(torch.float64)
-    for name, _, optimizer in SHARDED[:2]:
-        problem = network_problem(small_network(), optimizer)
-        estimate = bilevel.ForwardGradient(3, tangents="difference")(
-            problem, torch.linspace(-1, 1, 12), bilevel.no_batches(4)
-        )
-        happened[f"one process, {name}"] = estimate.grad.tolist()
-        happened[f"one process, fit, {name}"] = fit_network(problem, None, Workers())
-    group("fully sharded", lambda: fully_sharded(base))
+    alone_with_networks()
     group("mesh", lambda: mesh_of_two_dimensions(base), size=4)
-    torch.set_default_dtype(torch.float32)
-    example = Path(__file__).parent.parent / "examples" / "sharded.py"
-    group("example", lambda: runpy.run_path(str(example), run_name="__main__"))
     torch.set_default_dtype(torch.float32)
     flags = ("--estimator", "forward-gradient", "--directions", "4", "--outer-steps", "3")
     group("command", lambda: command(base / "command", *flags))
@@ -568,4 +576,4 @@ def main(base: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

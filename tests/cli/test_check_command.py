@@ -27,7 +27,9 @@ def exit_code(*argv: str) -> int:
     [
         CONDENSATION,
         ("cleaning", "--examples", "60", "--trusted", "20", "--width", "8", "--inner-steps", "4"),
-        ("pde", "--preset", "coefficients", "--points", "64", "--inner-steps", "20"),
+        pytest.param(
+            ("pde", "--preset", "coefficients", "--points", "64", "--inner-steps", "20"), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda argv: argv[0],
 )

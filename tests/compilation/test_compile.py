@@ -136,6 +136,7 @@ def test_every_estimator_and_checkpoint_setting_gives_the_same(model: Case) -> N
         torch.testing.assert_close(found.value, expected.value, rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # on loading inductor
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same_and_keeps_random_numbers() -> None:

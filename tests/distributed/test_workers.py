@@ -43,9 +43,18 @@ BIT_EQUAL |= {"fresh directions, fewer than workers", "an expensive variate, chu
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which everything has happened."""
-    folder = tmp_path_factory.mktemp("groups")
+    return run_groups(tmp_path_factory.mktemp("groups"))
+
+
+@pytest.fixture(scope="module")
+def fully(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which that of fully sharded modules has happened."""
+    return run_groups(tmp_path_factory.mktemp("fully"), "fully-sharded")
+
+
+def run_groups(folder: Path, *part: str) -> Path:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])}
-    command = [sys.executable, str(ROOT / "tests" / "worker_groups.py"), str(folder)]
+    command = [sys.executable, str(ROOT / "tests" / "worker_groups.py"), str(folder), *part]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return folder
@@ -55,6 +64,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def happened(base: Path) -> dict[str, Any]:
     """Exit codes and what was printed, by the name of the group."""
     return json.loads((base / "happened.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fully_happened(fully: Path) -> dict[str, Any]:
+    """The same of fully sharded modules."""
+    return json.loads((fully / "happened.json").read_text())
 
 
 def found(base: Path, what: str, size: int, rank: int = 0) -> dict[str, Any]:
@@ -117,27 +132,30 @@ def test_sharded_parameters_give_what_whole_ones_give(base: Path, happened: dict
             assert shapes == [[3], [3, 4], [1, 6]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _, _ in SHARDED[:2]])
-def test_a_fully_sharded_module_gives_what_a_whole_one_gives(name: str, base: Path, happened: dict[str, Any]) -> None:
+def test_a_fully_sharded_module_gives_what_a_whole_one_gives(
+    name: str, fully: Path, fully_happened: dict[str, Any]
+) -> None:
     """Estimates and an interrupted training run; each process holds its shards, of the optimiser's memory too."""
     shards = [
         [[4, 4], [4], [3, 7], [3], [1, 5], [1]],
         [[3, 4], [3], [2, 7], [2], [1, 5], [1]],
     ]
-    printed(happened, "fully sharded", [0, 0])
+    printed(fully_happened, "fully sharded", [0, 0])
     for rank in range(2):
-        found = json.loads((base / f"fully-sharded-{rank}.json").read_text())
+        found = json.loads((fully / f"fully-sharded-{rank}.json").read_text())
         gradient, shapes, untouched = found[name]
-        assert gradient == pytest.approx(happened[f"one process, {name}"], rel=1e-9, abs=1e-14)
+        assert gradient == pytest.approx(fully_happened[f"one process, {name}"], rel=1e-9, abs=1e-14)
         memories = {"momentum": 1, "adam": 2}[name]
         kept = [shape for shape in shards[rank] for _ in range(memories)]
         assert shapes == shards[rank] + kept
         assert untouched  # the module's own parameters and their .grad
         losses, meta = found[f"fit, {name}"]
-        expected_losses, expected_meta = happened[f"one process, fit, {name}"]
+        expected_losses, expected_meta = fully_happened[f"one process, fit, {name}"]
         assert losses == pytest.approx(expected_losses, rel=1e-9)
         assert meta == pytest.approx(expected_meta, rel=1e-9)
-    assert steps_of(base / f"fully sharded, {name}") == [0, 1, 2]
+    assert steps_of(fully / f"fully sharded, {name}") == [0, 1, 2]
 
 
 def test_pairs_that_hold_a_model_together_share_the_directions(base: Path, happened: dict[str, Any]) -> None:
@@ -150,17 +168,19 @@ def test_pairs_that_hold_a_model_together_share_the_directions(base: Path, happe
     assert steps_of(base / "mesh") == [0, 1, 2]
 
 
-def test_the_example_of_a_sharded_network_learns_which_sources_are_good(happened: dict[str, Any]) -> None:
-    first, second = printed(happened, "example", [0, 0])
+@pytest.mark.slow
+def test_the_example_of_a_sharded_network_learns_which_sources_are_good(fully_happened: dict[str, Any]) -> None:
+    first, second = printed(fully_happened, "example", [0, 0])
     good, others = (float(number) for number in re.findall(r"[+-]\d\.\d+", first))
     assert others < 0 < good
     assert second == ""
 
 
-def test_what_a_fully_sharded_module_cannot_do_is_refused(base: Path, happened: dict[str, Any]) -> None:
-    printed(happened, "fully sharded", [0, 0])
+@pytest.mark.slow
+def test_what_a_fully_sharded_module_cannot_do_is_refused(fully: Path, fully_happened: dict[str, Any]) -> None:
+    printed(fully_happened, "fully sharded", [0, 0])
     for rank in range(2):
-        refused = json.loads((base / f"fully-sharded-{rank}.json").read_text())["refused"]
+        refused = json.loads((fully / f"fully-sharded-{rank}.json").read_text())["refused"]
         for name in ("Reverse", "Reverse, a rate", "ForwardGradient", "Implicit"):
             assert refused[name].startswith("MissingDerivativeError: FSDPSequential, sharded by fully_shard, has first")
             assert 'ForwardGradient(..., tangents="difference") or ZerothOrder(...)' in refused[name]

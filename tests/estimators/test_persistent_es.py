@@ -93,6 +93,7 @@ def test_fresh_directions_have_the_variance_that_grows(monkeypatch: pytest.Monke
     assert variance("fresh", 2) > 1.5 * variance("same", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("carry", ["fresh", "same"])
 def test_steps_without_derivatives_are_unbiased_within_the_standard_error(carry: Any) -> None:
     problem, truth = without_derivatives(), sum(exact(k) for k in range(WINDOWS))

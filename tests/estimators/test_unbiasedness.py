@@ -121,8 +121,17 @@ def expectation(
     return mean, squared, claimed
 
 
+QUICK = ("none", "exact", "two")
+"""The variates of the fast tests, under Rademacher directions."""
+
 UNBIASED = [
-    pytest.param(row.unbiased, name, variate, id=f"{kind.__name__}-{name}-{what}")
+    pytest.param(
+        row.unbiased,
+        name,
+        variate,
+        id=f"{kind.__name__}-{name}-{what}",
+        marks=() if name == "rademacher" and what in QUICK else pytest.mark.slow,
+    )
     for kind, row in ROWS.items()
     if row.unbiased is not None
     for name in row.unbiased.distributions

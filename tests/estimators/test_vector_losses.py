@@ -363,6 +363,7 @@ def test_a_module_as_meta_gets_a_row_for_each_entry() -> None:
     torch.testing.assert_close(dict(found), dict(other), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_error_of_each_entry_is_what_its_estimates_show() -> None:
     """Over many draws, the mean squared error of each entry is the mean of its squared standard error."""
     problem, meta = descent(outer_losses), make_meta()

@@ -126,6 +126,7 @@ def test_one_failure_ends_the_others(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_the_example_finds_the_coefficient_in_spite_of_failures() -> None:
     path = Path(__file__).parents[2] / "examples" / "outside_program.py"
     spec = importlib.util.spec_from_file_location("outside_program_example", path)

@@ -67,6 +67,7 @@ def test_exact_hypergradients_of_the_differentiable_solver(name: Any, unknown: A
     assert float(reverse @ direction) == pytest.approx(difference, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_differences_of_scipys_solver_agree_with_exact_derivatives_of_the_other(name: Any, table: str) -> None:
     meta = torch.tensor([0.02, 1.5], dtype=torch.float64).log()
@@ -245,6 +246,7 @@ def test_no_outer_step_reaches_an_ill_posed_equation() -> None:
     assert dict(zip(TERMS, allowed.tolist(), strict=True)) == {name: -1.0 * (name != "u_xx") for name in TERMS}
 
 
+@pytest.mark.slow
 def test_a_solver_that_fails_on_the_way_shortens_the_step() -> None:
     """From a viscosity of 0.02 a first step by a factor of e⁶ leads to where the grid cannot hold the shock."""
     setup = problem.setup(PDE("burgers", points=64), None, 1, 0)
@@ -264,7 +266,7 @@ def test_a_solver_that_fails_on_the_way_shortens_the_step() -> None:
 # -- what is found -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param("kdv", marks=pytest.mark.slow), "burgers", "allen-cahn"])
 def test_the_coefficient_is_found(name: Any) -> None:
     """From observations of a finer solve; what is left is the error of 96 points."""
     config = PDE(name, points=96, starts=1, solver_tolerance=1e-7)
@@ -284,6 +286,7 @@ def test_the_coefficient_is_found(name: Any) -> None:
     assert all(row["solves"] == 3 for row in result.history if not row["backtracks"])
 
 
+@pytest.mark.slow
 def test_standard_errors_are_those_of_repeated_noise() -> None:
     """(found − true)/standard error is about standard normal: its sum of squares over 8 seeds is χ² with 8 degrees."""
     squares = []
@@ -323,6 +326,7 @@ def run(out: Path, *flags: str) -> dict[str, Any]:
     return results_of(out)
 
 
+@pytest.mark.slow
 def test_a_run_with_several_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--equation", "kdv", "--points", "64", "--starts", "3", "--outer-steps", "10", "--noise", "0.01", *ROUGH)
     results = run(tmp_path / "run", *flags)

@@ -44,6 +44,7 @@ def faults(how: str, **environment: str) -> tuple[str, int]:
     return kept, int(count)
 
 
+@pytest.mark.slow
 @on_glibc
 def test_kept_memory_is_not_fetched_again() -> None:
     kept, count = faults("kept")
@@ -58,8 +59,8 @@ def test_kept_memory_is_not_fetched_again() -> None:
     ("name", "value"),
     [
         ("MALLOC_TRIM_THRESHOLD_", "65536"),
-        ("MALLOC_MMAP_THRESHOLD_", "65536"),
-        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=65536"),
+        pytest.param("MALLOC_MMAP_THRESHOLD_", "65536", marks=pytest.mark.slow),
+        pytest.param("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=65536", marks=pytest.mark.slow),
     ],
 )
 def test_the_users_own_settings_stay(name: str, value: str) -> None:
