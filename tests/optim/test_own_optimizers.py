@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from plain_training import class_name, numerical_gradient, trained_tensors
-from test_unreached_parameters import ESTIMATORS, HEADS, META, PARAMETERS, TOLERANCE, head_loss, outer_loss, warmup
+from test_unreached_parameters import (
+    ESTIMATORS,
+    HEADS,
+    META,
+    PARAMETERS,
+    TOLERANCE,
+    head_loss,
+    outer_loss,
+    settings_as_meta,
+    warmup,
+)
 from torch import Tensor
 
 import bilevel
@@ -205,22 +215,7 @@ def test_settings_as_meta_parameters(
     estimator: bilevel.Estimator,
     schedule: Any,
 ) -> None:
-    names = list(at)
-    point = torch.tensor(list(at.values()), dtype=torch.float64)
-    weights = torch.ones(5, dtype=torch.float64)
-
-    def h(values: Tensor) -> float:
-        settings = {**constants, **dict(zip(names, values.tolist(), strict=True))}
-        trained = trained_tensors(head_loss, PARAMETERS, weights, HEADS, lambda p: algorithm(p, **settings), schedule)
-        return float(outer_loss(trained, weights, None))
-
-    functions: dict[str, Any] = {key: (lambda meta, i=i: meta[i]) for i, key in enumerate(names)}
-    problem = bilevel.GradientDescent(
-        lambda parameters, meta, head: head_loss(parameters, weights, head),
-        outer_loss,
-        PARAMETERS,
-        bilevel.optimizer(algorithm, schedule=schedule, **constants, **functions),
-    )
+    problem, h, point = settings_as_meta(algorithm, constants, at, schedule)
     gradient = numerical_gradient(h, point, offset=1e-5)
     assert (estimator(problem, point, list(HEADS)).grad - gradient).norm() <= 1e-7 * gradient.norm()
 

@@ -156,12 +156,10 @@ META_SETTINGS: list[tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str,
 ]
 
 
-@pytest.mark.parametrize("schedule", [None, warmup])
-@pytest.mark.parametrize("name", ["Reverse", "exact", "difference"])
-@pytest.mark.parametrize(("algorithm", "constants", "at"), META_SETTINGS, ids=class_name)
-def test_settings_as_meta_parameters(
-    algorithm: type[torch.optim.Optimizer], constants: dict[str, Any], at: dict[str, float], name: str, schedule: Any
-) -> None:
+def settings_as_meta(
+    algorithm: type[torch.optim.Optimizer], constants: dict[str, Any], at: dict[str, float], schedule: Any
+) -> tuple[bilevel.GradientDescent, Callable[[Tensor], float], Tensor]:
+    """A problem whose meta parameters are settings of the optimiser, its outer loss by ordinary training, and a point."""
     names = list(at)
     point = torch.tensor(list(at.values()), dtype=torch.float64)
     weights = torch.ones(5, dtype=torch.float64)
@@ -178,10 +176,20 @@ def test_settings_as_meta_parameters(
         PARAMETERS,
         bilevel.optimizer(algorithm, schedule=schedule, **constants, **functions),
     )
+    return problem, h, point
+
+
+@pytest.mark.parametrize("schedule", [None, warmup])
+@pytest.mark.parametrize("name", ["Reverse", "exact", "difference"])
+@pytest.mark.parametrize(("algorithm", "constants", "at"), META_SETTINGS, ids=class_name)
+def test_settings_as_meta_parameters(
+    algorithm: type[torch.optim.Optimizer], constants: dict[str, Any], at: dict[str, float], name: str, schedule: Any
+) -> None:
+    problem, h, point = settings_as_meta(algorithm, constants, at, schedule)
     estimators = {
         "Reverse": bilevel.Reverse(),
         "exact": bilevel.Forward(),
-        "difference": bilevel.ForwardGradient(len(names), "coordinate", tangents="difference"),
+        "difference": bilevel.ForwardGradient(len(at), "coordinate", tangents="difference"),
     }
     with default_dtype(DTYPE_OF_COUNTERS.get(algorithm, torch.float32)):
         truth = numerical_gradient(h, point, offset=1e-5)
