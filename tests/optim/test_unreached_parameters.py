@@ -159,7 +159,7 @@ META_SETTINGS: list[tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str,
 def settings_as_meta(
     algorithm: type[torch.optim.Optimizer], constants: dict[str, Any], at: dict[str, float], schedule: Any
 ) -> tuple[bilevel.GradientDescent, Callable[[Tensor], float], Tensor]:
-    """A problem whose meta parameters are settings of the optimiser, its outer loss by ordinary training, and a point."""
+    """A problem whose meta parameters are settings of the optimiser, its outer loss by plain training, and a point."""
     names = list(at)
     point = torch.tensor(list(at.values()), dtype=torch.float64)
     weights = torch.ones(5, dtype=torch.float64)
