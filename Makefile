@@ -9,21 +9,28 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Errors are shown; warnings, such as those of indexes that do not have a package, are not.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint docs docs-serve clean
+.PHONY: demo test test-all lint style types fast-tests docs docs-serve clean
 
 demo: $(VENV)/tasks  ## condense scikit-learn's handwritten digits into ten images
 	rm -rf runs/demo
 	$(BIN)/bilevel run condensation --preset digits --out runs/demo
 
-test: $(VENV)/dev lint  ## lint, types, and the fast tests
+test: $(VENV)/dev style  ## lint, types, and the fast tests
+	$(MAKE) --jobs 2 types fast-tests  # side by side, since types keep one core busy and the tests two
+
+fast-tests: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m 'not slow'
 
 test-all: $(VENV)/dev  ## all tests, the slow ones too: statistics over many draws, the page of losses, killed runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
-lint: $(VENV)/dev
+lint: style types
+
+style: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/docs  ## build the documentation into site/; a warning or a dead link is an error

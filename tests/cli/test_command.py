@@ -704,6 +704,7 @@ def test_compare_with_settings(capsys: Capture) -> None:
 LONG_NAME = "forward-gradient(directions=4, control_variate=truncated-reverse(steps=2))"
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("columns", [40, 60, 80, 100, 160, 200])
 def test_names_stay_whole_in_tables(columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a terminal of any width each name stands on one line, fit to be copied into --estimator."""

@@ -497,6 +497,7 @@ def test_auto_plans_with_uncompiled_steps_and_estimates_with_compiled_ones() -> 
     torch.testing.assert_close(found.grad, case.both(bilevel.Reverse())[1].grad, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_command_compiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--outer-steps", "2", "--checkpoint-every", "1"]
     run(tmp_path / "eager", *flags)

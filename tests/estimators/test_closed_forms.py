@@ -44,6 +44,7 @@ every_descent = pytest.mark.parametrize("case", DESCENTS, ids=lambda case: case.
 EXACT = {name: make for row in ROWS.values() for name, make in row.exact.items()}
 
 
+@pytest.mark.sampled(every=3)
 @every_problem
 @pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT.keys())
 def test_exact_estimators_give_the_closed_form(
@@ -145,6 +146,7 @@ every_stochastic = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sampled(every=3)
 @every_stochastic
 def test_stochastic_estimators_are_unbiased(row: int) -> None:
     found = sample(row)
@@ -158,6 +160,7 @@ def test_stochastic_estimators_are_unbiased(row: int) -> None:
     assert miss < 4**2 * found.claimed_squared_errors.mean() / len(found.grads)
 
 
+@pytest.mark.sampled(every=3)
 @every_stochastic
 def test_stochastic_estimators_have_the_variance_of_theory(row: int) -> None:
     found, theory = sample(row).squared_errors, STOCHASTIC[row].relative_variance

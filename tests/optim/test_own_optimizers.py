@@ -177,6 +177,7 @@ def truth(algorithm: type[torch.optim.Optimizer], settings: tuple[tuple[str, Any
     return trained(META), numerical_gradient(lambda meta: float(outer_loss(trained(meta), meta, None)), META, 1e-4)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize(("algorithm", "settings"), OWN, ids=class_name)
 def test_hypergradient_is_that_of_the_plain_loop(
@@ -205,6 +206,7 @@ OWN_META: list[tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, floa
 ]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("schedule", [None, warmup])
 @pytest.mark.parametrize("estimator", [bilevel.Reverse(), bilevel.Forward()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize(("algorithm", "constants", "at"), OWN_META, ids=class_name)

@@ -65,6 +65,7 @@ def truth(clipping: str, optimizer: str) -> tuple[list[Tensor], Tensor]:
     return trained(META), numerical_gradient(lambda meta: float(outer_loss(trained(meta), meta, None)), META, 1e-5)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("clipping", CLIPPINGS)

@@ -111,6 +111,7 @@ def test_values_are_those_of_the_plain_loop(
                 torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", ESTIMATORS)
 @EVERY_SETTING
 def test_hypergradient_is_that_of_the_plain_loop(
@@ -179,6 +180,7 @@ def settings_as_meta(
     return problem, h, point
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("schedule", [None, warmup])
 @pytest.mark.parametrize("name", ["Reverse", "exact", "difference"])
 @pytest.mark.parametrize(("algorithm", "constants", "at"), META_SETTINGS, ids=class_name)

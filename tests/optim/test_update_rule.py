@@ -427,6 +427,7 @@ def settings_as_meta_rows() -> list[Any]:
     return rows
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(("algorithm", "settings", "at", "schedule", "several"), settings_as_meta_rows())
 def test_settings_as_meta_parameters(
     algorithm: Algorithm,

@@ -51,6 +51,7 @@ def test_predicted_bytes_are_those_counted(algorithm: Any) -> None:
         assert row.bytes == pytest.approx(live.peak, rel=0.2), row.estimator
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(
     ("memory", "recommended"),
     [

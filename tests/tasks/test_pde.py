@@ -48,6 +48,7 @@ def value(setup: Any, meta: Tensor) -> float:
 # -- hypergradients ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("unknown", ["coefficients", "initial-condition", "source", "library"])
 def test_exact_hypergradients_of_the_differentiable_solver(name: Any, unknown: Any, table: str) -> None:
@@ -79,6 +80,7 @@ def test_differences_of_scipys_solver_agree_with_exact_derivatives_of_the_other(
     torch.testing.assert_close(here.grad, there.grad, rtol=1e-3, atol=1e-5 * float(there.grad.abs().max()))
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_gradients_through_the_training_of_a_network(name: Any, optimizer: Any, table: str) -> None:
@@ -383,6 +385,7 @@ def test_what_cannot_be_run_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_start_that_the_solver_ends_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = problem.numerical_field
 

@@ -90,6 +90,7 @@ def test_a_run_interrupted_at_every_step_goes_on_to_the_same_numbers(tmp_path: P
     assert_as_undisturbed(long_run(out=tmp_path, resume=True), tmp_path)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_every_optimizer_and_schedule_goes_on_to_the_same_numbers(name: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):

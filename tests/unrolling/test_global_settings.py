@@ -101,6 +101,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ESTIMATORS)

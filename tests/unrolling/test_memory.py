@@ -108,12 +108,14 @@ FLAT: list[Estimator] = [
 ]
 
 
+@pytest.mark.sampled(every=2)
 @WITH_ADAM_TOO
 @pytest.mark.parametrize("estimator", ALWAYS_FLAT, ids=repr)
 def test_forward_gradients_take_the_same_for_any_number_of_steps(counted: Counted, estimator: Estimator) -> None:
     assert counted.peak(estimator, 40) == counted.peak(estimator, 5)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("estimator", FLAT, ids=repr)
 @pytest.mark.filterwarnings("ignore:Implicit. conjugate gradients reached")  # in three products; that is no matter here
 def test_so_do_all_that_keep_no_states(counted: Counted, estimator: Estimator) -> None:
@@ -138,6 +140,7 @@ GROWING: dict[str, tuple[Callable[[int], tuple[Estimator, int]], tuple[int, int]
 }
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("case", GROWING.values(), ids=GROWING)
 def test_states_kept(counted: Counted, case: Any) -> None:
     """From one T (or s) to another the peak grows by the states that the docstring speaks of, and by nothing else."""

@@ -264,6 +264,7 @@ def images(network: Callable[[], nn.Module], dtype: torch.dtype, autocast: bool,
     return problem, torch.ones(6, dtype=dtype)
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16", "autocast"])

@@ -49,9 +49,9 @@ class ForwardGradient(Estimator):
             inner step that all chunks share, with the tangents of all directions in memory (often the faster and the
             smaller one, see benchmarks/results/shared_steps.md); or `"difference"` for central differences of
             first-order gradients: for fused attention and activation checkpointing, with relative errors of about 1e-10
-            in float64 and 1e-4 in float32. Differences do not stop at `detach()` or `torch.no_grad()`. `"exact"` takes
-            Hessian-vector products at the same cost where an operation of the inner loss has no forward-mode
-            derivative; `diagnostics["hessian_product_steps"]` then counts the steps.
+            in float64 and 1e-4 in float32. What an inner loss takes from `detach()` or under `torch.no_grad()` is held
+            while differences are taken. `"exact"` takes Hessian-vector products at the same cost where an operation of
+            the inner loss has no forward-mode derivative; `diagnostics["hessian_product_steps"]` counts the steps.
         support: `"reached"` restricts the directions to the entries of φ on which the inner loop or the outer loss
             depends (for instance the weights of examples that occur in a mini-batch). Finding them costs about 3T
             units, and N is then their number.

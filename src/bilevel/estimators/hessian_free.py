@@ -21,6 +21,7 @@ from bilevel.estimators.reverse_pass import ReversePass
 from bilevel.problem import Descent, GradientDescent
 from bilevel.unrolling import diagnosis
 from bilevel.unrolling.first_order import objective_by_meta, outer_gradients
+from bilevel.unrolling.held_stops import HeldStops
 from bilevel.unrolling.unroll import Losses, Unroll
 
 
@@ -168,11 +169,13 @@ class HessianFree(Estimator):
         relative = self.step_size or max(torch.finfo(t.dtype).eps for t in parts.differentiable) ** (1 / 3)
         step = relative * (length or 1.0) / speed
 
+        stops = HeldStops(problem, state)
+
         def beside(sign: int) -> list[Tensor] | None:
             moved = [p + sign * step * v for p, v in zip(parts.differentiable, vector, strict=True)]
-            return objective_by_meta(run, problem, state._replace(params=parts.rebuild(moved)), batches=1)
+            return objective_by_meta(run, stops.problem, state._replace(params=parts.rebuild(moved)), batches=1)
 
-        ahead, behind = beside(1), beside(-1)
+        ahead, behind = stops.pair(beside)
         mixed: list[Tensor] = []
         if ahead is not None and behind is not None:
             mixed = [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]

@@ -7,7 +7,10 @@ relative error is about ∛(machine epsilon)², 4e-11 in float64 and 2e-5 in flo
 It is larger if the gradient is computed with less than its dtype's precision. The optimiser's update itself is
 differentiated exactly.
 
-A difference ignores a stop-gradient: values that a loss computes under `detach()` or `torch.no_grad()` change as well.
+What an inner loss takes from `detach()`, from `.data` or from a block under `torch.no_grad()` is a constant for
+derivatives. It is recorded at (θ, φ) and replayed at the moved points, so that a stop-gradient means here what it means
+in the other methods. Three things are evaluated at the moved points as they are, and differences then do not stop: a
+custom `autograd.Function`, the steps of a `Problem`, and losses that are compiled or spread over processes.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from bilevel import autodiff, trees
 from bilevel.problem import Descent, Evaluated, GradientDescent
 from bilevel.trees import Tree
 from bilevel.unrolling.first_order import outer_gradients
+from bilevel.unrolling.held_stops import HeldStops
 from bilevel.unrolling.replay import require_repeatable
 from bilevel.unrolling.tangents import Part, TangentRule
 from bilevel.unrolling.unroll import Unroll
@@ -80,8 +84,10 @@ def _push_step(run: Unroll, t: int, state: Tree, pairs: list[Pair]) -> tuple[Tre
 def _push_descent(
     run: Unroll, problem: GradientDescent, t: int, state: Descent, pairs: list[Pair]
 ) -> tuple[Tree, list[list[Tensor]]]:
+    stops = HeldStops(problem, state)
+
     def evaluated(moved: tuple[Tree, Tree], meta: Tree) -> Evaluated:
-        return run.at_step(t, lambda batch: problem.evaluate(moved[0], meta, batch, moved[1]))
+        return run.at_step(t, lambda batch: stops.problem.evaluate(moved[0], meta, batch, moved[1]))
 
     def reached(moved: tuple[Tree, Tree], meta: Tree) -> tuple[list[Tensor], Tree]:
         """Return the buffers, and the entries of the gradient that the loss reaches at the state itself."""
@@ -91,10 +97,12 @@ def _push_descent(
 
     here = (state.params, state.buffers)
     found, after, tangents = evaluated(here, run.meta), None, []
+    stops.recorded()
     size, rest = len(found.gradient), len(trees.split(state.buffers).differentiable)
     count = sum(g is not None for g in found.gradient)
     for y, v in pairs:
-        bend = _difference(reached, here, run.meta, ([*y[:size], *y[len(y) - rest :]], v))
+        moving = ([*y[:size], *y[len(y) - rest :]], v)
+        bend = _difference(reached, here, run.meta, moving, stops.pair)
         # The optimisers work entry by entry, so each process updates its own part of a tensor that is spread over
         # several.
         parts = [[trees.local(p).unsqueeze(0) for p in part] for part in (y, bend[:count], v, bend[count:])]
@@ -116,8 +124,21 @@ def _spread_like(leaf: Any, like: Any) -> Any:
     return trees.spread_like(leaf, like) if isinstance(like, Tensor) else leaf
 
 
-def _difference(function: Callable[[Tree, Tree], Tree], state: Tree, meta: Tree, tangents: Pair) -> list[Tensor]:
-    """Compute the central difference of a function of (state, φ) along a pair of tangents."""
+def _both(function: Callable[[int], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return function(1), function(-1)
+
+
+def _difference(
+    function: Callable[[Tree, Tree], Tree],
+    state: Tree,
+    meta: Tree,
+    tangents: Pair,
+    both: Callable[[Callable[[int], list[Tensor]]], tuple[list[Tensor], list[Tensor]]] = _both,
+) -> list[Tensor]:
+    """Compute the central difference of a function of (state, φ) along a pair of tangents.
+
+    `both` evaluates a function of the sign for both signs.
+    """
     places = (trees.split(state), trees.split(meta))
     points = [*places[0].differentiable[: len(tangents[0])], *places[1].differentiable]
     along = [*tangents[0], *tangents[1]]
@@ -132,4 +153,4 @@ def _difference(function: Callable[[Tree, Tree], Tree], state: Tree, meta: Tree,
         with torch.enable_grad():
             return [t.detach() for t in trees.split(function(there, places[1].rebuild(moved[count:]))).differentiable]
 
-    return [(ahead - behind) / (2 * step) for ahead, behind in zip(shifted(1), shifted(-1), strict=True)]
+    return [(ahead - behind) / (2 * step) for ahead, behind in zip(*both(shifted), strict=True)]

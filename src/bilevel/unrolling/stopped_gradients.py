@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _MOST_BYTES = 2**30
+_BOOKKEEPING = tuple(
+    str(Path(torch.__file__).parent / part) for part in ("utils/checkpoint.py", "distributed", "autograd/graph.py")
+)
+"""Code of PyTorch that works outside of the graph and has a derivative all the same, such as activation checkpoints."""
 _OWN_CODE = tuple(str(Path(file).parent) for file in (torch.__file__, optree.__file__, str(Path(__file__).parent)))
 
 
@@ -56,14 +60,28 @@ class Tape:
         """Whether there was more than 1 GiB to record, so that nothing can be replayed."""
         return self._bytes > _MOST_BYTES
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether anything has been recorded."""
+        return bool(self._entries) or self.is_full
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._entries.clear()
+        self._bytes = 0
+
     def rewind(self) -> None:
         """Start a replay from the beginning."""
         self._position, self._replaying = 0, True
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Context of a call of the user's function, which is recorded, or replayed after `rewind`."""
-        with _custom_functions_seen_by(self), _Stops(self):
+    def running(self, custom_functions: bool = True) -> Iterator[None]:
+        """Context of a call of the user's function, which is recorded, or replayed after `rewind`.
+
+        Without `custom_functions`, these are evaluated at moved points as they are, which needs no derivative of their
+        backward passes.
+        """
+        with _custom_functions_seen_by(self) if custom_functions else nullcontext(), _Stops(self):
             yield
 
     # -- what the mode does ---------------------------------------------------------------------------------------
@@ -188,7 +206,7 @@ class _Stops(TorchFunctionMode):
             return result
         if name in ("__get__", "__set__") and not stopping:
             return result
-        if first is not None and not stopping and first._version != version:  # written in place
+        if first is not None and not stopping and first._version != version and not _is_bookkeeping():  # in place
             (value,) = self._tape.stopped((first,), f"{_where()} (torch.no_grad)")
             if self._tape._replaying and not self._tape.is_full:
                 first.copy_(value)
@@ -199,6 +217,8 @@ class _Stops(TorchFunctionMode):
         if not stopping and any(r is a for r in results for a in args):
             return result
         if not stopping and any(isinstance(r, Tensor) and r._is_view() for r in results):
+            return result
+        if _is_bookkeeping():
             return result
         how = name.strip("_") if name != "__get__" else "data"
         found = self._tape.stopped(tuple(results), f"{_where()} ({how if stopping else 'torch.no_grad'})")
@@ -278,6 +298,16 @@ def _equal(recorded: Any, value: Any) -> bool:
         return True
     value = _constant(value)
     return recorded.dtype == value.dtype and torch.equal(recorded, value)
+
+
+def _is_bookkeeping() -> bool:
+    """Whether the operation is part of what PyTorch does behind a function that has a derivative."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_BOOKKEEPING):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _where() -> str:
