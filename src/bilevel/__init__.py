@@ -30,6 +30,7 @@ from bilevel.estimators import (
 )
 from bilevel.estimators.solve import solve
 from bilevel.estimators.variates import CoarserProblem, Constant, RunningMean
+from bilevel.integrations.calibration import calibrate
 from bilevel.optim.update_rule import optimizer
 from bilevel.planning.auto import Auto
 from bilevel.planning.planner import Plan, plan, plan_from_sizes
@@ -76,6 +77,7 @@ __all__ = [
     "TruncatedReverse",
     "ZerothOrder",
     "batches",
+    "calibrate",
     "check",
     "compare",
     "epochs",

@@ -66,6 +66,9 @@ FRESH_DIRECTION = 11
 TASK = 13
 """The seed of each task of `Tasks`; the next counter is the number of the task."""
 
+CALIBRATION = 14
+"""Further starts of a calibration."""
+
 # -- streams of the tasks. A run is of one task, so two tasks may have the same numbers.
 
 CONDENSATION_START, CONDENSATION_INNER, CONDENSATION_OUTER, CONDENSATION_CONTROL = range(100, 104)

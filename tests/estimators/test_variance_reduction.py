@@ -379,7 +379,7 @@ def test_differences_step_by_the_cube_root_of_epsilon(
     seen: list[Tensor] = []
 
     def inner_loss(theta: Tensor, phi: Tensor, batch: Any) -> Tensor:
-        seen.append(torch.cat([theta.detach().double(), phi.detach().double()]))
+        seen.append(torch.tensor([*theta.tolist(), *phi.tolist()], dtype=torch.float64))  # .detach() would be held
         return ((theta.double() - phi.double()[:2]).square() * (1 + phi.double()[1:])).sum()
 
     problem = bilevel.GradientDescent(

@@ -30,9 +30,11 @@ from torch.overrides import TorchFunctionMode
 
 _MOST_BYTES = 2**30
 _BOOKKEEPING = tuple(
-    str(Path(torch.__file__).parent / part) for part in ("utils/checkpoint.py", "distributed", "autograd/graph.py")
+    str(Path(torch.__file__).parent / part)
+    for part in ("utils/checkpoint.py", "distributed", "autograd/graph.py", "autograd/function.py")
 )
-"""Code of PyTorch that works outside of the graph and has a derivative all the same, such as activation checkpoints."""
+"""Code of PyTorch that works outside of the graph and has a derivative all the same: activation checkpoints, sharded
+modules, and custom functions, whose `forward` runs without gradients."""
 _OWN_CODE = tuple(str(Path(file).parent) for file in (torch.__file__, optree.__file__, str(Path(__file__).parent)))
 
 
