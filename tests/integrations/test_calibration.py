@@ -112,7 +112,7 @@ def test_exact_derivatives_take_one_simulation_an_iteration() -> None:
 
 @pytest.mark.slow
 def test_standard_errors_are_those_of_repeated_noise() -> None:
-    """(found − true)/standard error is about standard normal: the sum of squares over 40 seeds is χ² with 40 degrees."""
+    """(found − true)/standard error is about standard normal: the squares over 40 seeds sum to χ² with 40 degrees."""
     times = np.linspace(0, 4, 30)
     squares = 0.0
     for seed in range(40):

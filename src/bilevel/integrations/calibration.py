@@ -110,8 +110,8 @@ def calibrate(
             parameters where it cannot be computed; the step towards them is then made shorter.
         start: the parameters at which to start: an array `[n]`, a number, or a dict of numbers and arrays.
         observed: the observations `[k]`, k > n.
-        sigma: the standard deviation of the noise, one number or `[k]`. If it is unknown, it is taken to be the same for
-            all observations, and estimated by √(χ²/(k − n)).
+        sigma: the standard deviation of the noise, one number or `[k]`. If it is unknown, it is taken to be the same
+            for all observations, and estimated by √(χ²/(k − n)).
         bounds: the least and the largest parameters, each in the form of `start` or one number.
         derivatives: `"differences"` of n further simulations for each Jacobian; `"forward"` or `"reverse"`, exact
             Jacobians by PyTorch, in forward mode (n tangents at once) or in reverse mode (one backward pass for each
@@ -200,7 +200,9 @@ class _Subject:
         if sigma is not None:
             noise = _numbers(sigma, "sigma")
             if len(noise) not in (1, len(data)):
-                raise ValueError(f"sigma has {len(noise)} numbers and observed {len(data)}; pass one number, or as many")
+                raise ValueError(
+                    f"sigma has {len(noise)} numbers and observed {len(data)}; pass one number, or as many"
+                )
             if not (noise > 0).all():
                 raise ValueError(f"sigma={noise.min():g}: standard deviations are positive; leave sigma out if unknown")
         low, high = np.full(len(first), -np.inf), np.full(len(first), np.inf)
@@ -421,9 +423,7 @@ def _labels(form: Any) -> list[str]:
         count = np.size(form)
         return [f"x[{i}]" for i in range(count)]
     sizes = {name: np.shape(part) for name, part in form.items()}
-    return [
-        f"{name}{list(index) if index else ''}" for name, shape in sizes.items() for index in np.ndindex(*shape)
-    ]
+    return [f"{name}{list(index) if index else ''}" for name, shape in sizes.items() for index in np.ndindex(*shape)]
 
 
 def _in_form(x: Any, form: Any) -> Any:
