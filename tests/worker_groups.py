@@ -111,6 +111,9 @@ def estimates(folder: Path) -> None:
             estimate = estimator(black_box() if box else problem, meta, None if box else batches, seed=3)
             numbers = [float(estimate.value), *torch.cat([g.reshape(-1) for g in trees.leaves(estimate.grad)]).tolist()]
             found[name] = [*numbers, estimate.standard_error or 0.0]
+        with bilevel.experimental.short_check(True):
+            checked = bilevel.ForwardGradient(2)(problem, meta, batches, seed=3).diagnostics["checked"]
+        found["checked"] = checked.rpartition("; at ")[0]
         found.update({name: windows(estimator) for name, estimator in CARRIED.items()})
     (folder / f"estimates-{workers.size}-{workers.rank}.json").write_text(json.dumps(found))
 

@@ -236,5 +236,10 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def all_finite(tree: Tree) -> bool:
-    """Whether no differentiable leaf contains NaN or infinity."""
-    return all(bool(whole(torch.isfinite(leaf).all())) for leaf in leaves(tree) if is_differentiable(leaf))
+    """Whether no differentiable leaf contains NaN or infinity. It waits once for each device, however many leaves."""
+    flags: dict[torch.device, list[Tensor]] = {}
+    for leaf in leaves(tree):
+        if is_differentiable(leaf):
+            flag = whole(torch.isfinite(leaf).all())
+            flags.setdefault(flag.device, []).append(flag)
+    return all(bool(torch.stack(each).all()) for each in flags.values())

@@ -93,6 +93,13 @@ def test_estimates_do_not_depend_on_the_number_of_workers(name: str, base: Path)
             assert together == found(base, "estimates", size)[name]  # all workers have the same, to the last bit
 
 
+def test_the_short_check_finds_the_same_on_every_worker(base: Path) -> None:
+    checked = found(base, "estimates", 1)["checked"]
+    assert checked.startswith("the loop: steps 0, ")
+    for size in SIZES[1:]:
+        assert all(found(base, "estimates", size, rank)["checked"] == checked for rank in range(size))
+
+
 def test_both_exchanges_give_the_same(base: Path) -> None:
     for size in SIZES:
         estimates = found(base, "estimates", size)

@@ -24,6 +24,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BILEVEL_SHORT_CHECK", raising=False)  # as for its readers
     names: dict[str, object] = {"__name__": "page"}
     for block in site_pages.blocks(page):
         out = StringIO()

@@ -66,6 +66,9 @@ def finite(meta: Tree) -> None:
     for name, leaf in trees.named_leaves(meta, "meta"):
         if leaf.is_meta:
             raise ValueError(f"{name} is on the meta device, where tensors have no values; make it on cpu or a GPU")
+    if trees.all_finite(meta):
+        return
+    for name, leaf in trees.named_leaves(meta, "meta"):
         if not bool(torch.isfinite(leaf).all()):
             raise NonFiniteError(
                 f"{name} holds NaN or infinity, so no hypergradient can be computed there; if it did not at the start, "

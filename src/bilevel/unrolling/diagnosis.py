@@ -20,8 +20,10 @@ from bilevel.unrolling.inner_loop import InnerLoop
 def require_finite(run: InnerLoop, value: Tensor, state: Tree, derivatives: Tree = ()) -> None:
     """Raise a NonFiniteError unless the outer loss, the final state and derivatives of either are finite.
 
-    The state of a black box is not checked.
+    The state of a black box is not checked. If all is well, a GPU is waited for once.
     """
+    if trees.all_finite([value, () if run.problem.is_black_box else state, derivatives]):
+        return
     if not bool(torch.isfinite(value).all()):
         raise non_finite(run, "the outer loss", value, state)
     if not run.problem.is_black_box and not trees.all_finite(state):

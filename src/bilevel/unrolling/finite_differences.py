@@ -142,9 +142,10 @@ def _difference(
     places = (trees.split(state), trees.split(meta))
     points = [*places[0].differentiable[: len(tangents[0])], *places[1].differentiable]
     along = [*tangents[0], *tangents[1]]
-    length, speed = (float(trees.squared_norm(ts).sqrt()) for ts in (points, along))
+    length, speed = (trees.squared_norm(ts).sqrt().double() for ts in (points, along))
     coarsest = max(torch.finfo(t.dtype).eps for t in points)
-    step = coarsest ** (1 / 3) * (length or 1.0) / (speed or 1.0)
+    # Lengths stay on the device, because reading one would wait for it at every step.
+    step = coarsest ** (1 / 3) * length.where(length > 0, 1.0) / speed.where(speed > 0, 1.0)
 
     def shifted(sign: int) -> list[Tensor]:
         moved = [p + sign * step * a for p, a in zip(points, along, strict=True)]

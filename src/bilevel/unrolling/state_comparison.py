@@ -71,7 +71,10 @@ def _starts_with(path: tuple[object, ...], field: str) -> bool:
 
 
 def same_bits(left: Tree, right: Tree, parameters_alone: bool = False) -> bool:
-    """Whether the tensors of two states on a CPU are equal: all tensors, or only the parameters of a `Descent`."""
+    """Whether the tensors of two states are equal: all tensors, or only the parameters of a `Descent`.
+
+    On other devices than a CPU this waits for the device, once for each tensor.
+    """
     if parameters_alone and isinstance(left, Descent) and isinstance(right, Descent):
         left, right = left.params, right.params
     return all(_same_bits(a, b) for a, b in zip(_tensors(left), _tensors(right), strict=True))
@@ -80,7 +83,8 @@ def same_bits(left: Tree, right: Tree, parameters_alone: bool = False) -> bool:
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     if left is right:
         return True
-    if left.shape != right.shape or not (left.is_contiguous() and right.is_contiguous()):
+    plain = left.is_contiguous() and right.is_contiguous() and left.device.type == "cpu"
+    if left.shape != right.shape or not plain:
         return torch.equal(left, right)
     # NumPy compares integers about four times as fast as torch.equal compares floats.
     a, b = (t.detach().reshape(-1).view(_INTEGERS[t.itemsize]).numpy() for t in (left, right))

@@ -113,8 +113,8 @@ def push_step_by_hessian_products(
     size, rest = len(trees.split(state.params).differentiable), len(followed)
     (joint_gradient, buffers), after = shared.value, state
     gradient, reached = joint_gradient[:size], [g is not None for g in joint_gradient]
-    if not any(g is not None and bool(g.any()) for g in gradient):
-        # Raises if the loss does not depend on the parameters.
+    if not any(reached[:size]) or (t == 0 and followed and not _any_nonzero(gradient)):
+        # Raises if the loss does not depend on the parameters; updates of buffers reach them all the same.
         run.at_step(t, lambda batch: problem.gradient(state.params, run.meta, batch, state.buffers))
     for number, (y, vectors) in enumerate(zip(tangents, chunks, strict=True)):
         of_buffers = y[len(y) - rest :]
@@ -141,3 +141,7 @@ def _push_update(
     `tangents` are those of the state, of the entries of the gradient that are not `None`, of φ and of the buffers.
     """
     return autodiff.push(problem.apply, [state, gradient, run.meta, buffers], tangents, run.memory, "update")
+
+
+def _any_nonzero(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and bool(t.any()) for t in tensors)
