@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 from bilevel.autodiff import composites
@@ -58,6 +58,18 @@ add(
     "multi margin of one",
     *(F.multi_margin_loss, C.multi_margin_loss),
     lambda f, r, x: f(x[0], LABELS[1], reduction=r),
+    SCORES,
+)
+add(
+    "multi margin of one score",
+    *(F.multi_margin_loss, C.multi_margin_loss),
+    lambda f, r, x: f(x[0, 0], LABELS[0], reduction=r),
+    SCORES,
+)
+add(
+    "multilabel margin of one score",
+    *(F.multilabel_margin_loss, C.multilabel_margin_loss),
+    lambda f, r, x: f(x[0, 0], LABELS[0], reduction=r),
     SCORES,
 )
 add(
@@ -116,9 +128,44 @@ for dim in (0, 1, 2, -1):
     shape = () if dim == -1 else tuple(n if i == dim else 1 for i, n in enumerate(IMAGE.shape))
     length = normal(*shape).abs() + 0.5
     add_one(f"weight norm {dim}", WEIGHT_NORM, C.weight_norm, lambda f, v, g, d=dim: f(v, g, d), IMAGE, length)
+for order in (0.0, 1.0, 1.5, 2.0, 3.0, float("inf")):
+    add_one(f"cdist {order}", torch.cdist, C.cdist, lambda f, x, y, p=order: f(x, y, p), IMAGE, TARGET[:3])
+    add_one(f"pdist {order}", torch.pdist, C.pdist, lambda f, x, p=order: f(x, p), SCORES)
+add_one("hardsigmoid", F.hardsigmoid, C.hardsigmoid, lambda f, x: f(2 * x), SCORES)
+for name, bags in {
+    "rows": {"input": WORDS, "padding_idx": -2},
+    "offsets": {"input": WORDS.flatten(), "offsets": torch.tensor([0, 2, 2, 5])},
+    "last offset": {"input": WORDS.flatten(), "offsets": torch.tensor([0, 4, 9]), "include_last_offset": True},
+}.items():
+    add_one(
+        f"bags of embeddings, {name}",
+        *(F.embedding_bag, C.embedding_bag),
+        lambda f, w, s, kw=bags: f(weight=w, per_sample_weights=s.reshape(kw["input"].shape), mode="sum", **kw),
+        *(SCORES.mT, normal(3, 3)),
+    )
 NORMS = [IMAGE, SCALE, SHIFT]
 add_one("layer norm", F.layer_norm, C.layer_norm, lambda f, x, w, b: f(x.mT, (4,), w, b), *NORMS)
 add_one("layer norm, torch.", torch.layer_norm, C.layer_norm, lambda f, x, w, b: f(x.mT, (4,), w, b), *NORMS)
+add_one(
+    "layer norm with its statistics",
+    *(torch.native_layer_norm, C.native_layer_norm),
+    lambda f, x, w, b: f(x.mT, (4,), w, b, 1e-5)[0],
+    *NORMS,
+)
+for training in (True, False):
+    more = (SCALE, SCALE.abs(), training, 0.1, 1e-5, False)
+    add_one(
+        f"batch norm, torch. {training}",
+        *(torch.batch_norm, C.torch_batch_norm),
+        lambda f, x, w, b, a=more: f(x, w, b, a[0].clone(), a[1].clone(), *a[2:]),
+        *NORMS,
+    )
+    add_one(
+        f"instance norm, torch. {training}",
+        *(torch.instance_norm, C.torch_instance_norm),
+        lambda f, x, w, b, a=more: f(x, w, b, a[0].clone(), a[1].clone(), *a[2:]),
+        *NORMS,
+    )
 add_one("instance norm", F.instance_norm, C.instance_norm, lambda f, x, w, b: f(x, None, None, w, b), *NORMS)
 add_one("batch norm", F.batch_norm, C.batch_norm, lambda f, x, w, b: f(x, None, None, w, b, True), *NORMS)
 add_one("batch norm, eval", F.batch_norm, C.batch_norm, lambda f, x, w, b: f(x, SCALE, SCALE.abs(), w, b), *NORMS)
@@ -133,7 +180,8 @@ def test_value_and_first_derivative_are_those_of_pytorch(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     weights = normal(*expected.shape, seed=5)
     gradients = [torch.autograd.grad((y * weights).sum(), xs) for y, xs in ((expected, first), (found, second))]
-    torch.testing.assert_close(*gradients[::-1], rtol=1e-11, atol=1e-12)
+    rounding = 1e-7 if name == "hardsigmoid" else 1e-11  # PyTorch keeps 1/6 in single precision
+    torch.testing.assert_close(*gradients[::-1], rtol=rounding, atol=1e-12)
 
 
 CONVENTIONS = ("unnormalised", "impossible")
@@ -172,50 +220,3 @@ def test_composites_take_the_arguments_of_the_operations() -> None:
         if inspect.isfunction(operation):
             theirs = list(inspect.signature(operation).parameters)
             assert list(inspect.signature(composite).parameters)[: len(theirs)] == theirs
-
-
-def second_derivatives(operation: Any, call: Call, inputs: list[Tensor]) -> None:
-    points = [x.clone().requires_grad_() for x in inputs]
-    (gradient,) = torch.autograd.grad(call(operation)(*points).tanh().sum(), points, create_graph=True)
-    gradient.sum().backward()
-
-
-def forward_over_reverse(operation: Any, call: Call, inputs: list[Tensor]) -> None:
-    with forward_ad.dual_level():
-        x = forward_ad.make_dual(inputs[0].clone().requires_grad_(), torch.ones_like(inputs[0]))
-        torch.autograd.grad(call(operation)(x, inputs[1]), x, create_graph=True)
-
-
-def third_derivatives(operation: Any, call: Call, inputs: list[Tensor]) -> None:
-    along = normal(*inputs[0].shape, seed=7)
-
-    def slope(*xs: Tensor) -> Tensor:
-        return (torch.autograd.grad(call(operation)(*xs).tanh().sum(), xs[0], create_graph=True)[0] * along).sum()
-
-    assert gradgradcheck(slope, [x.clone().requires_grad_() for x in inputs], fast_mode=True)
-
-
-def wrong_second_derivatives(operation: Any, call: Call, inputs: list[Tensor]) -> None:
-    assert gradgradcheck(call(operation), [x.clone().requires_grad_() for x in inputs], fast_mode=True)
-
-
-FAULTS = {
-    "multi margin 1, mean": second_derivatives,
-    "multilabel margin, mean": second_derivatives,
-    "ctc, mean": second_derivatives,
-    "weight norm 0": wrong_second_derivatives,
-    "mse, mean": forward_over_reverse,
-    "huber, mean": forward_over_reverse,
-    "layer norm": third_derivatives,
-    "instance norm": third_derivatives,
-    "batch norm": third_derivatives,
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_pytorch_still_has_this_fault_and_the_composite_form_does_not(name: str) -> None:
-    """An operation that PyTorch has repaired needs no composite form any more."""
-    theirs, ours, call, inputs = CASES[name]
-    with pytest.raises(RuntimeError):
-        FAULTS[name](theirs, call, inputs)
-    FAULTS[name](ours, call, inputs)

@@ -13,6 +13,16 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn import functional
 
+from bilevel.autodiff.distances import cdist, embedding_bag, hardsigmoid, pdist
+from bilevel.autodiff.normalisations import (
+    batch_norm,
+    instance_norm,
+    layer_norm,
+    native_layer_norm,
+    torch_batch_norm,
+    torch_instance_norm,
+)
+
 Operation = Callable[..., Any]
 _IMPOSSIBLE = -1e30
 """The logarithm of the probability of an impossible alignment in `ctc_loss`. Minus infinity has no derivative."""
@@ -109,14 +119,14 @@ def multi_margin_loss(
     """Compute Σ_{j≠y} w_y max(0, m − x_y + x_j)^p / C for scores x `[C]` or `[N, C]` and labels y."""
     if p not in (1, 2):
         raise ValueError("only p == 1 and p == 2 supported")
-    scores, labels = (input.unsqueeze(0), target.reshape(1)) if input.ndim == 1 else (input, target)
+    scores, labels = (input.reshape(1, -1), target.reshape(1)) if input.ndim < 2 else (input, target)
     classes = torch.arange(scores.shape[-1], device=scores.device)
     right = scores.gather(1, labels.unsqueeze(1))
     losses = (margin - right + scores).clamp_min(0) ** p
     if weight is not None:
         losses = losses * weight[labels].unsqueeze(1)
     losses = torch.where(classes == labels.unsqueeze(1), torch.zeros_like(losses), losses).mean(1)
-    return _reduced(losses[0] if input.ndim == 1 else losses, reduction, size_average, reduce)
+    return _reduced(losses[0] if input.ndim < 2 else losses, reduction, size_average, reduce)
 
 
 def multilabel_margin_loss(
@@ -130,7 +140,7 @@ def multilabel_margin_loss(
 
     A row of `target` lists labels up to the first negative number.
     """
-    scores, labels = (input.unsqueeze(0), target.unsqueeze(0)) if input.ndim == 1 else (input, target)
+    scores, labels = (input.reshape(1, -1), target.reshape(1, -1)) if input.ndim < 2 else (input, target)
     listed = (labels >= 0).long().cumprod(1) > 0
     classes = torch.arange(scores.shape[-1], device=scores.device)
     is_label = ((labels.unsqueeze(2) == classes) & listed.unsqueeze(2)).any(1)
@@ -138,7 +148,7 @@ def multilabel_margin_loss(
     losses = (1 - right.unsqueeze(2) + scores.unsqueeze(1)).clamp_min(0)
     counted = listed.unsqueeze(2) & ~is_label.unsqueeze(1)
     losses = torch.where(counted, losses, torch.zeros_like(losses)).sum((1, 2)) / scores.shape[-1]
-    return _reduced(losses[0] if input.ndim == 1 else losses, reduction, size_average, reduce)
+    return _reduced(losses[0] if input.ndim < 2 else losses, reduction, size_average, reduce)
 
 
 def ctc_loss(
@@ -206,6 +216,25 @@ def _padded(targets: Tensor, sizes: Tensor, count: int, blank: int) -> Tensor:
     return torch.where(kept, padded, torch.full_like(padded, blank)).to(sizes.device)
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """Compute the cross-entropy of linear scores at once. In chunks (`options`), only the first derivative is right."""
+    settings: Any = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    return functional.linear_cross_entropy(
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, **settings
+    )
+
+
 # -- operations whose second derivative is wrong in PyTorch ------------------------------------------------------------
 
 
@@ -218,96 +247,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
-# -- normalisations, whose third derivatives are wrong in PyTorch ------------------------------------------------------
-
-
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int] | int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    """Compute (x − mean) / √(variance + ε) · weight + bias, with the statistics of the last axes."""
-    count = 1 if isinstance(normalized_shape, int) else len(normalized_shape)
-    return _affine(_standardised(input, tuple(range(-count, 0)), eps), weight, bias)
-
-
-def instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    """Compute (x − mean) / √(variance + ε) · weight + bias, over each channel of each example of `[N, C, …]`."""
-    if use_input_stats:
-        _update_running(functional.instance_norm, input, running_mean, running_var, use_input_stats, momentum, eps)
-        normalised = _standardised(input, tuple(range(2, input.ndim)), eps)
-    else:
-        normalised = _by_running(input, running_mean, running_var, eps)
-    return _affine(normalised, *(_by_channel(t, input) for t in (weight, bias)))
-
-
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    """Compute (x − mean) / √(variance + ε) · weight + bias, over each channel of all examples of `[N, C, …]`."""
-    if training:
-        _update_running(functional.batch_norm, input, running_mean, running_var, training, momentum, eps)
-        normalised = _standardised(input, (0, *range(2, input.ndim)), eps)
-    else:
-        normalised = _by_running(input, running_mean, running_var, eps)
-    return _affine(normalised, *(_by_channel(t, input) for t in (weight, bias)))
-
-
-def _standardised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    centred = x - x.mean(axes, keepdim=True)
-    return centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
-
-
-def _by_running(x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float) -> Tensor:
-    if mean is None or variance is None:
-        raise ValueError("Expected running_mean and running_var to be defined when training=False")
-    return (x - _by_channel(mean, x)) * (_by_channel(variance, x) + eps).rsqrt()
-
-
-def _by_channel(t: Tensor | None, like: Tensor) -> Any:
-    return None if t is None else t.reshape(1, -1, *[1] * (like.ndim - 2))
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
-
-
-def _update_running(
-    operation: Operation,
-    x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    from_input: bool,
-    momentum: float,
-    eps: float,
-) -> None:
-    """Update the running statistics by PyTorch's own operation."""
-    if mean is not None and variance is not None:
-        operation(x.detach(), mean, variance, None, None, from_input, momentum, eps)
-
-
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 SECOND_DERIVATIVE: Mapping[Operation, Operation] = {
@@ -317,9 +256,15 @@ SECOND_DERIVATIVE: Mapping[Operation, Operation] = {
     functional.ctc_loss: ctc_loss,
     torch.ctc_loss: ctc_loss,
     torch._weight_norm: weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+    functional.linear_cross_entropy: linear_cross_entropy,
+    functional.hardsigmoid: hardsigmoid,
+    functional.embedding_bag: embedding_bag,
+    torch.cdist: cdist,
+    torch.pdist: pdist,
 }
-"""Operations whose second derivative is missing in PyTorch (for `soft_margin_loss`, with respect to the target) or
-wrong. They are replaced wherever a gradient is differentiated."""
+"""Operations whose second derivative is missing in PyTorch (for `soft_margin_loss`, with respect to the target; for
+`embedding_bag`, with respect to the weights of samples) or wrong. They are replaced wherever a gradient is
+differentiated."""
 
 FORWARD_MODE: Mapping[Operation, Operation] = {
     functional.mse_loss: mse_loss,
@@ -334,6 +279,9 @@ THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
     functional.instance_norm: instance_norm,
     functional.batch_norm: batch_norm,
     torch.layer_norm: layer_norm,
+    torch.native_layer_norm: native_layer_norm,
+    torch.batch_norm: torch_batch_norm,
+    torch.instance_norm: torch_instance_norm,
 }
 """Operations whose third derivative is wrong in PyTorch. They are replaced in losses that take a gradient themselves,
 which makes third derivatives occur."""

@@ -248,7 +248,7 @@ def many_products(
                 )
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # includes NotImplementedError, for an operation without a batching rule
+            except (RuntimeError, IndexError, TypeError, ValueError):  # for an operation without a right batching rule
                 one(0)  # raises again unless vmap caused the error
                 memory.one_by_one = True
         rows = [one(i) for i in range(count)]

@@ -16,6 +16,8 @@ from bilevel.autodiff.substitution import Memory
 from bilevel.errors import MissingDerivativeError
 from bilevel.trees import Tree
 
+_BY_VMAP = (IndexError, TypeError, ValueError)
+"""Errors that `torch.vmap` raises where an operation meets a batch as an axis that it did not expect."""
 _NOTED: ContextVar[dict[str, float] | None] = ContextVar("noted routes", default=None)
 
 
@@ -95,7 +97,7 @@ def push(
         return push_forward(function, arguments, tangents, memory)
     except torch.OutOfMemoryError:
         raise
-    except (MissingDerivativeError, RuntimeError) as error:
+    except (MissingDerivativeError, RuntimeError, *_BY_VMAP) as error:
         found = other()  # an error of the user's code, or an operation without any derivative, raises here again
         memory.without_forward_mode[part] = str(error)
         return found

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.eager_transforms import _autograd_grad
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from bilevel import randomness
-from bilevel.autodiff import composites, custom_functions
+from bilevel.autodiff import composites, custom_functions, refused_operations
 from bilevel.autodiff.missing import FORWARD_MODE
 from bilevel.errors import MissingDerivativeError
 
@@ -173,9 +174,28 @@ def _composite(operation: composites.Operation) -> Rule:
     return lambda rules, func, args, kwargs: operation(*args, **kwargs)
 
 
+def _checked(check: refused_operations.Check) -> Rule:
+    def rule(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check(_name(func), args, kwargs)
+        return func(*args, **kwargs)
+
+    return rule
+
+
 def _note_normalisation(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rules.normalised = True
     return func(*args, **kwargs)
+
+
+def _note_layer_norm(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Note a layer norm, or compute it in composite form if it has a bias and no weight.
+
+    PyTorch's own backward pass of that combination cannot be differentiated.
+    """
+    weight, bias = (kwargs.get(name, (*args, None, None, None)[i]) for i, name in ((2, "weight"), (3, "bias")))
+    if weight is None and bias is not None:
+        return composites.THIRD_DERIVATIVE[func](*args, **kwargs)
+    return _note_normalisation(rules, func, args, kwargs)
 
 
 def _switch_both_modes(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -309,6 +329,7 @@ _EVERYWHERE: dict[Any, Rule] = {
     **dict.fromkeys((torch.autograd.grad, torch.autograd.backward, Tensor.backward), _gradient_inside),
     custom_function_call: _custom_function,
     Tensor.register_hook: _watched_hook,
+    **{operation: _checked(check) for operation, check in refused_operations.CHECKS.items()},
 }
 _IN_FORWARD_MODE: dict[Any, Rule] = {
     **{operation: _composite(composite) for operation, composite in composites.FORWARD_MODE.items()},
@@ -320,7 +341,10 @@ _IN_FORWARD_MODE: dict[Any, Rule] = {
     ),
 }
 _NORMALISATIONS = {
-    False: dict.fromkeys(composites.THIRD_DERIVATIVE, _note_normalisation),
+    False: {
+        **dict.fromkeys(composites.THIRD_DERIVATIVE, _note_normalisation),
+        **dict.fromkeys((functional.layer_norm, torch.layer_norm, torch.native_layer_norm), _note_layer_norm),
+    },
     True: {operation: _composite(composite) for operation, composite in composites.THIRD_DERIVATIVE.items()},
 }
 _TABLES: Mapping[tuple[bool, bool], Mapping[Any, Rule]] = {

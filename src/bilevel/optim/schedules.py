@@ -21,7 +21,7 @@ class Timetable:
         schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None,
     ) -> None:
         self.blank: Callable[[], torch.optim.Optimizer] = functools.partial(
-            algorithm, [torch.zeros(1, device="cpu")], **constants
+            algorithm, [torch.zeros(1, 1, device="cpu")], **constants
         )
         """A function that makes an optimiser with these settings. The caller fills in its parameters and state."""
         self._optimizer = self.blank()

@@ -1,0 +1,429 @@
+"""The entries of PyTorch's own test databases as inner models, each beside a plain PyTorch loop.
+
+An entry is a function f of floating-point inputs x (and, for a module, of its parameters). The inner parameters are a
+factor s for each entry of each x, and the module's parameters. With fixed weights w, φ = (φ₀, φ₁) and
+y = f((1 + φ₁) s x),
+
+    inner loss = mean(w (y + φ₀ y² / 2)) + mean(s²) / 20,    outer loss = mean(w' (y + y²)),
+
+where y is divided by its largest entry at the start. The learning rate moves the parameters by a few per cent.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import bilevel
+from bilevel import errors, randomness
+from bilevel.unrolling.short_check import short_check
+
+DOUBLE = torch.float64
+STEPS = 2
+META = torch.tensor([0.8, 0.0], dtype=DOUBLE)
+MOVES = (0.03, 0.003)
+"""The relative lengths of the first step that are tried."""
+Optimizer = tuple[type[torch.optim.Optimizer], Mapping[str, Any]]
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a tensor of floating-point or complex numbers."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+class Scaled(nn.Module):
+    """f at inputs that are multiplied by learnable factors."""
+
+    def __init__(self, call: Callable[..., Any], inputs: Any) -> None:
+        super().__init__()
+        self.call = call
+        self._inputs, self._spec = pytree.tree_flatten(inputs)
+        self.scales = nn.ParameterList()
+        self.scale_inputs(len(self._inputs))
+        self._counted: list[int] | None = None
+
+    def scale_inputs(self, count: int) -> None:
+        """Scale the first `count` floating-point inputs."""
+        self._scaled = [i for i, t in enumerate(self._inputs) if is_real(t)][:count]
+        self.scales = nn.ParameterList(
+            nn.Parameter(torch.ones(self._inputs[i].shape, dtype=DOUBLE)) for i in self._scaled
+        )
+
+    def outputs(self, shift: Tensor) -> list[Tensor]:
+        """The floating-point outputs."""
+        inputs = [t.clone() if isinstance(t, Tensor) else t for t in self._inputs]
+        for i, scale in zip(self._scaled, self.scales, strict=True):
+            inputs[i] = inputs[i] * (scale * (1 + shift))
+        args, kwargs = pytree.tree_unflatten(inputs, self._spec)
+        return [t for t in pytree.tree_leaves(self.call(*args, **kwargs)) if is_real(t)]
+
+    def count_outputs(self, shift: Tensor) -> int:
+        """Leave out, from now on, the outputs that are constants for PyTorch, and return how many remain."""
+        self._counted = [i for i, t in enumerate(self.outputs(shift)) if t.requires_grad]
+        return len(self._counted)
+
+    def forward(self, shift: Tensor) -> Tensor:
+        """All floating-point outputs that have a derivative, in one vector."""
+        found = self.outputs(shift)
+        found = [found[i] for i in self._counted or range(len(found))]
+        if any(t.layout != torch.strided for t in found):
+            raise NotImplementedError("sparse outputs")
+        parts = [(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).reshape(-1).to(DOUBLE) for t in found]
+        return torch.cat(parts) if parts else shift.new_zeros(0)
+
+
+def weighted(y: Tensor, curvature: Any, low: float, high: float) -> Tensor:
+    """mean(w (y + curvature · y² / 2))."""
+    w = torch.linspace(low, high, max(y.numel(), 1), dtype=DOUBLE)[: y.numel()]
+    return (w * (y + 0.5 * curvature * y.square())).sum() / max(y.numel(), 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of one entry of a database."""
+
+    database: str
+    entry: str
+    kind: str
+    make: Callable[[], Scaled] = field(repr=False)
+    optimizer: Optimizer | None = None
+    penalty: bool = False
+    """Whether the inner loss also has the squared slope of itself along the inputs, so that third derivatives occur."""
+
+    def __str__(self) -> str:
+        return f"{self.database}: {self.entry} [{self.kind}]{', gradient penalty' if self.penalty else ''}"
+
+
+class Loop:
+    """A case at one learning rate."""
+
+    def __init__(self, case: Case, model: Scaled, move: float) -> None:
+        self.model, self.case = model, case
+        with randomness.seeded(0, randomness.STEP, 0), torch.no_grad():
+            y = copy.deepcopy(model)(META[1])
+        y = y[y.isfinite()]
+        self.size = float(y.abs().max()) if y.numel() and float(y.abs().max()) > 1e-8 else 1.0
+        if case.optimizer is not None:
+            kind, settings = case.optimizer
+            self.optimizer: Optimizer = kind, settings
+            return
+        trial = copy.deepcopy(model)
+        with randomness.seeded(0, randomness.STEP, 0):
+            self.inner(trial, META, None).backward()
+        moved = [p for p in trial.parameters() if p.grad is not None and p.requires_grad]
+        slope = torch.cat([p.grad.reshape(-1) for p in moved]).norm()  # pyright: ignore[reportOptionalMemberAccess]
+        length = torch.cat([p.detach().reshape(-1) for p in moved]).norm()
+        self.optimizer = torch.optim.SGD, {"lr": float(move * length / slope) if float(slope) > 0 else 0.1}
+
+    def inner(self, model: Any, meta: Tensor, batch: Any) -> Tensor:  # noqa: ARG002
+        """The inner loss."""
+        scales = sum((p.square().mean() for p in model.scales if p.numel()), torch.zeros((), dtype=DOUBLE))
+        scales = 0.05 * (1 + meta[0]) * scales
+        if not self.case.penalty:
+            return weighted(model(meta[1]) / self.size, meta[0], 0.5, 1.5) + scales
+        along = torch.zeros((), dtype=DOUBLE, requires_grad=True)
+        loss = weighted(model(meta[1] + along) / self.size, meta[0], 0.5, 1.5)
+        (slope,) = torch.autograd.grad(loss, along, create_graph=True)
+        return loss + slope.square() + scales
+
+    def outer(self, model: Any, meta: Tensor, batch: Any) -> Tensor:  # noqa: ARG002
+        """The outer loss."""
+        scales = sum((p.square().mean() for p in model.scales if p.numel()), torch.zeros((), dtype=DOUBLE))
+        return weighted(model(META[1]) / self.size, 2.0, 1.2, 0.4) + 0.05 * scales
+
+    def trained(self, meta: Tensor) -> Scaled:
+        """The model after a plain PyTorch loop."""
+        model = copy.deepcopy(self.model)
+        kind, settings = self.optimizer
+        optimizer = kind(model.parameters(), **settings)
+        for t in range(STEPS):
+            optimizer.zero_grad()
+            with randomness.seeded(0, randomness.STEP, t):
+                self.inner(model, meta, None).backward()
+            optimizer.step()
+        return model
+
+    def plain(self, meta: Tensor) -> float:
+        """The outer loss after a plain PyTorch loop."""
+        model = self.trained(meta)
+        with torch.no_grad(), randomness.seeded(0, randomness.OUTER):
+            return float(self.outer(model, meta, None))
+
+    def problem(self) -> bilevel.GradientDescent:
+        """The problem of the library."""
+        kind, settings = self.optimizer
+        return bilevel.GradientDescent(self.inner, self.outer, self.model, bilevel.optimizer(kind, **settings))
+
+
+def differences(h: Callable[[Tensor], float], step: float) -> Tensor:
+    """Five-point central differences at φ."""
+    grad = torch.zeros_like(META)
+    for i, e in enumerate(step * torch.eye(len(META), dtype=DOUBLE)):
+        grad[i] = (8 * (h(META + e) - h(META - e)) - (h(META + 2 * e) - h(META - 2 * e))) / (12 * step)
+    return grad
+
+
+LEFT_OUT = {
+    **dict.fromkeys(
+        ("normal", "normal.number_mean"),
+        "PyTorch takes a normal sample for a constant, whatever its mean and deviation were computed from",
+    ),
+    **dict.fromkeys(
+        ("float", "half", "bfloat16", "cfloat", "chalf"),
+        "the result has less than double precision, so that differences of a loop are noise",
+    ),
+    "nn.functional.embedding": "PyTorch takes the padding row for a constant; the entry `nn.Embedding` has none",
+    "Muon": "a part of the update is computed in bfloat16, so that differences of a loop are noise",
+    **dict.fromkeys(("empty_like", "new_empty", "new_empty_strided"), "the values are whatever the memory holds"),
+}
+"""Entries without a truth that is known beforehand, and why."""
+FIRST_INPUT_ONLY = {
+    "nn.HingeEmbeddingLoss": "the target is 1 or −1, and the loss jumps where it is neither",
+    "nn.functional.hinge_embedding_loss": "the target is 1 or −1, and the loss jumps where it is neither",
+}
+"""Entries of which only the first input gets factors, and why."""
+ESTIMATORS: dict[str, bilevel.Estimator] = {
+    "Reverse": bilevel.Reverse(),
+    "Reverse(graph)": bilevel.Reverse("graph"),
+    "Reverse(sqrt)": bilevel.Reverse("sqrt"),
+    "TruncatedReverse": bilevel.TruncatedReverse(STEPS),
+    "Forward": bilevel.Forward(),
+    "Forward(chunk_size=1)": bilevel.Forward(chunk_size=1),
+    "ForwardGradient": bilevel.ForwardGradient(2, "coordinate"),
+    "shared": bilevel.ForwardGradient(2, "coordinate", tangents="shared"),
+    "difference": bilevel.ForwardGradient(2, "coordinate", tangents="difference"),
+    "ZerothOrder": bilevel.ZerothOrder(2, 1e-5, distribution="coordinate"),
+}
+LOOSE = ("difference", "ZerothOrder")
+
+
+@dataclass(frozen=True)
+class Row:
+    case: str
+    estimator: str
+    verdict: str
+    detail: str
+
+
+def on_purpose(error: BaseException) -> bool:
+    """Whether an error was raised by this library, with a message of its own."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename.replace("\\", "/")
+    ours = "/bilevel/" in last and type(error) in (ValueError, TypeError, NotImplementedError) and len(str(error)) > 40
+    return isinstance(error, errors.BilevelError) or ours
+
+
+class LeftOutError(Exception):
+    """There is no truth to compare with; the message says why."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The loop of a case, and what differences of it say."""
+
+    loop: Loop
+    grad: Tensor
+    value: float
+    noise: float
+
+
+def prepared(case: Case) -> Truth:
+    """The truth of a case: with factors on all inputs, or on the first one alone."""
+    if case.entry in LEFT_OUT:
+        raise LeftOutError(LEFT_OUT[case.entry])
+    if case.entry in FIRST_INPUT_ONLY:
+        return _with(case, 1)
+    try:
+        return _with(case, 1000)
+    except LeftOutError as error:
+        try:
+            return _with(case, 1)
+        except LeftOutError:
+            raise error from None
+
+
+def _with(case: Case, inputs: int) -> Truth:
+    why = ""
+    for move in MOVES:
+        try:
+            model = case.make()
+            model.scale_inputs(inputs)
+            if not list(model.parameters()):
+                raise LeftOutError("no floating-point input")
+            if not copy.deepcopy(model).count_outputs(META[1]):
+                raise LeftOutError("a constant for PyTorch: no output has a derivative")
+            model.count_outputs(META[1])
+            loop = Loop(case, model, move)
+            value = loop.plain(META)
+            pairs = [(differences(loop.plain, s), differences(loop.plain, 3 * s)) for s in (1e-4, 1e-5)]
+        except LeftOutError:
+            raise
+        except Exception as error:
+            raise LeftOutError(f"the plain loop raises {type(error).__name__}: {str(error)[:150]}") from error
+        noise, near = min(
+            ((float((near - far).norm() / near.norm().clamp_min(1e-12)), near) for near, far in pairs),
+            key=lambda pair: pair[0] if pair[0] == pair[0] else torch.inf,
+        )
+        if noise < 1e-6:
+            return Truth(loop, near, value, noise)
+        why = f"the differences of the plain loop do not converge: {noise:.1e}"
+    raise LeftOutError(why)
+
+
+def judge(case: Case, names: Sequence[str] = tuple(ESTIMATORS)) -> Iterator[Row]:
+    """One row for each estimator."""
+    with warnings.catch_warnings(), short_check(False):
+        warnings.simplefilter("ignore")
+        try:
+            found = prepared(case)
+        except LeftOutError as error:
+            yield Row(str(case), "", "left out", str(error))
+            return
+        loop, truth, value, noise = found.loop, found.grad, found.value, found.noise
+        for name in names:
+            try:
+                estimate = ESTIMATORS[name](loop.problem(), META, bilevel.no_batches(STEPS))
+                error = float((estimate.grad - truth).norm() / truth.norm().clamp_min(1e-12))
+                off = abs(float(estimate.value) - value) / max(abs(value), 1e-12)
+                bound = 1e-3 if name in LOOSE else 3e-6
+                right = error <= bound and off < 1e-7
+                detail = f"off by {error:.1e}, its value by {off:.1e}, the differences by {noise:.1e}"
+                yield Row(str(case), name, "right" if right else "WRONG", detail)
+            except Exception as error:
+                kind = "refused" if on_purpose(error) else "obscure"
+                yield Row(str(case), name, kind, f"{type(error).__name__}: {error}")
+
+
+# -- the databases -----------------------------------------------------------------------------------------------------
+
+
+def _imported(name: str) -> Any:
+    """A module of PyTorch's tests. Its import freezes the flags of `torch.backends`, which is undone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = importlib.import_module(f"torch.testing._internal.{name}")
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+    return found
+
+
+def operations(limit: int = 3) -> Iterator[Case]:
+    """`op_db`."""
+    op_db = _imported("common_methods_invocations").op_db
+    for op in op_db:
+        name = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+        if DOUBLE not in op.dtypes:
+            continue
+        torch.manual_seed(0)
+        try:
+            samples = list(op.sample_inputs("cpu", DOUBLE, requires_grad=False))
+        except Exception as error:
+            print(name, "has no samples:", error)
+            continue
+        for kind, sample in distinct(samples, limit):
+            yield Case("op_db", name, kind, functools.partial(_operation, op, sample))
+
+
+def _operation(op: Any, sample: Any) -> Scaled:
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        function = functools.partial(op.gradcheck_wrapper, op.op) if op.gradcheck_wrapper else op.op
+        return sample.output_process_fn_grad(function(x, *args, **kwargs))
+
+    return Scaled(call, ((sample.input, *sample.args), dict(sample.kwargs)))
+
+
+def distinct(samples: Sequence[Any], limit: int) -> Iterator[tuple[str, Any]]:
+    """One sample of each kind, not empty ones: by the types of arguments and the settings."""
+    seen: set[str] = set()
+    for sample in samples:
+        tensors = [t for t in pytree.tree_leaves((sample.input, sample.args, sample.kwargs)) if isinstance(t, Tensor)]
+        if any(t.numel() == 0 or t.is_sparse or t.layout != torch.strided for t in tensors):
+            continue
+        if sum(t.numel() for t in tensors) > 3000:
+            continue
+        kind = described(sample)
+        if kind not in seen:
+            seen.add(kind)
+            yield kind, sample
+            if len(seen) == limit:
+                return
+
+
+def described(sample: Any) -> str:
+    """The types of arguments and the settings of a sample."""
+
+    def word(a: Any) -> str:
+        if isinstance(a, Tensor):
+            return f"{min(a.ndim, 3)}d{'' if is_real(a) else ' ' + str(a.dtype).removeprefix('torch.')}"
+        if isinstance(a, (list, tuple)):
+            return "[" + ", ".join(sorted({word(x) for x in a})) + "]"
+        return str(a) if isinstance(a, (bool, str, type(None))) else type(a).__name__
+
+    parts = [word(sample.input), *map(word, sample.args), *(f"{k}={word(v)}" for k, v in sorted(sample.kwargs.items()))]
+    return ", ".join(parts)[:100]
+
+
+def modules(limit: int = 4) -> Iterator[Case]:
+    """`module_db`."""
+    module_db = _imported("common_modules").module_db
+    for info in module_db:
+        if DOUBLE not in info.dtypes:
+            continue
+        for training in (True, False) if info.train_and_eval_differ else (True,):
+            torch.manual_seed(0)
+            inputs = info.module_inputs_func(info, device="cpu", dtype=DOUBLE, requires_grad=False, training=training)
+            seen: set[str] = set()
+            for number, each in enumerate(inputs):
+                kind = each.desc or str(number)
+                if each.forward_input is None or kind in seen:
+                    continue
+                seen.add(kind)
+                mode = "" if not info.train_and_eval_differ else "train, " if training else "eval, "
+                yield Case("module_db", info.name, mode + kind, functools.partial(_module, info, each, training))
+                if len(seen) == limit:
+                    break
+
+
+class _Module(Scaled):
+    def __init__(self, module: nn.Module, inputs: Any) -> None:
+        super().__init__(lambda *a, **k: None, inputs)
+        self.module = module
+        del self.call
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[no-redef]
+        if isinstance(self.module, nn.CTCLoss):  # whose first derivative is that of normalised inputs
+            args = args[0].log_softmax(-1), *args[1:]
+        return self.module(*args, **kwargs)
+
+
+def _module(info: Any, each: Any, training: bool) -> Scaled:
+    torch.manual_seed(1)
+    made = each.constructor_input
+    module = info.module_cls(*made.args, **made.kwargs).to(DOUBLE).train(training)
+    inputs = copy.deepcopy((tuple(each.forward_input.args), dict(each.forward_input.kwargs)))
+    if info.is_lazy:
+        with torch.no_grad():
+            module(*inputs[0], **inputs[1])
+    return _Module(module, inputs)
+
+
+def optimizers() -> Iterator[Case]:
+    """`optim_db`."""
+    optim_db = _imported("common_optimizers").optim_db
+    for info in optim_db:
+        for each in info.optim_inputs_func("cpu"):
+            yield Case("optim_db", info.optim_cls.__name__, each.desc, _linear, (info.optim_cls, dict(each.kwargs)))
+
+
+def _linear() -> Scaled:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)).to(DOUBLE)
+    return _Module(net, ((torch.randn(5, 3, dtype=DOUBLE),), {}))
