@@ -36,7 +36,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def numbers_of(folder: Path) -> dict[str, Any]:
     """Everything that a run with the same settings must give again, tensors as lists; times are left out."""
     checkpoint = checkpoint_files.load(folder / CHECKPOINT)
-    del checkpoint["counters"]["seconds"]
+    del checkpoint["counters"]["seconds"], checkpoint["metrics"]  # of lines with seconds
     images = {path.name: _with_lists(checkpoint_files.load(path)) for path in sorted((folder / "images").iterdir())}
     return {
         "config": config_of(folder),

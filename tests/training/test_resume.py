@@ -16,6 +16,7 @@ import pytest
 import torch
 from fit_cases import (
     ALL_OPTIMIZERS,
+    BEFORE_CLAMPING,
     FIRST_PHASE,
     LONG_RUN,
     START,
@@ -59,7 +60,7 @@ def test_the_long_run_has_what_the_tests_below_need(tmp_path: Path) -> None:
 # Where the interruption strikes: at the start of an estimate, in the update, or when the step is done.
 PLACES: dict[str, Callable[[BaseException, int], dict[str, Any]]] = {
     "batches": lambda error, at: {"inner_batches": Interruption(error, at, noisy_inner_batches)},
-    "project": lambda error, at: {"project": Interruption(error, at, lambda phi: phi.clamp(-2, 2))},
+    "project": lambda error, at: BEFORE_CLAMPING.append(Interruption(error, at)) or {},
     "callback": lambda error, at: {"callbacks": [Interruption(error, at)]},
 }
 
@@ -75,6 +76,7 @@ def test_a_run_interrupted_anywhere_goes_on_to_the_same_numbers(
         done = at if place != "batches" or at < FIRST_PHASE else FIRST_PHASE + (at - FIRST_PHASE) // 2
         with pytest.raises(type(error)):
             long_run(out=folder, **PLACES[place](error, at))
+        BEFORE_CLAMPING.clear()
         if done == 0 and isinstance(error, RuntimeError):
             assert not folder.exists()  # most likely a wrong argument; nothing stays behind
         else:  # nothing that was complete is lost, wherever the last regular checkpoint was
@@ -227,7 +229,7 @@ def test_resuming_a_finished_run_returns_at_once(tmp_path: Path) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("there is nothing left to do")
 
-    again = long_run(out=tmp_path, resume=True, inner_batches=never, callbacks=[never], project=never)
+    again = long_run(out=tmp_path, resume=True, inner_batches=never, callbacks=[never])
     assert torch.equal(again.meta, finished.meta)
     assert again.history == finished.history
     assert contents(tmp_path) == before

@@ -47,10 +47,22 @@ FORWARD_MODE = (
 )
 
 
+def _is_of_checkpoint(error: BaseException) -> bool:
+    """Whether the error was raised inside of `torch.utils.checkpoint`."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename.endswith("utils/checkpoint.py") for frame, _ in frames)
+
+
 def _advice(error: Exception, directions: int) -> str | None:
     message, version = str(error), f"torch {torch.__version__}"
     function = _custom_function(error)
     lacks_jvp = function is not None and function.jvp is torch.autograd.Function.jvp
+    if "saved tensor hooks" in message and not _is_of_checkpoint(error):
+        return (
+            "hooks for saved tensors (torch.autograd.graph.save_on_cpu, saved_tensors_hooks) are used inside, and "
+            "that can't be differentiated; leave them out and keep less by Reverse('sqrt'), Reverse(offload='cpu') or "
+            "ForwardGradient, or take ForwardGradient(..., tangents='difference') or ZerothOrder(...)"
+        )
     if "saved tensor hooks" in message:
         return (
             "activation checkpointing (torch.utils.checkpoint, gradient_checkpointing_enable) computes layers again in "

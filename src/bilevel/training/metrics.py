@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from bilevel.errors import CheckpointError
-from bilevel.report.files import remove_leftovers, write_text
+from bilevel.report.files import remove_leftovers, write_bytes
 
 FILE = "metrics.jsonl"
 
@@ -31,6 +32,7 @@ class MetricsLog:
 
         Raises:
             CheckpointError: the file has fewer lines, or a damaged one.
+            OSError: the file cannot be written.
         """
         self._path = folder / FILE
         self._file: FileIO | None = None
@@ -43,8 +45,11 @@ class MetricsLog:
                 "start again in another folder"
             )
         remove_leftovers(self._path)
+        self._hash, self._bytes = hashlib.sha256(), 0
         if self._path.exists():
-            write_text(self._path, "".join(_line(row) for row in self.rows))
+            kept = b"".join(line + b"\n" for line in self._path.read_bytes().split(b"\n")[:keep])
+            self._count(kept)
+            write_bytes(self._path, kept)
 
     def append(self, row: Row) -> None:
         """Add the numbers of one outer step. They are passed to the operating system before this function returns."""
@@ -53,6 +58,7 @@ class MetricsLog:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)
         _write_whole(self._file, line)
+        self._count(line)
         if self._writer is None and self._make_writer is not None:
             self._writer = self._make_writer()
         if self._writer is not None:
@@ -60,6 +66,15 @@ class MetricsLog:
                 if isinstance(value, int | float) and name != "outer_step":
                     self._writer.add_scalar(name, value, row["outer_step"])
         self.rows.append(row)
+
+    @property
+    def prefix(self) -> dict[str, Any]:
+        """The number of bytes of all lines so far, and their SHA-256 hash."""
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+    def _count(self, content: bytes) -> None:
+        self._hash.update(content)
+        self._bytes += len(content)
 
     def sync(self) -> None:
         """Wait until all lines are on disk, so that a checkpoint never refers to a line that is lost in a crash."""
@@ -92,6 +107,29 @@ def exist(folder: Path) -> bool:
     """Whether the folder holds metrics of a run."""
     path = folder / FILE
     return path.is_file() and path.stat().st_size > 0
+
+
+def require_prefix(folder: Path, prefix: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError unless the metrics begin with the lines that a checkpoint was written after.
+
+    Args:
+        folder: the folder of the run.
+        prefix: `MetricsLog.prefix` as it was then.
+    """
+    path = folder / FILE
+    count = prefix["bytes"]
+    with path.open("rb") if path.is_file() else nullcontext() as file:
+        there = b"" if file is None else file.read(count)
+    if len(there) < count:
+        raise CheckpointError(
+            f"{path} is damaged: it has {len(there)} bytes, and {count} when the checkpoint was written; restore it, "
+            "or start again in another folder"
+        )
+    if hashlib.sha256(there).hexdigest() != prefix["sha256"]:
+        raise CheckpointError(
+            f"{path} is damaged: its first {count} bytes are not those after which the checkpoint was written; restore "
+            "it, or start again in another folder"
+        )
 
 
 def read(path: Path, at_most: int | None = None) -> list[Row]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import types
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,9 +38,11 @@ def identity(loop: OuterLoop, config: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer": _without_addresses(loop.optimizer),
         "meta": [f"{name}: {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves],
         "config": dict(config),
-        **({} if loop.kept.keep == "last" else {"keep": _without_addresses(loop.kept.keep)}),
+        **({} if loop.kept.keep == "last" else {"keep": _of_code(loop.kept.keep)}),
         **({"stream": loop.draws.stream} if loop.draws.stream else {}),
         **({} if loop.update.clip_norm is None else {"clip_norm": loop.update.clip_norm}),
+        **({} if loop.update.project is None else {"project": _of_code(loop.update.project)}),
+        **({} if not loop.update.max_backtracks else {"max_backtracks": loop.update.max_backtracks}),
         **({} if loop.draws.backend is None else {"compile": loop.draws.backend}),
     }
 
@@ -126,6 +130,21 @@ def _carried_from(loop: OuterLoop, content: Mapping[str, Any]) -> WindowEnd:
 def _of_any_length(phases: Sequence[Phase]) -> list[Phase]:
     """The phases, the last of which may be made longer when a run is resumed."""
     return [*phases[:-1], replace(phases[-1], steps=1)]
+
+
+def _of_code(value: Any) -> str:
+    """Return a description of a function that changes with its code and with the numbers that it closes over."""
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return _without_addresses(value)
+    numbers = [_without_addresses(cell.cell_contents) for cell in value.__closure__ or ()]
+    content = _without_addresses((_instructions(code), numbers, value.__defaults__, value.__kwdefaults__))
+    return f"{value.__qualname__} (code {zlib.crc32(content.encode()):08x})"
+
+
+def _instructions(code: types.CodeType) -> tuple[Any, ...]:
+    constants = [_instructions(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return code.co_code, constants, code.co_names, code.co_varnames
 
 
 def _without_addresses(value: Any) -> str:

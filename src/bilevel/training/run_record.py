@@ -14,6 +14,7 @@ from bilevel.report.files import remove_leftovers
 from bilevel.training import checkpoint_files, metrics, outer_state
 from bilevel.training.metrics import MetricsLog, Row
 from bilevel.training.outer_loop import OuterLoop
+from bilevel.training.run_lock import RunLock
 from bilevel.training.settings import RunFolder
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -32,17 +33,28 @@ class RunRecord:
         """Open the folder, and with `resume` continue the run in it.
 
         Raises:
-            FileExistsError: the folder already holds a run, and `resume` is false.
-            CheckpointError: the checkpoint file is damaged or belongs to another configuration.
+            FileExistsError: the folder already holds a run, and `resume` is false; or another process is writing one.
+            CheckpointError: the checkpoint files or the metrics are damaged, or belong to another configuration.
+            OSError: the folder cannot be written to.
         """
         self.rows: list[Row] = []
         self._loop = loop
         self._log: MetricsLog | None = None
+        self._lock: RunLock | None = None
         self._restored: dict[str, Any] | None = None
         if settings is None:
             return
         folder = Path(settings.path)
         self._path, self._previous = folder / CHECKPOINT, folder / PREVIOUS
+        self._lock = _locked(folder)
+        try:
+            self._open(loop, settings, resume)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, loop: OuterLoop, settings: RunFolder, resume: bool) -> None:
+        folder = self._path.parent
         self._identity = outer_state.identity(loop, settings.config)
         self._saved_step: int | None = None
         self._newest_is_whole = True
@@ -57,8 +69,9 @@ class RunRecord:
                 f"{folder} already holds a run; resume it (out=bilevel.RunFolder(path, resume=True)) "
                 "or take another folder"
             )
-        self._log = MetricsLog(folder, loop.progress.outer_step, settings.tensorboard)
-        remove_leftovers(self._path)
+        with self._saying_where_to_go_on():
+            self._log = MetricsLog(folder, loop.progress.outer_step, settings.tensorboard)
+            remove_leftovers(self._path)
         self.rows = self._log.rows
         self._complete = outer_state.state(loop)
 
@@ -91,9 +104,11 @@ class RunRecord:
         self._saved_step, self._newest_is_whole = step, True
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and let others use the folder."""
         if self._log is not None:
             self._log.close()
+        if self._lock is not None:
+            self._lock.release()
 
     @contextmanager
     def _saying_where_to_go_on(self) -> Iterator[None]:
@@ -108,20 +123,19 @@ class RunRecord:
             raise OSError(error.errno, f"{error.strerror or error}: {advice}") from error
 
     def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return {"identity": self._identity, **state}
+        return {"identity": self._identity, "metrics": {} if self._log is None else self._log.prefix, **state}
 
     def _load(self) -> dict[str, Any]:
-        """Return the content of the newest checkpoint file that is not damaged."""
+        """Return the content of the newest checkpoint file that is not damaged, and whose metrics are not."""
         if not self._path.exists():  # the process was killed between two moves of `files.write_bytes`
-            return self._checked(self._previous, checkpoint_files.load(self._previous))
+            return self._whole(self._previous)
         try:
-            content = checkpoint_files.load(self._path)
-        except CheckpointError as newest:
+            return self._whole(self._path)
+        except _DamagedError as newest:
             try:
-                content = checkpoint_files.load(self._previous)
-            except CheckpointError:
-                raise newest from None
-            content = self._checked(self._previous, content)
+                content = self._whole(self._previous)
+            except _DamagedError:
+                raise CheckpointError(str(newest)) from None
             self._newest_is_whole = False
             warnings.warn(
                 f"{newest}. Going on from the checkpoint before it instead, of outer step "
@@ -129,13 +143,43 @@ class RunRecord:
                 stacklevel=2,
             )
             return content
-        return self._checked(self._path, content)
 
-    def _checked(self, path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    def _whole(self, path: Path) -> dict[str, Any]:
+        """Return the content of a checkpoint file.
+
+        Raises:
+            _DamagedError: the file is damaged, or the metrics up to it are.
+            CheckpointError: it is of another run.
+        """
+        try:
+            content = checkpoint_files.load(path)
+        except CheckpointError as error:
+            raise _DamagedError(str(error)) from error
         if content.keys() != self._content(outer_state.state(self._loop)).keys():
             raise CheckpointError(f"{path} is a checkpoint, but not one of bilevel.fit; take another folder")
         _require_same_identity(path, content["identity"], self._identity)
+        try:
+            metrics.require_prefix(path.parent, content["metrics"])
+        except CheckpointError as error:
+            raise _DamagedError(str(error)) from error
         return content
+
+
+class _DamagedError(CheckpointError):
+    """A checkpoint file, or the metrics that belong to it, is damaged. The one before it may be whole."""
+
+
+def _locked(folder: Path) -> RunLock:
+    try:
+        return RunLock(folder)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write to {folder} ({error.strerror or error}); a run writes its metrics and checkpoints there. "
+            "Take a folder in which you may write, or copy the run to one to resume it",
+        ) from error
 
 
 def _require_same_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
