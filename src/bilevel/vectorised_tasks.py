@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel import autodiff, checks, randomness, trees
 from bilevel.batches import Batches, batches
@@ -104,6 +104,11 @@ class Tasks(BilevelProblem):
     def presents_meta(self) -> bool:
         """As the problem of one task does."""
         return self._problem.presents_meta
+
+    @property
+    def modules(self) -> list[nn.Module] | None:
+        """Those of the problem of one task."""
+        return self._problem.modules
 
     @property
     def is_examined(self) -> bool:
