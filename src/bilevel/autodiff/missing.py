@@ -22,6 +22,7 @@ class named_missing_derivatives:  # noqa: N801  (a context manager, named like a
         MissingDerivativeError: an operation inside the context lacks a derivative.
         ValueError: a loss or step changes a tensor from outside in place.
     """
+
     __slots__ = ("_directions",)
 
     def __init__(self, directions: int = 1) -> None:

@@ -152,7 +152,10 @@ class TorchStep:
             and type(settings["lr"]) in (int, float)
             and type(settings["weight_decay"]) in (int, float)
             and not any(bucket.memory for bucket in state)
-            and not any(p.is_complex() or (g is not None and g.dtype != p.dtype) for p, g in zip(parameters, gradients, strict=True))
+            and not any(
+                p.is_complex() or (g is not None and g.dtype != p.dtype)
+                for p, g in zip(parameters, gradients, strict=True)
+            )
         )
 
     def _moved(
@@ -296,9 +299,7 @@ def _plain_descent(
     if len(reached) == len(gradients):
         return after, [BucketState(b.members, b.updates + 1, b.memory) for b in state]
     state = divided(state, reached, parameters)
-    return after, [
-        BucketState(b.members, b.updates + 1, b.memory) if b.members[0] in reached else b for b in state
-    ]
+    return after, [BucketState(b.members, b.updates + 1, b.memory) if b.members[0] in reached else b for b in state]
 
 
 class _BatchingRules(TorchFunctionMode):

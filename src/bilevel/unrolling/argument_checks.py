@@ -56,7 +56,7 @@ def one_outer_loss(value: Tensor, who: str, instead: str) -> None:
     if value.ndim:
         raise ValueError(
             f"{who} one outer loss, and outer_loss returned a vector of {len(value)}; write .mean() or .sum() for "
-            f"their mean or sum{instead}"
+            f"their mean or sum (for Tasks: per_task=False){instead}"
         )
 
 
