@@ -123,7 +123,8 @@ def rows_of_tasks() -> list[str]:
 # -- outer losses ------------------------------------------------------------------------------------------------------
 
 
-def rows_of_losses(m: int) -> list[str]:
+def losses_by_hand(m: int) -> tuple[bilevel.GradientDescent, bilevel.GradientDescent, Tensor, Callable[[], Tensor]]:
+    """A problem with m outer losses, the same with the loss numbered by its batch, meta, and the gradients by hand."""
     torch.manual_seed(0)
     x, y, queries = torch.randn(EXAMPLES, WIDTH), torch.randn(EXAMPLES, 1), torch.randn(m, WIDTH)
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
@@ -151,6 +152,12 @@ def rows_of_losses(m: int) -> list[str]:
             params = {name: p - 0.05 * s for (name, p), s in zip(params.items(), slopes, strict=True)}
         losses = outer_losses(lambda z: functional_call(net, params, (z,)), phi, None)
         return torch.autograd.grad(losses, phi, torch.eye(m), is_grads_batched=True)[0]
+
+    return problem, single, meta, by_hand
+
+
+def rows_of_losses(m: int) -> list[str]:
+    problem, single, meta, by_hand = losses_by_hand(m)
 
     def one_by_one() -> Tensor:
         return torch.stack([Reverse("graph")(single, meta, STEPS, j).grad for j in range(m)])

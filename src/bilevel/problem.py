@@ -26,7 +26,7 @@ from bilevel.models.buffers import Writes, values_of
 from bilevel.models.built_from_meta import Origins, convertible
 from bilevel.models.conversion import Memory, as_params, modules_in_use, standing_in, with_buffers
 from bilevel.models.discovery import Discovered, updated_tensors
-from bilevel.models.module_view import ModuleView, views_in
+from bilevel.models.module_view import ModuleView, modules_in, views_in
 from bilevel.models.sharing import presented
 from bilevel.optim.optimizer_state import OptimizerState
 from bilevel.optim.update_rule import Optimizer, described
@@ -91,6 +91,11 @@ class BilevelProblem:
 
     def examine(self, meta: Tree) -> Callable[[Any], None] | None:  # noqa: ARG002
         """Find out, once for a problem, what an inner step changes besides parameters; see `GradientDescent`."""
+        return None
+
+    @property
+    def modules(self) -> list[nn.Module] | None:
+        """The modules of an inner state, if they are known before an inner loop is run; else `None`."""
         return None
 
     def presented(self, state: Tree) -> Tree:
@@ -329,6 +334,8 @@ class GradientDescent(BilevelProblem):
         self._outer_loss = outer_loss
         makes_params = callable(params) and not isinstance(params, nn.Module | ModuleView)
         self._builds_params = makes_params
+        inside = [] if makes_params else [leaf for leaf in trees.leaves(params) if isinstance(leaf, nn.Module)]
+        self._modules = None if makes_params else [*inside, *modules_in(params)]
         self._make_params: Callable[[Any], Any] = params if makes_params else lambda meta: params  # type: ignore[assignment]
         self._discovered = Discovered()
         self._see_gradient: Callable[[list[Tensor | None]], None] | None = None
@@ -346,6 +353,11 @@ class GradientDescent(BilevelProblem):
     def as_gradient_descent(self) -> GradientDescent:
         """The problem itself."""
         return self
+
+    @property
+    def modules(self) -> list[nn.Module] | None:
+        """The modules that are trained; `None` if `params` is a function, which makes them."""
+        return self._modules
 
     @property
     def presents_meta(self) -> bool:
@@ -461,15 +473,26 @@ class GradientDescent(BilevelProblem):
         """
         return self.evaluate(params, meta, batch, buffers).gradient
 
-    def evaluate(self, params: Tree, meta: Tree, batch: Any, buffers: Tree = ()) -> Evaluated:
-        """Compute ∇_θ inner_loss as in `gradient`, and the buffers of the modules after the loss."""
+    def evaluate(
+        self, params: Tree, meta: Tree, batch: Any, buffers: Tree = (), parts: trees.Split | None = None
+    ) -> Evaluated:
+        """Compute ∇_θ inner_loss as in `gradient`, and the buffers of the modules after the loss.
+
+        `parts` is `trees.split(params)`, if it is known already.
+        """
         if self._compiled is not None:
             return Evaluated(self._compiled.gradient(params, meta, batch), buffers)
-        parts, after = trees.split(params), [buffers]
-        recorded = autodiff.has_graph([params, meta, buffers])
+        parts, after = trees.split(params) if parts is None else parts, [buffers]
+        recorded = any(t.requires_grad for t in parts.differentiable) or autodiff.has_graph([meta, buffers])
+        built: list[Any] = [None, None]
+
+        def rebuilt(tensors: Sequence[Tensor]) -> Tree:
+            if built[0] is not tensors or type(built[1]) is not ModuleView:  # a loss may change a container
+                built[:] = tensors, parts.rebuild(tensors)
+            return built[1]
 
         def loss(tensors: Sequence[Tensor]) -> Tensor:
-            value, updated = self._inner(parts.rebuild(tensors), meta, batch, buffers)
+            value, updated = self._inner(rebuilt(tensors), meta, batch, buffers)
             after[0] = _outside(updated)
             return value
 
@@ -478,7 +501,7 @@ class GradientDescent(BilevelProblem):
                 loss,
                 parts.differentiable,
                 differentiable=recorded,
-                during=lambda tensors: standing_in(with_buffers(parts.rebuild(tensors), buffers)[0], meta),
+                during=lambda tensors: standing_in(with_buffers(rebuilt(tensors), buffers)[0], meta),
                 memory=autodiff.memory_of(self),
             )
         if found is None:
@@ -601,10 +624,11 @@ class GradientDescent(BilevelProblem):
 
     def step(self, state: Descent, meta: Tree, batch: Any) -> Descent:
         """Compute one step of the optimiser."""
-        found = self.evaluate(state.params, meta, batch, state.buffers)
+        parts = trees.split(state.params)
+        found = self.evaluate(state.params, meta, batch, state.buffers, parts)
         if self._see_gradient is not None:
             self._see_gradient(found.gradient)
-        return self.apply(state, found.gradient, meta, found.buffers)
+        return self.apply(state, found.gradient, meta, found.buffers, parts)
 
     @contextmanager
     def gradients_seen_by(self, function: Callable[[list[Tensor | None]], None]) -> Iterator[None]:
@@ -616,7 +640,12 @@ class GradientDescent(BilevelProblem):
             self._see_gradient = before
 
     def apply(
-        self, state: Descent, gradient: Sequence[Tensor | None], meta: Tree, buffers: Tree | None = None
+        self,
+        state: Descent,
+        gradient: Sequence[Tensor | None],
+        meta: Tree,
+        buffers: Tree | None = None,
+        parts: trees.Split | None = None,
     ) -> Descent:
         """Update the state with a given gradient, to which the parameters' hooks are applied first.
 
@@ -627,8 +656,9 @@ class GradientDescent(BilevelProblem):
             gradient: the gradient of each leaf, or `None`.
             meta: φ.
             buffers: the buffers of the new state; by default those of the old state.
+            parts: `trees.split(state.params)`, if it is known already.
         """
-        parts = trees.split(state.params)
+        parts = trees.split(state.params) if parts is None else parts
         gradient = parameter_hooks.applied(state.params, parts.differentiable, gradient)
         tensors, memory = self.optimizer.update(
             parts.differentiable, gradient, state.optimizer, state.steps, meta, state.params
@@ -654,7 +684,9 @@ class GradientDescent(BilevelProblem):
         there, cells = with_buffers(params, buffers)
         with Writes(cells.values()) if cells else nullcontext():
             value = self.inner_loss(there, presented(meta), batch)
-        return require_scalar(value, "inner_loss"), values_of(cells) if cells else buffers
+            with torch._C.DisableTorchFunction():  # the rules for a user's operations do not concern this check
+                require_scalar(value, "inner_loss")
+        return value, values_of(cells) if cells else buffers
 
 
 def _outside(buffers: Tree) -> Tree:

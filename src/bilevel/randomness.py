@@ -180,6 +180,9 @@ def seeded(seed: int, *counters: int) -> Iterator[None]:
 class _Watch:
     """A watch with which an outermost `preserved()` detects draws from NumPy's and Python's generators."""
 
+    most_draws = 4096
+    """After so many numbers, the generators start again."""
+
     def __init__(self) -> None:
         self.sets_all = False
         """Whether a function has drawn from them. They are then set before every function."""
@@ -188,8 +191,7 @@ class _Watch:
         self.stream: tuple[int, tuple[int, ...]] | None = None
         """The seed and the counters of the function that is being called."""
         _set_host(0)
-        self._numpy_twin = np.random.RandomState(_words(0))
-        self._python_twin = random.Random(0)
+        self._draws = 0
 
     def start(self, seed: int) -> None:
         """Set the generators to the start of a stream."""
@@ -201,12 +203,27 @@ class _Watch:
         """Whether the function that was just called drew from generators that had not been set."""
         if self.sets_all:
             return False
-        # Both comparisons are always made, because each generator and its twin must advance together.
-        moved = (random.random() != self._python_twin.random()) | (
-            np.random.random_sample() != self._numpy_twin.random_sample()
-        )
-        self.sets_all = bool(moved)
+        if self._draws == len(_UNDISTURBED):
+            _prolong()
+        self.sets_all = (random.random(), np.random.random_sample()) != _UNDISTURBED[self._draws]
+        self._draws += 1
+        if self._draws == self.most_draws:
+            _set_host(0)
+            self._draws = 0
         return self.sets_all
+
+
+_UNDISTURBED: list[tuple[float, float]] = []
+"""The numbers that Python's and NumPy's generators give from seed 0 on, if nobody else draws from them."""
+_twins: list[Any] = []
+
+
+def _prolong() -> None:
+    """Make the list of undisturbed numbers longer."""
+    if not _twins:
+        _twins[:] = random.Random(0), np.random.RandomState(_words(0))
+    python, numpy = _twins
+    _UNDISTURBED.extend((python.random(), numpy.random_sample()) for _ in range(64))
 
 
 _watch: _Watch | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -91,6 +92,8 @@ class Split:
             differentiable: the new differentiable tensors, in the order of `Split.differentiable`.
             other: the other tensors, in the order of `Split.other`; the old ones by default.
         """
+        if not (self.other or self.rest):
+            return unflatten(self._spec, differentiable)
         sources = {
             "d": iter(differentiable),
             "o": iter(self.other if other is None else other),
@@ -109,7 +112,9 @@ def split(tree: Tree) -> Split:
     {'weights': tensor([0., 0.]), 'steps': 3, 'labels': tensor([1])}
     """
     values, spec = flatten(tree)
-    kinds = "".join("d" if is_differentiable(v) else "o" if isinstance(v, Tensor) else "r" for v in values)
+    kinds = "".join(["d" if is_differentiable(v) else "o" if isinstance(v, Tensor) else "r" for v in values])
+    if kinds.count("d") == len(kinds):
+        return Split(values, [], spec, (), kinds)
     by_kind: dict[str, list[Any]] = {"d": [], "o": [], "r": []}
     for kind, value in zip(kinds, values, strict=True):
         by_kind[kind].append(value)
@@ -237,9 +242,12 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def all_finite(tree: Tree) -> bool:
     """Whether no differentiable leaf contains NaN or infinity. It waits once for each device, however many leaves."""
+    tensors = [leaf for leaf in leaves(tree) if is_differentiable(leaf)]
+    if all(leaf.device.type == "cpu" and type(leaf) in (Tensor, torch.nn.Parameter) for leaf in tensors):
+        # NaN and infinity make a sum NaN or infinite. So does overflow, and then each number is looked at.
+        tensors = [leaf for leaf in tensors if leaf.is_complex() or not math.isfinite(leaf.detach().sum().item())]
     flags: dict[torch.device, list[Tensor]] = {}
-    for leaf in leaves(tree):
-        if is_differentiable(leaf):
-            flag = whole(torch.isfinite(leaf).all())
-            flags.setdefault(flag.device, []).append(flag)
+    for leaf in tensors:
+        flag = whole(torch.isfinite(leaf).all())
+        flags.setdefault(flag.device, []).append(flag)
     return all(bool(torch.stack(each).all()) for each in flags.values())

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel import autodiff, checks, randomness, trees
 from bilevel.batches import Batches, batches
 from bilevel.optim.torch_step import TEN
-from bilevel.problem import BilevelProblem, Descent, Unrollable, as_problem, require_scalar
+from bilevel.problem import BilevelProblem, Descent, GradientDescent, Unrollable, as_problem, require_scalar
 from bilevel.trees import Tree
 
 
@@ -106,6 +106,11 @@ class Tasks(BilevelProblem):
         return self._problem.presents_meta
 
     @property
+    def modules(self) -> list[nn.Module] | None:
+        """Those of the problem of one task."""
+        return self._problem.modules
+
+    @property
     def is_examined(self) -> bool:
         """Whether the problem of one task has been examined."""
         return self._problem.is_examined
@@ -127,6 +132,18 @@ class Tasks(BilevelProblem):
     def of_one(self) -> BilevelProblem:
         """The problem of one task."""
         return self._problem
+
+    def require_inner_loss(self, who: str, because: str, instead: str) -> GradientDescent:  # noqa: ARG002
+        """Raise, because the inner losses of many tasks are computed together, and not one by one.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"{who} needs the inner loss, {because}; Tasks computes the steps of all tasks together and has no single "
+            "inner loss. Take Reverse, Forward, ForwardGradient or FirstOrder, which take tasks, or call the estimator "
+            "once for each task with the problem of one task"
+        )
 
     def only(self, tree: Tree) -> Tree:
         """The state or the batch of the first task."""

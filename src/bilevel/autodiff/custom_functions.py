@@ -41,16 +41,17 @@ def between(outputs: Any, inputs: Any = ()) -> Iterator[Function]:
     """Yield the custom functions in the graph between inputs and outputs."""
     outputs, inputs = ([t] if isinstance(t, Tensor) else t for t in (outputs, inputs))
     seen: set[Any] = {None}
-    seen.update(t.grad_fn for t in inputs if isinstance(t, Tensor))
-    nodes = [t.grad_fn for t in outputs if isinstance(t, Tensor)]
+    seen.update([t.grad_fn for t in inputs if isinstance(t, Tensor)])
+    nodes: list[Any] = [t.grad_fn for t in outputs if isinstance(t, Tensor) and t.grad_fn not in seen]
+    seen.update(nodes)
     while nodes:
         node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
         if isinstance(node, BackwardCFunction):
             yield node._forward_cls  # pyright: ignore[reportAttributeAccessIssue]
-        nodes += [following for following, _ in node.next_functions]  # pyright: ignore[reportOptionalMemberAccess]
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                nodes.append(following)
 
 
 def check(outputs: Any, inputs: Any, run: Callable[[], Any]) -> None:

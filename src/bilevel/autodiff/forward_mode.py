@@ -57,7 +57,7 @@ def push_forward(
     (tensor(9.), [tensor([ 6., 60.])])
     """
     parts = [trees.split(argument) for argument in arguments]
-    primals = tuple(tuple(part.differentiable) for part in parts)
+    primals = tuple(tuple(map(_with_places, part.differentiable)) for part in parts)
     directions = tuple(tuple(tangent) for tangent in tangents)
     result: list[trees.Split] = []
 
@@ -85,3 +85,9 @@ def push_forward(
         )
     value, other, tangent = ([t.detach() for t in tensors] for tensors in (value, other, tangent))
     return Pushed(result[0].rebuild(value, other), tangent)
+
+
+def _with_places(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if it is expanded: forward mode needs a place in memory for each number."""
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.contiguous() if expanded else tensor

@@ -5,16 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from bilevel.errors import MissingDerivativeError
 
 
-@contextmanager
-def named_missing_derivatives(directions: int = 1) -> Iterator[None]:
+class named_missing_derivatives:  # noqa: N801  (a context manager, named like a function)
     """Context that turns PyTorch's errors about missing derivatives into errors that say what to do instead.
 
     Args:
@@ -25,21 +22,27 @@ def named_missing_derivatives(directions: int = 1) -> Iterator[None]:
         MissingDerivativeError: an operation inside the context lacks a derivative.
         ValueError: a loss or step changes a tensor from outside in place.
     """
-    try:
-        yield
-    except MissingDerivativeError:
-        raise
-    except (NotImplementedError, RuntimeError) as error:
+
+    __slots__ = ("_directions",)
+
+    def __init__(self, directions: int = 1) -> None:
+        self._directions = directions
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, MissingDerivativeError) or not isinstance(error, NotImplementedError | RuntimeError):
+            return
         if found := re.search(r"in-place operation \(aten::(\w+).*captured Tensor", str(error)):
             raise ValueError(
                 f"a loss or step changes a tensor from outside in place ({found[1]}), so a step computed again would "
                 "give something else; write the new value into a tensor of its own, or, if it is the buffer of a "
                 "layer, put that layer in eval mode"
             ) from error
-        advice = _advice(error, directions)
-        if advice is None:
-            raise
-        raise MissingDerivativeError(advice) from error
+        advice = _advice(error, self._directions)
+        if advice is not None:
+            raise MissingDerivativeError(advice) from error
 
 
 FORWARD_MODE = (

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, randomness, trees
+from bilevel import autodiff, distributed, randomness, trees
 from bilevel.batches import Batches
 from bilevel.compilation.compiled_gradient import compile_seconds
 from bilevel.estimators.differentiable_value import differentiable_value
@@ -255,7 +255,10 @@ class Estimator(ABC):
         """Context in which PyTorch takes kernels with the derivatives that this estimator needs."""
         if not self.needs_derivatives or self.first_order:
             return nullcontext()
-        return autodiff.differentiable_kernels(modules_in([run.meta, run.start()]))  # which is not held any longer
+        inner = run.problem.modules if distributed.current().size == 1 else None
+        if inner is None:
+            inner = modules_in(run.start())  # which is not held any longer
+        return autodiff.differentiable_kernels([*modules_in(run.meta), *inner])
 
     @abstractmethod
     def _estimate(self, run: Unroll) -> Estimate:

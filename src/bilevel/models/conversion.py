@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,14 +190,21 @@ def with_buffers(
     return optree.tree_map(completed, tree, is_leaf=is_view, namespace=NAMESPACE), cells
 
 
-@contextmanager
-def standing_in(*places: Tree) -> Iterator[None]:
-    """Context in which the modules of all views hold the views' tensors, also between calls.
+def standing_in(*places: Tree) -> AbstractContextManager[Any]:
+    """Return the context in which the modules of all views hold the views' tensors, also between calls.
 
     Activation checkpointing computes layers again in the backward pass, after the call of the view has returned.
     """
+    views = views_in(places)
+    if len(views) == 1:
+        return views[0].standing_in()
+    return _all_standing(views) if views else nullcontext()
+
+
+@contextmanager
+def _all_standing(views: list[ModuleView]) -> Iterator[None]:
     with ExitStack() as stack:
-        for view in views_in(places):
+        for view in views:
             stack.enter_context(view.standing_in())
         yield
 

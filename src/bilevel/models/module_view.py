@@ -233,6 +233,12 @@ def is_view(node: Any) -> bool:
 
 def views_in(tree: Tree) -> list[ModuleView]:
     """Return the views in a tree."""
+    if type(tree) is ModuleView:
+        return [tree]
+    if isinstance(tree, Tensor):
+        return []
+    if type(tree) is tuple or type(tree) is list:
+        return [view for part in tree for view in views_in(part)]
     found: list[ModuleView] = []
 
     def note(node: Any) -> bool:

@@ -90,12 +90,14 @@ class Layout:
     """Whether a layer was wrapped by `torch.compile`."""
     sharded: bool = False
     """Whether `fully_shard` was applied to the module, or to a layer of it."""
+    layers: list[nn.Module] = field(init=False)
+    """The module and all modules in it."""
     lock: ModuleLock = field(init=False)
 
     def __post_init__(self) -> None:
         self.sharded = fsdp.is_sharded(self.module)
         self.lock = self.root.lock if self.root else ModuleLock(self.module)
-        layers = list(self.module.modules())
+        self.layers = layers = list(self.module.modules())
         recurrent = [layer.__dict__ for layer in layers if isinstance(layer, nn.RNNBase)]
         self.lists = [(holder, key) for holder in recurrent for key in _LISTS if key in holder]
         self.watched = [layer for layer in layers if layer._backward_hooks]
@@ -280,7 +282,7 @@ class ModulesInUse:
     def __init__(self, layouts: Sequence[Layout]) -> None:
         self._layouts = layouts
         self._locks = [layout.lock for layout in layouts]
-        self._modes = [(layer, layer.training) for layout in layouts for layer in layout.module.modules()]
+        self._modes = [(layer, layer.training) for layout in layouts for layer in layout.layers]
         self._held: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> None:

@@ -86,7 +86,7 @@ def measure(run: Unroll) -> StepCosts:
     argument_checks.one_outer_loss(
         run.outer_loss(state, run.meta).detach(),
         "plan and Auto choose a method for",
-        ", or name the method: Reverse() and all others take the vector as it is",
+        ", or name the method: Reverse(), ForwardGradient and others take the vector as it is",
     )
     outer = _price(lambda: run.outer_loss(state, run.meta))
     if run.problem.is_black_box:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -57,12 +56,14 @@ def one_outer_loss(value: Tensor, who: str, instead: str) -> None:
     if value.ndim:
         raise ValueError(
             f"{who} one outer loss, and outer_loss returned a vector of {len(value)}; write .mean() or .sum() for "
-            f"their mean or sum{instead}"
+            f"their mean or sum (for Tasks: per_task=False){instead}"
         )
 
 
 def finite(meta: Tree) -> None:
     """Raise if a meta parameter is NaN or infinite."""
+    if not any(leaf.is_meta for leaf in trees.leaves(meta)) and trees.all_finite(meta):
+        return
     for name, leaf in trees.named_leaves(meta, "meta"):
         if leaf.is_meta:
             raise ValueError(f"{name} is on the meta device, where tensors have no values; make it on cpu or a GPU")
@@ -98,6 +99,9 @@ def whole_at_each_worker(state: Tree) -> None:
 
 def one_device(**places: Any) -> None:
     """Raise a ValueError unless all tensors are on one device. Tensors without dimensions may be on any device."""
+    found = {leaf.device for leaf in trees.leaves(places) if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(found) <= 1:
+        return
     seen: dict[torch.device, str] = {}
     for place, tree in places.items():
         for name, leaf in trees.named_leaves(tree, place):
@@ -110,6 +114,9 @@ def one_device(**places: Any) -> None:
 
 def same_structure(before: Tree, after: Tree) -> None:
     """Raise a ValueError if a step changed the structure of the state, or a shape or dtype in it."""
+    (old_leaves, old_spec), (new_leaves, new_spec) = trees.flatten(before), trees.flatten(after)
+    if old_spec == new_spec and all(map(_same_kind, old_leaves, new_leaves)):
+        return
     named_before = trees.named_leaves(before, "state")
     named_after = trees.named_leaves(after, "state")
     were, are = ([name for name, _ in named] for named in (named_before, named_after))
@@ -126,20 +133,33 @@ def same_structure(before: Tree, after: Tree) -> None:
             )
 
 
-@contextmanager
-def left_as_given(**places: Tree) -> Iterator[None]:
+class left_as_given:  # noqa: N801  (a context manager, named like a function)
     """Context manager that raises a ValueError if a tensor of these trees is changed in place inside it."""
-    before = [(place, leaf, leaf._version) for place, tree in places.items() for leaf in _versioned(tree)]
-    try:
-        yield
-    except RuntimeError as error:  # PyTorch itself raises for a tensor that records its history
-        if "leaf Variable that requires grad" in str(error) and "in-place" in str(error):
-            raise ValueError(changed_in_place(" or ".join(places))) from error
-        raise
-    for place, leaf, version in before:
-        if leaf._version != version:
-            names = [name for name, each in trees.named_leaves(places[place], place) if each is leaf]
-            raise ValueError(changed_in_place(names[0]))
+
+    __slots__ = ("_before", "_places")
+
+    def __init__(self, **places: Tree) -> None:
+        self._places = places
+
+    def __enter__(self) -> None:
+        self._before = [
+            (place, leaf, leaf._version) for place, tree in self._places.items() for leaf in _versioned(tree)
+        ]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None:
+            # PyTorch itself raises for a tensor that records its history
+            if (
+                isinstance(error, RuntimeError)
+                and "leaf Variable that requires grad" in str(error)
+                and "in-place" in str(error)
+            ):
+                raise ValueError(changed_in_place(" or ".join(self._places))) from error
+            return
+        for place, leaf, version in self._before:
+            if leaf._version != version:
+                names = [name for name, each in trees.named_leaves(self._places[place], place) if each is leaf]
+                raise ValueError(changed_in_place(names[0]))
 
 
 def _versioned(tree: Tree) -> list[Tensor]:
@@ -201,6 +221,12 @@ def batch_left_as_given(changed: Mapping[str, Tensor | np.ndarray], given_again:
                 "again would see other numbers, and the data stay changed. Write the result into a tensor of its own: "
                 "x = batch['x'] * 2 instead of batch['x'].mul_(2), or take a copy first (batch['x'].clone())"
             )
+
+
+def _same_kind(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.shape == new.shape and old.dtype == new.dtype
+    return not isinstance(old, Tensor) and not isinstance(new, Tensor) and _kind(old) == _kind(new)
 
 
 def _kind(leaf: Any) -> str:

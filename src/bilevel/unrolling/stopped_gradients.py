@@ -14,6 +14,7 @@ not replayed. The tape notes where they are, and whether they moved.
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -213,6 +214,13 @@ class _Stops(TorchFunctionMode):
             if self._tape._replaying and not self._tape.is_full:
                 first.copy_(value)
             return result
+        in_place = not stopping and _IN_PLACE.fullmatch(name) is not None
+        if in_place and isinstance(first, Tensor) and isinstance(result, Tensor) and result is not first:
+            # The write went into a buffer of the inner state, which got a new tensor. Later writes must find it.
+            if _is_bookkeeping():
+                return result
+            (value,) = self._tape.stopped((result,), f"{_where()} (torch.no_grad)")
+            return result.copy_(value) if self._tape._replaying and not self._tape.is_full else result
         results = result if type(result) in (tuple, list) else (result,)
         if not any(isinstance(r, Tensor) and (r.is_floating_point() or r.dtype == torch.int64) for r in results):
             return result
@@ -246,6 +254,8 @@ def _is_hard(args: Any, kwargs: Any) -> bool:
     return bool(kwargs.get("hard", args[2] if len(args) > 2 else False))
 
 
+_IN_PLACE = re.compile(r"__i\w+__|[a-z]\w*[a-z0-9]_")
+"""The names of operations in place."""
 _DETACHING = frozenset({torch.detach, Tensor.detach, Tensor.data.__get__})  # pyright: ignore[reportAttributeAccessIssue]
 _NUMBERS = frozenset({Tensor.item, Tensor.tolist, Tensor.__float__})
 
