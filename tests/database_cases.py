@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-DOUBLE = torch.float64
+DOUBLE, EVERYTHING = torch.float64, slice(None)
 Optimizer = tuple[type[torch.optim.Optimizer], Mapping[str, Any]]
 
 
@@ -37,9 +37,14 @@ LEFT_OUT = {
     ),
     "nn.functional.embedding": "PyTorch takes the padding row for a constant; the entry `nn.Embedding` has none",
     "Muon": "a part of the update is computed in bfloat16, so that differences of a loop are noise",
+    "grid_sampler_2d": "the gradient jumps where a sampling point crosses a pixel, and some of the points lie there",
     **dict.fromkeys(("empty_like", "new_empty", "new_empty_strided"), "the values are whatever the memory holds"),
 }
 """Entries without a truth that is known beforehand, and why."""
+WITHOUT_PENALTY = {
+    "_batch_norm_with_update": "an operation of torch.ops, which has no composite form; `F.batch_norm` has one",
+}
+"""Entries that are not taken with a gradient penalty, and why."""
 FIRST_INPUT_ONLY = {
     "nn.HingeEmbeddingLoss": "the target is 1 or −1, and the loss jumps where it is neither",
     "nn.functional.hinge_embedding_loss": "the target is 1 or −1, and the loss jumps where it is neither",
@@ -116,10 +121,10 @@ def _imported(name: str) -> Any:
     return found
 
 
-def operations(limit: int = 3) -> Iterator[Case]:
-    """`op_db`."""
+def operations(limit: int = 2, part: slice = EVERYTHING) -> Iterator[Case]:
+    """`op_db`: at most `limit` kinds of inputs of each operation in a part of the list."""
     op_db = _imported("common_methods_invocations").op_db
-    for op in op_db:
+    for op in op_db[part]:
         name = f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
         if DOUBLE not in op.dtypes:
             continue
@@ -172,10 +177,10 @@ def described(sample: Any) -> str:
     return ", ".join(parts)[:100]
 
 
-def modules(limit: int = 4) -> Iterator[Case]:
-    """`module_db`."""
+def modules(limit: int = 3, part: slice = EVERYTHING) -> Iterator[Case]:
+    """`module_db`: at most `limit` inputs of each module in a part of the list, in training and in evaluation."""
     module_db = _imported("common_modules").module_db
-    for info in module_db:
+    for info in module_db[part]:
         if DOUBLE not in info.dtypes:
             continue
         for training in (True, False) if info.train_and_eval_differ else (True,):
@@ -216,11 +221,11 @@ def _module(info: Any, each: Any, training: bool) -> Scaled:
     return _Module(module, inputs)
 
 
-def optimizers() -> Iterator[Case]:
-    """`optim_db`."""
+def optimizers(limit: int = 100, part: slice = EVERYTHING) -> Iterator[Case]:
+    """`optim_db`: at most `limit` settings of each optimiser in a part of the list."""
     optim_db = _imported("common_optimizers").optim_db
-    for info in optim_db:
-        for each in info.optim_inputs_func("cpu"):
+    for info in optim_db[part]:
+        for each in info.optim_inputs_func("cpu")[:limit]:
             yield Case("optim_db", info.optim_cls.__name__, each.desc, _linear, (info.optim_cls, dict(each.kwargs)))
 
 

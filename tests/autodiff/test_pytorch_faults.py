@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_faults import FAULTS, PRODUCTS, REFUSED, Fault, page
+from torch import Tensor
 
 from bilevel.autodiff import composites, refused_operations
 from bilevel.autodiff.missing import named_missing_derivatives
+from bilevel.autodiff.reverse_mode import gradient
 from bilevel.autodiff.substitution import Memory, ReverseNeeded, own_gradient, run_user_code
 from bilevel.errors import MissingDerivativeError
 
@@ -45,13 +47,16 @@ def test_the_library_does_not(fault: Fault) -> None:
 def test_a_gradient_penalty_over_a_wrong_second_derivative_is_refused() -> None:
     """The plain loop is wrong there, so no hypergradient of it would be what the user wants."""
 
-    def penalty() -> None:
-        v = torch.ones(2, 3, requires_grad=True)
+    def penalty(v: Tensor) -> Tensor:
         normed = torch._weight_norm(v, torch.ones(2, 1))  # pyright: ignore[reportPrivateImportUsage]
-        torch.autograd.grad(normed.square().sum(), v, create_graph=True)
+        (slope,) = torch.autograd.grad(normed.square().sum(), v, create_graph=True)
+        return slope.square().sum()
 
     with pytest.raises(MissingDerivativeError, match="'_weight_norm', whose second derivative is wrong"):
-        run_user_code(penalty)
+        gradient(lambda tensors: penalty(tensors[0]), [torch.ones(2, 3)], differentiable=True)
+    run_user_code(
+        lambda: penalty(torch.ones(2, 3, requires_grad=True))
+    )  # a step of one's own may take the gradient of such a loss
 
 
 def test_every_replaced_operation_is_on_the_table() -> None:

@@ -284,7 +284,7 @@ THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
     torch.batch_norm: torch_batch_norm,
     torch.instance_norm: torch_instance_norm,
     torch.native_batch_norm: native_batch_norm,
-    torch._native_batch_norm_legit: native_batch_norm,
+    torch._native_batch_norm_legit: native_batch_norm,  # pyright: ignore[reportPrivateImportUsage]
     **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), conv_transpose),
 }
 """Operations whose third derivative is wrong in PyTorch, or raises an error (`conv_transpose`). They are replaced in

@@ -83,8 +83,8 @@ def native_batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `batch_norm`, with the mean and 1 / √(variance + ε), which have no derivative in PyTorch."""
-    statistics = (None if t is None else t.detach().clone() for t in (running_mean, running_var))
-    _, mean, rstd = torch.native_batch_norm(input.detach(), None, None, *statistics, training, momentum, eps)
+    old_mean, old_var = (None if t is None else t.detach().clone() for t in (running_mean, running_var))
+    _, mean, rstd = torch.native_batch_norm(input.detach(), None, None, old_mean, old_var, training, momentum, eps)
     found = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return found, mean, rstd
 

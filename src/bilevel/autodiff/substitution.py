@@ -61,6 +61,8 @@ def memory_of(problem: Any) -> Memory:
 class _State(threading.local):
     active: _Rules | None = None
     own_gradient: bool = False
+    differentiated_loss: bool = False
+    """Whether a loss runs whose gradient the library takes, so that a gradient inside it is differentiated at once."""
 
 
 _STATE = _State()
@@ -142,14 +144,15 @@ class own_gradient:  # noqa: N801
         _STATE.own_gradient = self._before
 
 
-class user_code_again:  # noqa: N801
-    """Context manager for user code that runs inside a gradient that the library takes."""
+class loss_code:  # noqa: N801
+    """Context manager for a user's loss of which the library takes the gradient."""
 
     def __enter__(self) -> None:
-        self._before, _STATE.own_gradient = _STATE.own_gradient, False
+        self._before = _STATE.own_gradient, _STATE.differentiated_loss
+        _STATE.own_gradient, _STATE.differentiated_loss = False, True
 
     def __exit__(self, *error: object) -> None:
-        _STATE.own_gradient = self._before
+        _STATE.own_gradient, _STATE.differentiated_loss = self._before
 
 
 class _Rules(TorchFunctionMode):
@@ -231,7 +234,7 @@ def _gradient_inside(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: di
         raise ReverseNeeded(
             f"a loss or step takes a gradient of its own ({_name(func)}), {FORWARD_MODE}, or write torch.func.grad"
         )
-    if rules.twice_wrong is not None:
+    if rules.twice_wrong is not None and _STATE.differentiated_loss:
         raise MissingDerivativeError(
             f"a loss takes a gradient of its own and contains {rules.twice_wrong!r}, whose second derivative is wrong "
             f"in torch {torch.__version__}, so the inner gradient itself would be wrong; write that operation in terms "
