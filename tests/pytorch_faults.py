@@ -231,6 +231,24 @@ FAULTS: tuple[Fault, ...] = (
         third(lambda x, w, b: F.batch_norm(x, None, None, w, b, True), IMAGE, SCALE, SHIFT),
     ),
     Fault(
+        "torch.native_batch_norm",
+        "third",
+        "wrong",
+        _V,
+        COMPOSITE,
+        "",
+        third(lambda x, w, b: torch.native_batch_norm(x, w, b, None, None, True, 0.1, 1e-5)[0], IMAGE, SCALE, SHIFT),
+    ),
+    Fault(
+        "F.conv_transpose1d, 2d, 3d with an output_padding",
+        "third",
+        "an error",
+        _V,
+        COMPOSITE,
+        "",
+        third(lambda x, w: F.conv_transpose1d(x, w, None, 2, 1, 1), normal(2, 3, 4), normal(3, 2, 3, seed=1)),
+    ),
+    Fault(
         "F.mse_loss", "forward mode", "missing", _V, COMPOSITE, "", forward_over_reverse(F.mse_loss, SCORES, IMAGE[0])
     ),
     Fault(

@@ -166,6 +166,25 @@ for training in (True, False):
         lambda f, x, w, b, a=more: f(x, w, b, a[0].clone(), a[1].clone(), *a[2:]),
         *NORMS,
     )
+add_one(
+    "batch norm with its statistics",
+    *(torch.native_batch_norm, C.native_batch_norm),
+    lambda f, x, w, b: f(x, w, b, None, None, True, 0.1, 1e-5)[0],
+    *NORMS,
+)
+for cut, more in ((0, 1), (1, 1), (2, 0)):
+    add_one(
+        f"transposed convolution, {cut}, {more}",
+        *(F.conv_transpose1d, C.conv_transpose),
+        lambda f, x, w, b, c=cut, m=more: f(x, w, b, 2, c, m),
+        *(IMAGE, normal(4, 2, 3), normal(2)),
+    )
+add_one(
+    "transposed convolution of images",
+    *(F.conv_transpose2d, C.conv_transpose),
+    lambda f, x, w: f(x, w, None, (2, 3), (1, 0), (0, 2)),
+    *(normal(1, 2, 3, 2), normal(2, 1, 2, 3)),
+)
 add_one("instance norm", F.instance_norm, C.instance_norm, lambda f, x, w, b: f(x, None, None, w, b), *NORMS)
 add_one("batch norm", F.batch_norm, C.batch_norm, lambda f, x, w, b: f(x, None, None, w, b, True), *NORMS)
 add_one("batch norm, eval", F.batch_norm, C.batch_norm, lambda f, x, w, b: f(x, SCALE, SCALE.abs(), w, b), *NORMS)

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn import functional
 
-from bilevel.autodiff.distances import cdist, embedding_bag, hardsigmoid, pdist
+from bilevel.autodiff.distances import cdist, conv_transpose, embedding_bag, hardsigmoid, pdist
 from bilevel.autodiff.normalisations import (
     batch_norm,
     instance_norm,
     layer_norm,
+    native_batch_norm,
     native_layer_norm,
     torch_batch_norm,
     torch_instance_norm,
@@ -282,6 +283,9 @@ THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
     torch.native_layer_norm: native_layer_norm,
     torch.batch_norm: torch_batch_norm,
     torch.instance_norm: torch_instance_norm,
+    torch.native_batch_norm: native_batch_norm,
+    torch._native_batch_norm_legit: native_batch_norm,  # pyright: ignore[reportPrivateImportUsage]
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), conv_transpose),
 }
-"""Operations whose third derivative is wrong in PyTorch. They are replaced in losses that take a gradient themselves,
-which makes third derivatives occur."""
+"""Operations whose third derivative is wrong in PyTorch, or raises an error (`conv_transpose`). They are replaced in
+losses that take a gradient themselves, which makes third derivatives occur."""

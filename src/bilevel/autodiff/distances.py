@@ -1,7 +1,8 @@
-"""Distances, and two layers, in composite form. PyTorch's own have no second derivative."""
+"""Distances, and a few layers, in composite form. PyTorch's own lack second or third derivatives."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,28 @@ def _norm(x: Tensor, p: float) -> Tensor:
     apart = (x != 0).any(-1)
     kept = torch.where(apart.unsqueeze(-1), x, torch.ones_like(x))
     return torch.where(apart, torch.linalg.vector_norm(kept, p, dim=-1), torch.zeros_like(x[..., 0]))
+
+
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Compute a transposed convolution, with `padding` and `output_padding` as cuts of the unpadded one.
+
+    PyTorch's own raises an error in the third derivative if there is an `output_padding`.
+    """
+    axes = weight.ndim - 2
+    cut, more = ([n] * axes if isinstance(n, int) else list(n) for n in (padding, output_padding))
+    operation: Any = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[axes - 1]
+    whole = operation(input, weight, None, stride, 0, 0, groups, dilation)
+    found = functional.pad(whole, [n for p, m in zip(cut[::-1], more[::-1], strict=True) for n in (-p, m - p)])
+    return found if bias is None else found + bias.reshape(-1, *[1] * axes)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:

@@ -72,6 +72,23 @@ def native_layer_norm(
     return layer_norm(input, normalized_shape, weight, bias, eps), mean, rstd
 
 
+def native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `batch_norm`, with the mean and 1 / √(variance + ε), which have no derivative in PyTorch."""
+    old_mean, old_var = (None if t is None else t.detach().clone() for t in (running_mean, running_var))
+    _, mean, rstd = torch.native_batch_norm(input.detach(), None, None, old_mean, old_var, training, momentum, eps)
+    found = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return found, mean, rstd
+
+
 def torch_batch_norm(
     input: Tensor,
     weight: Tensor | None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel import trees
 from bilevel.autodiff import custom_functions
 from bilevel.autodiff.missing import named_missing_derivatives
-from bilevel.autodiff.substitution import Memory, own_gradient, run_user_code, user_code_again
+from bilevel.autodiff.substitution import Memory, loss_code, own_gradient, run_user_code
 from bilevel.trees import Tree
 
 
@@ -49,7 +49,8 @@ def gradient(
     inputs = [t.view_as(t) if differentiable and t.requires_grad else t.detach().requires_grad_() for t in tensors]
     with torch.enable_grad():
         if differentiable:
-            value = run_user_code(lambda: loss(inputs), memory, history=[t for t in inputs if not t.is_leaf])
+            with loss_code():
+                value = run_user_code(lambda: loss(inputs), memory, history=[t for t in inputs if not t.is_leaf])
             custom_functions.check(value, inputs, lambda: loss(inputs))
         else:
             value = loss(inputs)
@@ -76,7 +77,7 @@ def _gradient_inside_vjp(
 
     def differentiated(*tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         reached.clear()
-        with user_code_again():
+        with loss_code():
             value = run_user_code(lambda: loss(tensors), memory, forward_mode=True)
         if not value.requires_grad:
             return value, ()

@@ -61,6 +61,8 @@ def memory_of(problem: Any) -> Memory:
 class _State(threading.local):
     active: _Rules | None = None
     own_gradient: bool = False
+    differentiated_loss: bool = False
+    """Whether a loss runs whose gradient the library takes, so that a gradient inside it is differentiated at once."""
 
 
 _STATE = _State()
@@ -142,14 +144,15 @@ class own_gradient:  # noqa: N801
         _STATE.own_gradient = self._before
 
 
-class user_code_again:  # noqa: N801
-    """Context manager for user code that runs inside a gradient that the library takes."""
+class loss_code:  # noqa: N801
+    """Context manager for a user's loss of which the library takes the gradient."""
 
     def __enter__(self) -> None:
-        self._before, _STATE.own_gradient = _STATE.own_gradient, False
+        self._before = _STATE.own_gradient, _STATE.differentiated_loss
+        _STATE.own_gradient, _STATE.differentiated_loss = False, True
 
     def __exit__(self, *error: object) -> None:
-        _STATE.own_gradient = self._before
+        _STATE.own_gradient, _STATE.differentiated_loss = self._before
 
 
 class _Rules(TorchFunctionMode):
@@ -158,6 +161,8 @@ class _Rules(TorchFunctionMode):
         self.forward_mode = forward_mode
         self.history = history
         self.normalised = False
+        self.twice_wrong: str | None = None
+        """The name of an operation in this run whose second derivative is wrong in PyTorch."""
         self._table = _TABLES[forward_mode, memory.composite_normalisations]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -185,6 +190,13 @@ def _checked(check: refused_operations.Check) -> Rule:
 def _note_normalisation(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rules.normalised = True
     return func(*args, **kwargs)
+
+
+def _note_twice_wrong(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Replace an operation, and note that a plain loop that takes a gradient of its own would be wrong."""
+    if func is not functional.linear_cross_entropy or kwargs.get("options") is not None:
+        rules.twice_wrong = _name(func)
+    return composites.SECOND_DERIVATIVE[func](*args, **kwargs)
 
 
 def _note_layer_norm(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -221,6 +233,12 @@ def _gradient_inside(rules: _Rules, func: Any, args: tuple[Any, ...], kwargs: di
     if rules.forward_mode and not by_functorch:
         raise ReverseNeeded(
             f"a loss or step takes a gradient of its own ({_name(func)}), {FORWARD_MODE}, or write torch.func.grad"
+        )
+    if rules.twice_wrong is not None and _STATE.differentiated_loss:
+        raise MissingDerivativeError(
+            f"a loss takes a gradient of its own and contains {rules.twice_wrong!r}, whose second derivative is wrong "
+            f"in torch {torch.__version__}, so the inner gradient itself would be wrong; write that operation in terms "
+            "of others (for linear_cross_entropy: options=None)"
         )
     if rules.normalised:
         raise _CompositesNeeded
@@ -329,6 +347,7 @@ _EVERYWHERE: dict[Any, Rule] = {
     **dict.fromkeys((torch.autograd.grad, torch.autograd.backward, Tensor.backward), _gradient_inside),
     custom_function_call: _custom_function,
     Tensor.register_hook: _watched_hook,
+    **dict.fromkeys((torch._weight_norm, functional.linear_cross_entropy), _note_twice_wrong),  # pyright: ignore[reportPrivateImportUsage]
     **{operation: _checked(check) for operation, check in refused_operations.CHECKS.items()},
 }
 _IN_FORWARD_MODE: dict[Any, Rule] = {
