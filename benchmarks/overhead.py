@@ -63,7 +63,7 @@ def unrolled_by_hand(
     return list(torch.autograd.grad(value, list(meta.values()) if isinstance(meta, dict) else [meta]))
 
 
-def square(model: Any, meta: Any, batch: Any) -> Tensor:  # noqa: ARG001
+def square(model: Any, meta: Any, batch: Any) -> Tensor:
     return (model(batch[0]) - batch[1]).square().mean()
 
 
@@ -237,8 +237,8 @@ def main() -> None:
     lines = [
         "# Estimates beside code by hand",
         "",
-        f"`OMP_NUM_THREADS=1 python benchmarks/overhead.py`: process time in milliseconds, medians, float32, one thread, "
-        f"a process for each row. bilevel {bilevel.__version__}, torch {torch.__version__}, python "
+        f"`OMP_NUM_THREADS=1 python benchmarks/overhead.py`: process time in milliseconds, medians, float32, one "
+        f"thread, a process for each row. bilevel {bilevel.__version__}, torch {torch.__version__}, python "
         f"{platform.python_version()}, {platform.machine()}. `Reverse()` is compared with "
         '`Reverse("graph")`, everything else with the same computation written by hand with `torch.autograd` or '
         "`torch.func`. A ratio of 1 means that the library costs nothing.",
