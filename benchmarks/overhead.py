@@ -237,9 +237,8 @@ def main() -> None:
     lines = [
         "# Estimates beside code by hand",
         "",
-        "`OMP_NUM_THREADS=1 python benchmarks/overhead.py`: process time in milliseconds, medians, float32, one "
-        "thread, "
-        f"a process for each row. bilevel {bilevel.__version__}, torch {torch.__version__}, python "
+        f"`OMP_NUM_THREADS=1 python benchmarks/overhead.py`: process time in milliseconds, medians, float32, one "
+        f"thread, a process for each row. bilevel {bilevel.__version__}, torch {torch.__version__}, python "
         f"{platform.python_version()}, {platform.machine()}. `Reverse()` is compared with "
         '`Reverse("graph")`, everything else with the same computation written by hand with `torch.autograd` or '
         "`torch.func`. A ratio of 1 means that the library costs nothing.",

@@ -1,7 +1,14 @@
 """The same hypergradient by other libraries: what `benchmarks/peers.py` compares with.
 
-Every function takes a `Subject` of `benchmarks/models.py` and T, and returns dh/dφ. Each uses its library as its own
-documentation does, with the default settings, on the losses as they are written.
+Every function takes a `Subject` of `benchmarks/models.py` and T, and returns dh/dφ; functions whose names end with
+`_losses` also take a vector of outer losses, and return a row for each. Each uses its library as its own documentation
+does, on the losses as they are written, with the settings that are best for it:
+
+- `higher`: `copy_initial_weights=False` and `track_higher_grads=True`, the default.
+- TorchOpt: `MetaSGD` and `MetaAdam` with their defaults. (`MetaAdam(use_accelerated_op=True)` needs the extension in C++,
+  which the wheel for this platform has not built for this version of PyTorch.)
+- Betty: `unroll_steps=T`.
+- Bergson: what its own command sets: Adam with `eps_root=1e-17`, and `inplace=True` forwards.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ import copy
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,31 +156,57 @@ class _Stream:
 
 def through_bergson(subject: Subject, steps: int) -> Tensor:
     """Bergson's `Trainer.train` with √T checkpoints on disk, then its `backward` through the whole run."""
+    return through_bergson_losses(subject, steps, lambda model: subject.outer_loss(model).unsqueeze(0))[0]
+
+
+def through_bergson_losses(subject: Subject, steps: int, outer_losses: Callable[[Any], Tensor]) -> Tensor:
+    """The same for m outer losses, with one `train` and a `backward` for each."""
     import torchopt
     from bergson.magic.trainer import BackwardState, Trainer
 
     if subject.algorithm is torch.optim.Adam:
-        optimizer = torchopt.adam(**subject.settings, moment_requires_grad=True)
+        optimizer = torchopt.adam(**subject.settings, eps_root=1e-17, moment_requires_grad=True)
     else:
         optimizer = torchopt.sgd(**subject.settings, moment_requires_grad=True)
     stream = _Stream(subject.meta, steps)
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), tempfile.TemporaryDirectory() as folder:
         trainer, state = Trainer.initialize(_Weighted(subject), optimizer)
         state.detach_()
-        state = trainer.train(state, stream, inplace=False, save_dir=folder, save_mode="sqrt")
+        state = trainer.train(state, stream, inplace=True, save_dir=folder, save_mode="sqrt")
         state.detach_()
-        state.requires_grad = True
-        params = {name.removeprefix("network."): p for name, p in state.params.items()}
-        loss = subject.outer_loss(
-            lambda *a, **k: torch.func.functional_call(subject.network, params, a, k, tie_weights=False)
-        )
-        tensors = state.differentiable_tensors()
-        grads = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
-        count = len(state.params)
-        start = BackwardState(
-            dict(zip(state.params, grads[:count], strict=True)), list(grads[count:]), torch.zeros_like(subject.meta)
-        )
-        return trainer.backward(folder, stream, start, state, save_mode="sqrt").weight_grads.detach()
+        rows, last = [], state
+        for number in range(len(outer_losses(subject.network))):
+            state = copy.deepcopy(last)  # a backward pass leaves its own way in it
+            state.requires_grad = True
+            params = {name.removeprefix("network."): p for name, p in state.params.items()}
+            loss = outer_losses(
+                lambda *a, params=params, **k: torch.func.functional_call(
+                    subject.network, params, a, k, tie_weights=False
+                )
+            )[number]
+            tensors = state.differentiable_tensors()
+            grads = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+            count = len(state.params)
+            start = BackwardState(
+                dict(zip(state.params, grads[:count], strict=True)), list(grads[count:]), torch.zeros_like(subject.meta)
+            )
+            found = trainer.backward(folder, stream, start, state, cleanup=False, inplace=True, save_mode="sqrt")
+            rows.append(found.weight_grads.detach())
+        return torch.stack(rows)
+
+
+def through_torchopt_losses(subject: Subject, steps: int, outer_losses: Callable[[Any], Tensor]) -> Tensor:
+    """TorchOpt's graph of all steps, once, with batched cotangents."""
+    import torchopt
+
+    kind = torchopt.MetaAdam if subject.algorithm is torch.optim.Adam else torchopt.MetaSGD
+    meta = subject.meta.clone().requires_grad_()
+    model = copy.deepcopy(subject.network)
+    inner = kind(model, **subject.settings)
+    for _ in range(steps):
+        inner.step(subject.inner_loss(model, meta))
+    losses = outer_losses(model)
+    return torch.autograd.grad(losses, meta, torch.eye(len(losses)), is_grads_batched=True)[0]
 
 
 def recipe(count: int, subject: Subject, steps: int) -> Tensor:

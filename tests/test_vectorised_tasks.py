@@ -283,8 +283,8 @@ def test_tasks_whose_states_differ_in_structure_are_refused() -> None:
 
 @pytest.mark.parametrize("estimator", [Implicit(), HessianFree()], ids=str)
 def test_implicit_methods_are_refused_by_name(estimator: bilevel.Estimator) -> None:
-    message = f"{type(estimator).__name__} needs the inner loss.*computes the steps of all tasks together"
-    with pytest.raises(TypeError, match=message):
+    who = type(estimator).__name__
+    with pytest.raises(TypeError, match=f"{who} needs the inner loss.*computes the steps of all tasks together"):
         estimator(Tasks(maml(), K), MODEL, BATCHES, OUTER)
 
 

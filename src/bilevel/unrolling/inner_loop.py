@@ -100,7 +100,9 @@ class InnerLoop:
         start, passed = self.problem.init, self._as_passed(meta)
 
         def function(_: None) -> Tree:
-            return start(passed) if self.problem.is_black_box else self._differentiated(start, passed)
+            # Without a function of the user's own, no operation in `init` needs a replacement.
+            plain = self.problem.is_black_box or self.problem.modules is not None
+            return start(passed) if plain else self._differentiated(start, passed)
 
         with watched_once(self.problem, INIT, self.meta, [meta]):
             return randomness.evaluate(function, self.seed, randomness.INIT)
