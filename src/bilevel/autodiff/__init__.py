@@ -3,7 +3,7 @@
 from bilevel.autodiff.double_reverse import push_by_double_reverse
 from bilevel.autodiff.forward_mode import Pushed, push_forward
 from bilevel.autodiff.kernels import differentiable_kernels
-from bilevel.autodiff.missing import named_missing_derivatives
+from bilevel.autodiff.missing import OutsideUpdateError, named_missing_derivatives
 from bilevel.autodiff.reverse_mode import (
     Transpose,
     fill_zeros,
@@ -20,6 +20,7 @@ from bilevel.autodiff.substitution import Memory, memory_of, run_user_code
 
 __all__ = [
     "Memory",
+    "OutsideUpdateError",
     "Pushed",
     "Transpose",
     "differentiable_kernels",

@@ -11,6 +11,10 @@ import torch
 from bilevel.errors import MissingDerivativeError
 
 
+class OutsideUpdateError(ValueError):
+    """A loss or step changed a tensor that is not part of the inner state."""
+
+
 class named_missing_derivatives:  # noqa: N801  (a context manager, named like a function)
     """Context that turns PyTorch's errors about missing derivatives into errors that say what to do instead.
 
@@ -20,7 +24,7 @@ class named_missing_derivatives:  # noqa: N801  (a context manager, named like a
 
     Raises:
         MissingDerivativeError: an operation inside the context lacks a derivative.
-        ValueError: a loss or step changes a tensor from outside in place.
+        OutsideUpdateError: a loss or step changes a tensor from outside in place.
     """
 
     __slots__ = ("_directions",)
@@ -35,7 +39,7 @@ class named_missing_derivatives:  # noqa: N801  (a context manager, named like a
         if isinstance(error, MissingDerivativeError) or not isinstance(error, NotImplementedError | RuntimeError):
             return
         if found := re.search(r"in-place operation \(aten::(\w+).*captured Tensor", str(error)):
-            raise ValueError(
+            raise OutsideUpdateError(
                 f"a loss or step changes a tensor from outside in place ({found[1]}), so a step computed again would "
                 "give something else; write the new value into a tensor of its own, or, if it is the buffer of a "
                 "layer, put that layer in eval mode"

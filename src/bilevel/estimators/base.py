@@ -25,7 +25,7 @@ from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_prob
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks, diagnosis, short_check, vectorised_steps
 from bilevel.unrolling.inner_loop import WindowEnd
-from bilevel.unrolling.unroll import Unroll, unroll
+from bilevel.unrolling.unroll import Unroll, follow_later_updates, unroll
 from bilevel.vectorised_tasks import Tasks, joined
 
 
@@ -166,7 +166,19 @@ class Estimator(ABC):
         """
         problem = as_problem(problem)
         self.require_derivatives_of(problem)
-        run, before = unroll(problem, meta, inner_batches, outer_batch, seed, carried), compile_seconds()
+        arguments = (problem, meta, inner_batches, outer_batch, seed, carried)
+        run = unroll(*arguments)
+        try:
+            return self._called(run, problem, meta)
+        except autodiff.OutsideUpdateError:
+            with randomness.preserved():
+                if not follow_later_updates(run):
+                    raise
+        short_check.forget()
+        return self._called(unroll(*arguments), problem, meta)
+
+    def _called(self, run: Unroll, problem: BilevelProblem, meta: Any) -> Estimate:
+        before = compile_seconds()
         checked = None if self.computes_steps_once else short_check.checked_once(run, meta)
         with randomness.preserved(), autodiff.noted_routes() as routes:
             resolved = self.resolved(run)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bilevel.autodiff.missing import OutsideUpdateError
 from bilevel.models import fsdp
 from bilevel.models.locks import ModuleLock, held
 
@@ -276,7 +277,8 @@ class ModulesInUse:
     end of the context, the modules have the training modes that they had when this object was made.
 
     Raises:
-        ValueError: a loss changed a tensor of a module that is not part of the inner state. It is raised at the end.
+        OutsideUpdateError: a loss changed a tensor of a module that is not part of the inner state. It is raised at the
+            end.
     """
 
     def __init__(self, layouts: Sequence[Layout]) -> None:
@@ -300,9 +302,9 @@ class ModulesInUse:
             layout.strays.clear()
         self._held.pop().__exit__(None, None, None)
         for layer, key, how in strays if kind is None else ():
-            raise ValueError(
-                f"{type(layer).__name__} changed its tensor {key!r}{how} while a loss was computed, which it did not "
-                "at the first inner step (or it belongs to a module in meta), so a step computed again would give "
+            raise OutsideUpdateError(
+                f"{type(layer).__name__} changed its tensor {key!r}{how} while a loss was computed, which it does not "
+                "at the initial parameters (or it belongs to a module in meta), so a step computed again would give "
                 "something else; let every inner step update it, put that layer in eval mode, or take one without "
                 "such memory"
             )

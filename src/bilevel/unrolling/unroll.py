@@ -217,6 +217,22 @@ def unroll(
     return run
 
 
+def follow_later_updates(run: Unroll) -> bool:
+    """Look for tensors of modules that later inner steps update and the first does not; return whether there are any.
+
+    They are part of the inner state from then on. The inner loss is computed once for each step, at θ_0.
+    """
+    problem = run.problem.as_gradient_descent
+    if problem is None or run.carried is not None:
+        return False
+    known = problem._discovered.names
+    with torch.enable_grad():
+        look = randomness.evaluate(lambda _: problem.examine(run.meta), run.seed, randomness.INIT)
+        for t in range(run.steps) if look is not None else ():
+            run.at_step(t, look)
+    return problem._discovered.names != known
+
+
 def slopes_along(value: Tensor, derivatives: list[Tensor], directions: list[Tensor]) -> Tensor:
     """Return the slopes of an outer loss along k directions: `[k]`, or `[k, m]` if the value is a vector `[m]`.
 
