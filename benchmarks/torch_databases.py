@@ -1,6 +1,6 @@
 """The entries of PyTorch's own test databases as inner models, with every estimator, beside a plain loop.
 
-OMP_NUM_THREADS=1 python benchmarks/torch_databases.py          # all, about six minutes; writes the page of results
+OMP_NUM_THREADS=1 python benchmarks/torch_databases.py          # all, about five minutes; writes the page of results
 OMP_NUM_THREADS=1 python benchmarks/torch_databases.py cdist    # the rows of the entries whose names contain a word
 
 The package `expecttest` is needed (it is in the extra dev). `tests/database_verdicts.py` says what each loop is.
@@ -33,8 +33,8 @@ VERDICTS = ("right", "refused", "obscure", "WRONG")
 
 
 DATABASES: Mapping[str, Callable[[slice], Iterable[Case]]] = {
-    "operations (`op_db`)": lambda part: operations(2, part),
-    "modules (`module_db`)": lambda part: modules(3, part),
+    "operations (`op_db`)": lambda part: operations(1, part),
+    "modules (`module_db`)": lambda part: modules(2, part),
     "optimisers (`optim_db`)": lambda part: optimizers(100, part),
     "operations, gradient penalty": lambda part: with_penalty(operations(1, part)),
     "modules, gradient penalty": lambda part: with_penalty(modules(1, part)),
@@ -90,12 +90,13 @@ def page(found: Mapping[str, Sequence[Row]], seconds: float) -> str:
 
 HEADER = """# PyTorch's own test databases as inner models
 
-Each case is an inner loop of two steps in float64 whose model is one entry of a database of `torch.testing._internal`,
-and each row one estimator beside five-point differences of a plain PyTorch loop (`HessianFree` and `Implicit` beside
-differences of their own formulas). A row is right (within 3e-6; 1e-4 beside a formula; 1e-3 for estimators that take
-differences themselves), refused (an error of this library that says what to do), obscure (any other error) or WRONG. A
-case is left out if the plain loop itself raises an error, if its differences do not converge, or for a reason that is
-written down beforehand.
+The first kind of input of each operation, the first two of each module, and every setting of each optimiser; the slow
+tests take further kinds. Each case is an inner loop of two steps in float64 whose model is one entry of a database of
+`torch.testing._internal`. Each row is one estimator beside five-point differences of a plain PyTorch loop, or, for
+`HessianFree` and `Implicit`, beside differences of their own formulas. A row is right (within 3e-6; 1e-4 beside a
+formula; 1e-3 for estimators that take differences themselves), refused (an error of this library that says what to do),
+obscure (any other error) or WRONG. A case is left out if the plain loop itself raises an error, if its differences do
+not converge, or for a reason that is written down beforehand.
 
 Made by `OMP_NUM_THREADS=1 python benchmarks/torch_databases.py`: torch {version}, {machine}, {seconds:.0f} s of CPU.
 """

@@ -20,11 +20,16 @@ class Timetable:
         constants: Mapping[str, Any],
         schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None,
     ) -> None:
-        self.blank: Callable[[], torch.optim.Optimizer] = functools.partial(
-            algorithm, [torch.zeros(1, 1, device="cpu")], **constants
+        vector, matrix = (
+            functools.partial(algorithm, [torch.zeros(shape, device="cpu")], **constants) for shape in ((1,), (1, 1))
         )
+        self.blank: Callable[[], torch.optim.Optimizer] = vector
         """A function that makes an optimiser with these settings. The caller fills in its parameters and state."""
-        self._optimizer = self.blank()
+        try:
+            self._optimizer = self.blank()
+        except ValueError:  # Muon updates matrices only; other errors are raised again
+            self.blank = matrix
+            self._optimizer = self.blank()
         self.defaults = {name: value for name, value in self._optimizer.param_groups[0].items() if name != "params"}
         self._scheduler = None if schedule is None else schedule(self._optimizer)
         if schedule is not None and not isinstance(self._scheduler, LRScheduler):
