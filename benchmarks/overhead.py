@@ -38,6 +38,8 @@ from bilevel import ForwardGradient, Reverse, Tasks
 from bilevel.report.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
+NOTES = Path(__file__).parent / "overhead_notes.md"
+"""What explains the figures: profiles, and what was tried where one was missed."""
 Subjects = dict[str, tuple[Callable[[], Any], Callable[[], Any], float]]
 """By the name of an estimator: it, what it is compared with, and the target for the ratio of the two."""
 
@@ -253,7 +255,7 @@ def main() -> None:
         for name, library, hand, ratio, target in json.loads(done.stdout):
             lines.append(f"| {row} | {name} | {library:.1f} | {hand:.1f} | {ratio:.2f} | {target:.2f} |")
             print(lines[-1], flush=True)
-    write_text(RESULTS / "overhead.md", "\n".join([*lines, ""]))
+    write_text(RESULTS / "overhead.md", "\n".join([*lines, "", NOTES.read_text(encoding="utf-8")]))
 
 
 if __name__ == "__main__":
