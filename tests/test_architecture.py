@@ -140,7 +140,7 @@ def test_cycles_are_found() -> None:
 
 # -- public names ------------------------------------------------------------------------------------------------------
 
-MOST_PUBLIC_NAMES = 45
+MOST_PUBLIC_NAMES = 46
 """The largest number of names in `bilevel`. A new one has to be worth more than a look through all the others."""
 
 

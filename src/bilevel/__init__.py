@@ -8,6 +8,7 @@ Errors are in `bilevel.errors`. Names in `bilevel.experimental` may still change
 """
 
 from bilevel import errors, experimental
+from bilevel.attribution.attribute import attribute
 from bilevel.batches import batches, no_batches
 from bilevel.checking.check import check
 from bilevel.comparison.compare import compare
@@ -76,6 +77,7 @@ __all__ = [
     "Tasks",
     "TruncatedReverse",
     "ZerothOrder",
+    "attribute",
     "batches",
     "calibrate",
     "check",

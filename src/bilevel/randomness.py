@@ -65,8 +65,10 @@ FRESH_DIRECTION = 11
 
 TASK = 13
 """The seed of each task of `Tasks`; the next counter is the number of the task."""
+SUBSETS, BOOTSTRAP, WEIGHT_DIRECTIONS = 14, 15, 16
+"""The validation of scores of examples: subsets for retraining, bootstrap samples, directions in the weights."""
 
-CALIBRATION = 14
+CALIBRATION = 17
 """Further starts of a calibration."""
 
 # -- streams of the tasks. A run is of one task, so two tasks may have the same numbers.

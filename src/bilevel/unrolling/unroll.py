@@ -228,8 +228,9 @@ def follow_later_updates(run: Unroll) -> bool:
     known = problem._discovered.names
     with torch.enable_grad():
         look = randomness.evaluate(lambda _: problem.examine(run.meta), run.seed, randomness.INIT)
-        for t in range(run.steps) if look is not None else ():
-            run.at_step(t, look)
+        if look is not None:
+            for t in range(run.steps):
+                run.at_step(t, look)
     return problem._discovered.names != known
 
 
