@@ -103,9 +103,11 @@ class Loop:
         with randomness.seeded(0, randomness.OUTER):
             v = gradients(self.outer(model, META, None), model)
         if name == "Implicit":
-            far = 1e-4 / float(torch.cat([part.reshape(-1) for part in v]).norm())
-            ahead, behind = (self._inner_gradient(model, META, v, s * far) for s in (1, -1))
-            curved = [(a - b) / (2 * far) for a, b in zip(ahead, behind, strict=True)]
+            length = float(torch.cat([part.reshape(-1) for part in v]).norm())
+            curved, coarse = (self._curvature(model, v, step / length) for step in (3e-5, 1e-4))
+            size = max(float(c.norm()) for c in curved)
+            if any(float((a - b).norm()) > 1e-5 * size for a, b in zip(curved, coarse, strict=True)):
+                raise LeftOutError("the differences of the formula do not converge")
             v = [2 * RATE * part - RATE**2 * c for part, c in zip(v, curved, strict=True)]
 
         def slope(meta: Tensor) -> float:
@@ -116,6 +118,11 @@ class Loop:
         if noise > 1e-5:
             raise LeftOutError(f"the differences of the formula do not converge: {noise:.1e}")
         return found
+
+    def _curvature(self, model: Scaled, along: Sequence[Tensor], step: float) -> list[Tensor]:
+        """H times a vector, at θ_T, by central differences."""
+        ahead, behind = (self._inner_gradient(model, META, along, s * step) for s in (1, -1))
+        return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
 
     def _inner_gradient(self, model: Scaled, meta: Tensor, along: Sequence[Tensor], step: float) -> list[Tensor]:
         """∇_θ g of the last step, at parameters that are moved."""
