@@ -136,7 +136,7 @@ def forward(steps: int) -> Callable[[], Subjects]:
         def hand() -> list[Tensor]:
             directions = 2.0 * torch.randint(2, (16, len(phi))) - 1
             pushed: Any = vmap(lambda v: jvp(whole, (phi,), (v,)), out_dims=(None, 0))  # pyright: ignore[reportArgumentType]
-            _, slopes = pushed(directions)
+            slopes = pushed(directions)[1]
             return [slopes @ directions / 16]
 
         def library() -> Any:
