@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -99,10 +100,35 @@ def main() -> None:
     if options.serve:
         serve(options.serve[0], options.serve[1], int(options.serve[2]))
         return
-    print("| model | estimator | steps | before, s | now, s | median ratio |\n| --- | --- | --- | --- | --- | --- |")
+    lines = [
+        "| model | estimator | steps | before, s | now, s | median ratio |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    print("\n".join(lines))
     for row in ROWS:
         repetitions = options.repetitions if row[0].startswith("mlp") else max(3, options.repetitions // 3)
-        print(compare(options.before.resolve(), row, repetitions), flush=True)
+        lines.append(compare(options.before.resolve(), row, repetitions))
+        print(lines[-1], flush=True)
+    write(options.before, options.repetitions, lines)
+
+
+def write(before: Path, repetitions: int, lines: list[str]) -> None:
+    """Write the page of results."""
+    commit = subprocess.run(
+        ["git", "-C", str(before), "log", "-1", "--format=%h of %as"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    page = [
+        "# What the checks of the inner loop cost",
+        "",
+        "`OMP_NUM_THREADS=1 python benchmarks/inner_loop_cost.py --before ../before "
+        f"--repetitions {repetitions}`, where `../before` is commit {commit}, before steps were compared and losses "
+        f"watched. Process time of one estimate in each tree in turn, {time.strftime('%Y-%m-%d')}, "
+        f"{platform.machine()}, python {platform.python_version()}. The ratio is the median over neighbouring "
+        "estimates.",
+        "",
+        *lines,
+    ]
+    (HERE / "benchmarks" / "results" / "inner_loop_cost.md").write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
