@@ -34,27 +34,28 @@ def fitted(**settings: Any) -> ExampleWeights:
     return ExampleWeights(**{**SMALL, **settings}).fit(X[TRAIN], Y[TRAIN], X_clean=X[CLEAN], y_clean=RIGHT[CLEAN])
 
 
-def test_one_update_is_that_of_a_plain_loop_through_the_training() -> None:
+def test_updates_are_those_of_a_plain_loop_through_the_training() -> None:
+    """Adam's first step hides the size of a hypergradient, so there are three."""
     torch.manual_seed(0)
     net = nn.Linear(6, 2)
-    found = fitted(model=net, outer_steps=1, standardize=False)
+    found = fitted(model=net, standardize=False)
     inputs, targets = torch.tensor(X, dtype=torch.float32), torch.tensor(Y)
     phi = torch.zeros(60, requires_grad=True)
-    params = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
-    speed = {name: torch.zeros_like(p) for name, p in params.items()}
-    for _ in range(SMALL["inner_steps"]):
-        weights = phi.sigmoid()
-        losses = cross_entropy(
-            torch.func.functional_call(net, params, (inputs[TRAIN],)), targets[TRAIN], reduction="none"
-        )
-        loss = (weights * losses).sum() / weights.sum()
-        gradients = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-        speed = {name: 0.9 * speed[name] + g for name, g in zip(params, gradients, strict=True)}
-        params = {name: p - 0.05 * speed[name] for name, p in params.items()}
-    trusted = cross_entropy(torch.func.functional_call(net, params, (inputs[CLEAN],)), torch.tensor(RIGHT[CLEAN]))
-    (phi.grad,) = torch.autograd.grad(trusted, [phi])
-    torch.optim.Adam([phi], lr=0.1).step()
-    np.testing.assert_allclose(found.weights_, phi.detach().sigmoid().numpy(), rtol=1e-4)
+    outer = torch.optim.Adam([phi], lr=0.1)
+    for _ in range(SMALL["outer_steps"]):
+        params = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+        speed = {name: torch.zeros_like(p) for name, p in params.items()}
+        for _ in range(SMALL["inner_steps"]):
+            weights = phi.sigmoid()
+            logits = torch.func.functional_call(net, params, (inputs[TRAIN],))
+            loss = (weights * cross_entropy(logits, targets[TRAIN], reduction="none")).sum() / weights.sum()
+            gradients = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            speed = {name: 0.9 * speed[name] + g for name, g in zip(params, gradients, strict=True)}
+            params = {name: p - 0.05 * speed[name] for name, p in params.items()}
+        trusted = cross_entropy(torch.func.functional_call(net, params, (inputs[CLEAN],)), torch.tensor(RIGHT[CLEAN]))
+        (phi.grad,) = torch.autograd.grad(trusted, [phi])
+        outer.step()
+    np.testing.assert_allclose(found.weights_, phi.detach().sigmoid().numpy(), rtol=1e-3)
 
 
 def test_the_final_network_is_trained_with_the_weights() -> None:
