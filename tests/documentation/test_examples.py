@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-NAMES = ["attribution"]
+NAMES = ["attribution", "example_weights"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,5 +25,5 @@ def test_an_example_runs_and_draws_its_picture(name: str, tmp_path: Path) -> Non
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {path.suffix for path in tmp_path.iterdir()} >= {".png", ".html"}
+    assert (tmp_path / "examples.png").stat().st_size > 5_000
     assert done.stdout.strip()
