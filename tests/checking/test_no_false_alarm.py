@@ -311,6 +311,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", CASES)
 def test_there_is_no_alarm(name: str) -> None:
     with warnings.catch_warnings():

@@ -276,6 +276,7 @@ def test_every_estimator_is_called_by_its_plain_name(kind: type[bilevel.Estimato
     assert names.kebab(kind.__name__) in {flags[1] for flags, _ in ROWS[kind].flags if flags}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.filterwarnings("ignore:Implicit")  # untrained networks have negative curvature
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(("flags", "described"), ESTIMATORS, ids=[" ".join(flags) or "-" for flags, _ in ESTIMATORS])
@@ -543,6 +544,7 @@ def raise_(error: BaseException) -> Any:
     raise error
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a cosmic ray")], ids=["Ctrl-C", "error"])
 @pytest.mark.parametrize("number", [1, 3, 4])
 def test_resuming_gives_the_very_same_numbers(

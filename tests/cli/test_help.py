@@ -71,6 +71,7 @@ def test_a_plan_from_sizes_invents_none(given: list[str], capsys: Capture) -> No
     assert f"{', '.join(missing)} missing" in message
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("argv", [["--help"], ["list"], ["run", "condensation", "--help"]])
 def test_a_reader_that_has_seen_enough_is_no_error(argv: list[str]) -> None:
     """As in `bilevel --help | head -1`, with a pipe that is closed before anything is written."""

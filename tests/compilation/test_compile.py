@@ -460,6 +460,7 @@ def test_without_a_compiler_inductor_says_what_it_needs(monkeypatch: pytest.Monk
         bilevel.Reverse()(case.compiled, case.meta, case.batches)
 
 
+@pytest.mark.slow
 def test_compile_time_is_reported_apart() -> None:
     problem, meta = mlp()
     problem, steps = problem.compiled(FAST), bilevel.no_batches(2)

@@ -107,6 +107,7 @@ def here(tree: Any) -> list[Tensor]:
     return [leaf.cpu() for leaf in trees.leaves(tree) if isinstance(leaf, Tensor)]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.filterwarnings("ignore:Implicit")
 @pytest.mark.parametrize("name", [*ESTIMATORS, "disk"])
 def test_every_estimator_gives_there_what_it_gives_here(name: str) -> None:
@@ -129,7 +130,7 @@ def syncs(name: str, steps: int, optimizer: Any) -> Counter[str]:
         return other.syncs
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.filterwarnings("ignore:Implicit")
 @pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -188,6 +189,7 @@ def test_compare(other: OtherDevice) -> None:
     assert [row.relative_error > 0 for row in rows] == [True, True]
 
 
+@pytest.mark.slow
 def test_check(other: OtherDevice) -> None:
     report = bilevel.check(*case(other.put), progress=False)
     assert report.passed, str(report)

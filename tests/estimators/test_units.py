@@ -34,6 +34,7 @@ DOCUMENTED = {
 """The methods in the README's table, and a case of each."""
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:Implicit")  # a solver that stops early
 def test_operations_are_those_of_the_formula(name: str) -> None:

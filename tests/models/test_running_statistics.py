@@ -326,10 +326,10 @@ def sometimes(module: Averaging, value: Tensor) -> None:
         module.average = value
 
 
-def test_a_buffer_that_only_a_later_step_updates_is_refused() -> None:
+def test_a_buffer_that_is_updated_at_other_parameters_alone_is_refused() -> None:
     case = Case(Averaging(sometimes), 3)
     before = case.network.get_buffer("average").clone()
-    with pytest.raises(ValueError, match=r"Averaging changed its tensor 'average'.*not at the first inner step"):
+    with pytest.raises(ValueError, match=r"Averaging changed its tensor 'average'.*not at the initial parameters"):
         bilevel.Reverse()(case.problem(torch.optim.SGD, {"lr": 0.1}), META, BATCHES)
     assert torch.equal(case.network.get_buffer("average"), before)
 

@@ -29,7 +29,7 @@ def problem(optimizer: Any = None, width: int = 40) -> tuple[bilevel.GradientDes
     ), torch.zeros(20)
 
 
-@pytest.mark.parametrize("algorithm", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("algorithm", [torch.optim.SGD, pytest.param(torch.optim.Adam, marks=pytest.mark.slow)])
 def test_predicted_bytes_are_those_counted(algorithm: Any) -> None:
     found, meta = problem(bilevel.optimizer(algorithm, lr=0.01))
     plan = bilevel.plan(found, meta, bilevel.no_batches(T), memory="1GB", directions=4)

@@ -268,7 +268,9 @@ def test_a_solver_that_fails_on_the_way_shortens_the_step() -> None:
 # -- what is found -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param("kdv", marks=pytest.mark.slow), "burgers", "allen-cahn"])
+@pytest.mark.parametrize(
+    "name", ["burgers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kdv", "allen-cahn"))]
+)
 def test_the_coefficient_is_found(name: Any) -> None:
     """From observations of a finer solve; what is left is the error of 96 points."""
     config = PDE(name, points=96, starts=1, solver_tolerance=1e-7)

@@ -177,6 +177,7 @@ def test_meta_parameters_cost_a_few_vectors(counted: Counted, estimator: Estimat
     assert growth <= 8 * more * (4 + 4 * getattr(estimator, "directions", 1))
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(
     "estimator",
     [*ALWAYS_FLAT, *FLAT, *(bilevel.Reverse(checkpoints) for checkpoints in ("all", "sqrt", "graph", 2))],

@@ -167,25 +167,23 @@ class Estimator(ABC):
         problem = as_problem(problem)
         self.require_derivatives_of(problem)
         arguments = (problem, meta, inner_batches, outer_batch, seed, carried)
-        run = unroll(*arguments)
-        try:
-            return self._called(run, problem, meta)
-        except autodiff.OutsideUpdateError:
-            with randomness.preserved():
-                if not follow_later_updates(run):
-                    raise
-        short_check.forget()
-        return self._called(unroll(*arguments), problem, meta)
-
-    def _called(self, run: Unroll, problem: BilevelProblem, meta: Any) -> Estimate:
         before = compile_seconds()
-        checked = None if self.computes_steps_once else short_check.checked_once(run, meta)
-        with randomness.preserved(), autodiff.noted_routes() as routes:
-            resolved = self.resolved(run)
-            if isinstance(problem, Tasks) and (parts := problem.parts()):
-                found = _of_parts(resolved, run, problem, parts)
-            else:
-                found = resolved._of(run)
+        while True:
+            run = unroll(*arguments)
+            try:
+                checked = None if self.computes_steps_once else short_check.checked_once(run, meta)
+                with randomness.preserved(), autodiff.noted_routes() as routes:
+                    resolved = self.resolved(run)
+                    if isinstance(problem, Tasks) and (parts := problem.parts()):
+                        found = _of_parts(resolved, run, problem, parts)
+                    else:
+                        found = resolved._of(run)
+                break
+            except autodiff.OutsideUpdateError:
+                with randomness.preserved():
+                    if not follow_later_updates(run):
+                        raise
+                short_check.forget()  # with the newly found tensors in the state, the problem is another one
         gradients = leaves_once(found.grad, run.meta)
         return replace(
             found,
