@@ -143,6 +143,7 @@ def test_tensors_that_are_saved_on_the_cpu_are_not_called_checkpoints() -> None:
         bilevel.Reverse()(problem(checkpointed), META, 3)
 
 
+@pytest.mark.slow
 def test_frozen_flags_of_pytorch() -> None:
     """`torch.backends.disable_global_flags()` can't be undone, so it is called in a process of its own."""
     program = (

@@ -50,7 +50,7 @@ def test_all_optimizers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("database", [operations, modules])
-def test_all_with_a_gradient_penalty(database: Database) -> None:
+@pytest.mark.parametrize(("database", "at_least"), [(operations, 300), (modules, 200)])
+def test_all_with_a_gradient_penalty(database: Database, at_least: int) -> None:
     """Third derivatives."""
-    assert_right_or_refused(judge_all(with_penalty(database(1, slice(None)))), 300)
+    assert_right_or_refused(judge_all(with_penalty(database(1, slice(None)))), at_least)

@@ -226,6 +226,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
 }
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_derivatives_are_taken_as_without_compiling(name: str) -> None:
     case = one_parameter(LOSSES[name])

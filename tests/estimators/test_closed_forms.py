@@ -44,7 +44,7 @@ every_descent = pytest.mark.parametrize("case", DESCENTS, ids=lambda case: case.
 EXACT = {name: make for row in ROWS.values() for name, make in row.exact.items()}
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=4)
 @every_problem
 @pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT.keys())
 def test_exact_estimators_give_the_closed_form(

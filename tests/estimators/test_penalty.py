@@ -263,7 +263,7 @@ def operations(call: Any) -> tuple[Any, set[str]]:
     return result, {event.key for event in profile.key_averages()}
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_fused_attention_and_checkpointing_stay_as_they_are(checkpointing: bool, bfloat16: bool) -> None:

@@ -176,7 +176,7 @@ def at_rest() -> Array:
     return outer.by_phi(theta, CASE.phi) - outer.by_theta(theta, CASE.phi) @ np.linalg.solve(g.by_theta, g.by_phi)
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("estimator", EVERY, ids=str)
 def test_all_three_together_end_where_the_hypergradient_vanishes(estimator: SingleLoop) -> None:
     case = descent("", T=2, N=1)  # h is then convex in φ

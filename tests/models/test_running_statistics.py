@@ -208,7 +208,7 @@ TRAININGS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("training", TRAININGS)
 def test_values_and_hypergradients_are_those_of_the_plain_loop(name: str, training: str) -> None:

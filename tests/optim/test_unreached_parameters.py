@@ -273,6 +273,7 @@ def test_a_loss_that_reaches_meta_alone_is_an_error() -> None:
             estimator(problem, torch.ones(2), bilevel.no_batches(2))
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", TEN_OPTIMIZERS, ids=class_name)
 def test_compiled_gradients_leave_them_alone_as_well(algorithm: type[torch.optim.Optimizer]) -> None:

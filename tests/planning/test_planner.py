@@ -51,7 +51,7 @@ def test_predicted_bytes_are_those_counted(algorithm: Any) -> None:
         assert row.bytes == pytest.approx(live.peak, rel=0.2), row.estimator
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize(
     ("memory", "recommended"),
     [
@@ -254,6 +254,7 @@ DEPENDENCES: dict[str, tuple[Any, Any, Any, set[Any]]] = {
 }
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("dependence", DEPENDENCES)
 def test_biased_methods_are_offered_where_they_see_the_meta_parameters(dependence: str) -> None:
     """Implicit methods see them in the inner loss and the weight decay, truncation in every step."""

@@ -26,7 +26,7 @@ import bilevel
 estimate = bilevel.Reverse()(bilevel.Problem(lambda m: m, lambda s, m, b: s * m, lambda s, m, b: s), torch.ones(()), 3)
 assert_type(estimate, bilevel.Estimate)
 assert_type(estimate.value, torch.Tensor)
-assert_type(estimate.standard_error, float | None)
+assert_type(estimate.standard_error, float | torch.Tensor | None)
 bilevel.ForwardGradient(directions="many")
 """
 

@@ -348,6 +348,7 @@ def test_a_run_with_several_starts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "median" in capsys.readouterr().out
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(
     "flags",
     [

@@ -79,6 +79,7 @@ class ByHand:
         return parameter.detach(), rows
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_every_update_is_that_of_a_loop_written_out(name: str) -> None:
     """Which includes: seeds and batches of each draw, means, pooled standard errors, one outer optimiser for all."""

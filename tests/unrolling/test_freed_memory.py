@@ -50,8 +50,9 @@ def test_kept_memory_is_not_fetched_again() -> None:
     kept, count = faults("kept")
     assert kept == "True"
     assert count < 1000  # of 4 · 50 blocks of 1024 pages
-    # Where addresses fall is random, and now and then the plain allocator has nothing to give back.
-    assert max(faults("free")[1] for _ in range(3)) > 10_000
+    # Where addresses fall is random, and so is whether the system hands out huge pages: now and then the plain
+    # allocator has little to give back.
+    assert any(faults("free")[1] > 10 * (count + 50) for _ in range(10))
 
 
 @on_glibc

@@ -108,14 +108,14 @@ FLAT: list[Estimator] = [
 ]
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @WITH_ADAM_TOO
 @pytest.mark.parametrize("estimator", ALWAYS_FLAT, ids=repr)
 def test_forward_gradients_take_the_same_for_any_number_of_steps(counted: Counted, estimator: Estimator) -> None:
     assert counted.peak(estimator, 40) == counted.peak(estimator, 5)
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("estimator", FLAT, ids=repr)
 @pytest.mark.filterwarnings("ignore:Implicit. conjugate gradients reached")  # in three products; that is no matter here
 def test_so_do_all_that_keep_no_states(counted: Counted, estimator: Estimator) -> None:
@@ -140,7 +140,7 @@ GROWING: dict[str, tuple[Callable[[int], tuple[Estimator, int]], tuple[int, int]
 }
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("case", GROWING.values(), ids=GROWING)
 def test_states_kept(counted: Counted, case: Any) -> None:
     """From one T (or s) to another the peak grows by the states that the docstring speaks of, and by nothing else."""
@@ -177,7 +177,7 @@ def test_meta_parameters_cost_a_few_vectors(counted: Counted, estimator: Estimat
     assert growth <= 8 * more * (4 + 4 * getattr(estimator, "directions", 1))
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize(
     "estimator",
     [*ALWAYS_FLAT, *FLAT, *(bilevel.Reverse(checkpoints) for checkpoints in ("all", "sqrt", "graph", 2))],
