@@ -17,7 +17,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 ALL = list(loss_cases.cases())
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_loss(case: LossCase) -> None:
     assert case.expected().norm() > 1e-4

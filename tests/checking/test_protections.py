@@ -425,6 +425,7 @@ def checked(case: Callable[[], Case]) -> Report:
         return bilevel.check(*case(), progress=False)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("off", OFF, ids=lambda off: off.kind)
 def test_a_protection_that_is_switched_off_is_missed(off: Off, monkeypatch: pytest.MonkeyPatch) -> None:
     off.switch(monkeypatch)

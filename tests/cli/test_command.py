@@ -560,6 +560,7 @@ def test_resuming_gives_the_very_same_numbers(
     assert numbers_of(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_resuming_what_was_killed(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     program = (
         "import os, signal, sys, pathlib, test_command\n"
@@ -675,6 +676,7 @@ def test_a_run_that_is_not_ours_is_left_alone(resume: bool, tmp_path: Path, caps
 COMPARE = ["compare", "condensation", "--model", "mlp", "--width", "4", "--inner-steps", "3"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Implicit")
 def test_compare_shows_every_estimator_against_the_exact_one(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "new" / "table.json"

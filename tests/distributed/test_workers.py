@@ -364,6 +364,7 @@ print(before > 0, gloos_threads())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are told apart by their names in /proc")
 def test_whoever_leaves_takes_gloos_threads_along() -> None:
     """Left running, they abort one process in ten when Python ends, and torchrun takes it for a failure."""

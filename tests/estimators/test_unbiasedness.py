@@ -121,7 +121,7 @@ def expectation(
     return mean, squared, claimed
 
 
-QUICK = ("none", "exact", "two")
+QUICK = ("none", "two")
 """The variates of the fast tests, under Rademacher directions."""
 
 UNBIASED = [

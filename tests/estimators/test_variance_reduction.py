@@ -369,6 +369,7 @@ FLOATS = {"double": (torch.float64, torch.float64), "single": (torch.float32, to
 MIXED = {"single state": (torch.float32, torch.float64), "single meta": (torch.float64, torch.float32)}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3, 0.0])
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("dtypes", [*FLOATS.values(), *MIXED.values()], ids=[*FLOATS, *MIXED])

@@ -217,7 +217,7 @@ def transformers_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=5)
 @pytest.mark.usefixtures("transformers_in_double")
 @pytest.mark.parametrize("algorithm", TEN_OPTIMIZERS, ids=class_name)
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)

@@ -55,6 +55,7 @@ def loss_for(settings: dict[str, Any]) -> Callable[..., Tensor]:
     return (lambda *arguments: -head_loss(*arguments)) if settings.get("maximize") else head_loss
 
 
+@pytest.mark.sampled(every=2)
 @EVERY_SETTING
 def test_warmup(algorithm: type[torch.optim.Optimizer], settings: dict[str, Any]) -> None:
     """The settings of speed (`foreach`, `fused`) are those of the plain loop too, and change nothing here."""
@@ -78,6 +79,7 @@ def test_warmup(algorithm: type[torch.optim.Optimizer], settings: dict[str, Any]
         assert (estimate.grad - truth).norm() <= 1e-7 * truth.norm(), name
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("decay", [0.1, 0.0])
 @pytest.mark.parametrize("at", [0.0, RATE])
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ PLACES: dict[str, Callable[[BaseException, int], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no space left")], ids=["Ctrl-C", "error"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_interrupted_anywhere_goes_on_to_the_same_numbers(
@@ -92,7 +93,7 @@ def test_a_run_interrupted_at_every_step_goes_on_to_the_same_numbers(tmp_path: P
     assert_as_undisturbed(long_run(out=tmp_path, resume=True), tmp_path)
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_every_optimizer_and_schedule_goes_on_to_the_same_numbers(name: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -151,6 +152,7 @@ def lines_executed(run: Callable[[], object]) -> int:
     return tracer.count
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ctrl-C before close() itself
 @pytest.mark.parametrize("resume", [False, True])
 def test_ctrl_c_before_any_line_of_the_loop(resume: bool, tmp_path: Path) -> None:

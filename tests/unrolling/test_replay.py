@@ -110,6 +110,7 @@ def descent(inner_loss: Any, optimizer: Any) -> bilevel.GradientDescent:
     return bilevel.GradientDescent(inner_loss, outer, torch.zeros(3, dtype=D), optimizer)
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("optimizer", [sgd(), sgd(momentum=0.9), adam()], ids=["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("name", RECOMPUTING)
@@ -264,7 +265,7 @@ def images(network: Callable[[], nn.Module], dtype: torch.dtype, autocast: bool,
     return problem, torch.ones(6, dtype=dtype)
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16", "autocast"])
