@@ -59,6 +59,8 @@ class GoingBack:
         self._run, self._again = run, again
         self._parts: dict[int, Parts] = {}
         """By the number of tensors, which grows where an optimiser begins to keep something in a later step."""
+        self._bits: bool | None = None
+        """Whether bits can be compared without a wait for a device."""
         self._flags: list[tuple[int, Tensor]] = []
 
     def compare(self, t: int, before: Tree, kept: Tree, again: Tree) -> None:
@@ -70,8 +72,10 @@ class GoingBack:
             kept: the state after the step in the forward pass.
             again: the state after the step when it was computed again.
         """
+        if self._bits is None:  # a state stays on its devices
+            self._bits = _on_cpu(kept)
         inside = 0 < t < self._run.steps - 1
-        if _on_cpu(kept) and same_bits(kept, again, parameters_alone=inside):
+        if self._bits and same_bits(kept, again, parameters_alone=inside):
             return
         self._flags.append((t, disagreement(self._parts_of(kept), before, kept, again)))
 
