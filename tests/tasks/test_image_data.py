@@ -161,11 +161,11 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "two sizes": (
         with_arrays(test_images=np.zeros((3, 4, 5))),
-        ["train images of 5x4, but t10k images of 4x5"],
+        ["train images have shape (1, 5, 4) (channels, height, width), but test images (1, 4, 5)"],
     ),
     "unknown label": (
         with_arrays(test_labels=np.array([0, 1, 3])),
-        ["t10k labels up to 3, but train labels only up to 2"],
+        ["test labels up to 3, but train labels only up to 2"],
     ),
 }
 

@@ -1,0 +1,1 @@
+"""Readers of labelled images in the formats in which people have them."""
