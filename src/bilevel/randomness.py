@@ -75,8 +75,10 @@ CALIBRATION = 17
 
 CONDENSATION_START, CONDENSATION_INNER, CONDENSATION_OUTER, CONDENSATION_CONTROL = range(100, 104)
 """The images to start from, inner batches, outer batches, and the real images of a control."""
-CONDENSATION_NETWORK, CONDENSATION_ORDER = range(200, 202)
-"""The initial network and the order of the images in the evaluation."""
+CONDENSATION_VIEWS, CONDENSATION_STEPS, CONDENSATION_MEANS = range(104, 107)
+"""The augmentation of images, the number of inner steps, and the clusters of real images."""
+CONDENSATION_NETWORK, CONDENSATION_ORDER, CONDENSATION_WATCH = range(200, 203)
+"""The initial network and the order of the images in the evaluation, and the networks of evaluations on the way."""
 
 CLEANING_CHOICE, CLEANING_WRONG, CLEANING_INNER = range(300, 303)
 """The choice of examples, their wrong labels, and inner batches."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,12 @@ from torch.nn.functional import cross_entropy
 
 import bilevel
 from bilevel import randomness
-from bilevel.tasks.condensation import evaluation, models
+from bilevel.tasks.condensation import condensed, evaluation, models, training
 from bilevel.tasks.condensation import problem as condensation
+from bilevel.tasks.condensation import task as task_module
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.task import CondensationTask
-from bilevel.tasks.image_data import LabelledImages
+from bilevel.tasks.images.labelled import LabelledImages
 from bilevel.training import checkpoint_files
 from bilevel.training.outer_loop import OuterStep
 
@@ -94,9 +96,9 @@ def test_the_hypergradient_is_the_derivative_of_the_plain_loop(
         TINY, model=model, width=8, inner_batch=inner_batch, inner_lr=inner_lr, momentum=0.5, inner_steps=5
     )
     setup = condensation.setup(config, data, outer_steps=1, seed=seed)
-    images = setup.meta.double()
+    images = setup.meta["images"].double()
     inner, outer = setup.inner_batches_of(draw=2), setup.outer_batch_of(draw=2)
-    estimate = bilevel.Reverse()(setup.problem, images, inner, outer, seed)
+    estimate = bilevel.Reverse()(setup.problem, {"images": images}, inner, outer, seed)
 
     def value(moved: Tensor) -> float:
         with randomness.torch_seeded(seed, randomness.INIT):
@@ -107,7 +109,7 @@ def test_the_hypergradient_is_the_derivative_of_the_plain_loop(
 
     assert float(estimate.value) == pytest.approx(value(images), rel=1e-13)
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
-    slope = float((estimate.grad * direction).sum())
+    slope = float((estimate.grad["images"] * direction).sum())
     # Central differences err by O(ε²), by rounding, 1e-16·h/ε, and where a ReLU's kink lies within ε; so ε is small.
     step = 1e-7
     difference = (value(images + step * direction) - value(images - step * direction)) / (2 * step)
@@ -125,7 +127,11 @@ def test_every_outer_step_has_a_network_of_its_own() -> None:
 def test_images_are_brought_back_into_their_range() -> None:
     setup = condensation.setup(replace(TINY, outer_lr=5.0), some_data(), outer_steps=4, seed=0)
     assert setup.update.project is not None
-    assert setup.update.project(torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5])).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    moved = setup.update.project({"images": torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5]), "labels": torch.tensor([7.0])})
+    assert {name: value.tolist() for name, value in moved.items()} == {
+        "images": [0.0, 0.0, 0.25, 1.0, 1.0],
+        "labels": [7.0],
+    }
     seen: list[Tensor] = []
     bilevel.fit(
         setup.problem,
@@ -135,7 +141,7 @@ def test_images_are_brought_back_into_their_range() -> None:
         phases=[bilevel.Phase(bilevel.Reverse(), steps=1)],
         optimizer=setup.optimizer,
         update=setup.update,
-        callbacks=[lambda step: seen.append(step.meta)],
+        callbacks=[lambda step: seen.append(step.meta["images"])],
         progress=False,
     )
     # Adam's first step moves every entry that has a gradient by the whole learning rate, here five times the range.
@@ -160,7 +166,7 @@ def test_the_outer_learning_rate_falls_to_zero() -> None:
 
 
 def test_labels_are_class_by_class() -> None:
-    assert condensation.condensed_labels(TINY, some_data()).tolist() == [0, 0, 1, 1, 2, 2]
+    assert condensed.classes_of(TINY, some_data()).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("inner_batch", [1, 2, 4, 5])
@@ -220,14 +226,14 @@ def classes_of(images: Tensor, data: LabelledImages) -> list[int]:
 @pytest.mark.parametrize("ipc", [1, 3, PER_CLASS])
 def test_the_control_is_as_many_real_images_of_every_class(ipc: int) -> None:
     config, data = replace(TINY, ipc=ipc), some_data()
-    labels = condensation.condensed_labels(config, data).tolist()
+    labels = condensed.classes_of(config, data).tolist()
     for seed, number in itertools.product(range(2), range(3)):
-        images = condensation.random_real_images(config, data, seed, number)
+        images = condensed.random_real_images(config, data, seed, number)
         assert classes_of(images, data) == labels
         assert len(images.unique(dim=0)) == len(images)
-        assert torch.equal(images, condensation.random_real_images(config, data, seed, number))
+        assert torch.equal(images, condensed.random_real_images(config, data, seed, number))
     drawn = {
-        str(condensation.random_real_images(config, data, seed, number).tolist())
+        str(condensed.random_real_images(config, data, seed, number).tolist())
         for seed, number in itertools.product(range(2), range(3))
     }
     assert len(drawn) == 6
@@ -235,7 +241,7 @@ def test_the_control_is_as_many_real_images_of_every_class(ipc: int) -> None:
 
 def test_the_control_is_a_copy() -> None:
     data = some_data()
-    condensation.random_real_images(TINY, data, 0, 0).zero_()
+    condensed.random_real_images(TINY, data, 0, 0).zero_()
     assert data.train_images.min() > 0
 
 
@@ -243,7 +249,7 @@ def test_images_start_as_noise_or_as_real_ones() -> None:
     data = some_data()
 
     def start(seed: int, **changes: Any) -> Tensor:
-        return condensation.setup(replace(TINY, **changes), data, outer_steps=1, seed=seed).meta
+        return condensation.setup(replace(TINY, **changes), data, outer_steps=1, seed=seed).meta["images"]
 
     noise = start(0)
     assert noise.shape == (CLASSES * 2, *SHAPE)
@@ -253,7 +259,7 @@ def test_images_start_as_noise_or_as_real_ones() -> None:
     assert torch.equal(noise, start(0))
     assert not torch.equal(noise, start(1))
     assert classes_of(start(0, start="real"), data) == [0, 0, 1, 1, 2, 2]
-    assert not torch.equal(start(0, start="real"), condensation.random_real_images(TINY, data, 0, 0))
+    assert not torch.equal(start(0, start="real"), condensed.random_real_images(TINY, data, 0, 0))
 
 
 def test_more_images_than_there_are_real_ones_are_refused_at_once() -> None:
@@ -325,9 +331,20 @@ def test_the_other_network() -> None:
     [
         *(
             ({name: 0}, f"{name}=0")
-            for name in ("ipc", "width", "blocks", "inner_steps", "outer_batch", "evaluation_runs", "whole_set_epochs")
+            for name in ("ipc", "width", "blocks", "inner_steps", "outer_batch", "evaluation_runs")
         ),
-        *(({name: -1}, f"{name}=-1") for name in ("inner_batch", "evaluation_steps", "weight_decay")),
+        *(
+            ({name: -1}, f"{name}=-1")
+            for name in (
+                "inner_batch",
+                "evaluation_steps",
+                "weight_decay",
+                "whole_set_epochs",
+                "shift",
+                "watch",
+                "rotate",
+            )
+        ),
         *(({name: value}, f"{name}={value}") for name in ("inner_lr", "outer_lr") for value in (0.0, -1.0)),
         *(
             ({name: value}, f"{name}={value}")
@@ -346,7 +363,7 @@ def test_settings_that_make_no_sense(change: dict[str, Any], fragment: str) -> N
 
 
 def judged(config: Condensation, data: LabelledImages, images: Tensor, seed: int = 0) -> dict[str, Any]:
-    return evaluation.accuracies(config, data, images, seed, progress=False)
+    return evaluation.accuracies(config, data, {"images": images}, seed, progress=False)
 
 
 @pytest.fixture
@@ -354,12 +371,12 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, nn.Module
     """The networks of the trainings that judge, each as it was made and as it became."""
     made: list[tuple[nn.Module, nn.Module]] = []
 
-    def remember(config: Condensation, data: LabelledImages) -> nn.Module:
-        network = condensation.network(config, data)
+    def remember(*args: Any) -> nn.Module:
+        network = models.build(*args)
         made.append((copy.deepcopy(network), network))
         return network
 
-    monkeypatch.setattr(evaluation, "network", remember)
+    monkeypatch.setattr(training, "build", remember)
     return made
 
 
@@ -367,19 +384,20 @@ def flat(network: nn.Module) -> list[float]:
     return [number for parameter in network.parameters() for number in parameter.flatten().tolist()]
 
 
-def test_all_three_train_the_same_fresh_networks(networks: list[tuple[nn.Module, nn.Module]]) -> None:
+def test_all_of_them_train_the_same_fresh_networks(networks: list[tuple[nn.Module, nn.Module]]) -> None:
     judged(TINY, some_data(), torch.rand(CLASSES * 2, *SHAPE))
     starts = [flat(start) for start, _ in networks]
-    condensed, random_real, whole_set = starts[:3], starts[3:6], starts[6:]
-    assert condensed == random_real == whole_set
-    assert len({tuple(start) for start in condensed}) == 3
+    kinds = [starts[number : number + 3] for number in range(0, len(starts), 3)]
+    assert len(kinds) == 5  # condensed, random real, means, centroids, whole set
+    assert all(kind == kinds[0] for kind in kinds)
+    assert len({tuple(start) for start in kinds[0]}) == 3
 
 
 def test_the_trainings_that_judge_are_plain_trainings(networks: list[tuple[nn.Module, nn.Module]]) -> None:
     config, data = replace(TINY, evaluation_steps=7), some_data()
     images = torch.rand(CLASSES * 2, *SHAPE)
     judged(config, data, images)
-    controls = [condensation.random_real_images(config, data, 0, number) for number in range(3)]
+    controls = [condensed.random_real_images(config, data, 0, number) for number in range(3)]
     for (start, end), trained_on in zip(networks, [images] * 3 + controls, strict=False):
         train_plainly(start, config, trained_on, [None] * 7)
         assert flat(start) == pytest.approx(flat(end), abs=1e-5)  # of float32
@@ -416,7 +434,7 @@ def test_condensed_images_that_are_a_control_do_as_well_as_the_control(ipc: int)
     # other networks, and other images, would do differently.
     config, data = replace(TINY, ipc=ipc, inner_steps=10, evaluation_runs=4), some_data(tests=500)
     for seed in range(3):
-        images = condensation.random_real_images(config, data, seed, 0)
+        images = condensed.random_real_images(config, data, seed, 0)
         found = judged(config, data, images, seed)
         assert found["condensed"]["runs"][0] == found["random_real"]["runs"][0]
         assert found["condensed"]["runs"][1:] != found["random_real"]["runs"][1:]
@@ -424,7 +442,7 @@ def test_condensed_images_that_are_a_control_do_as_well_as_the_control(ipc: int)
 
 def test_mean_and_standard_deviation_are_those_of_the_runs() -> None:
     found = judged(TINY, some_data(tests=100), torch.rand(CLASSES * 2, *SHAPE))
-    assert list(found) == ["condensed", "random_real", "whole_set"]
+    assert list(found) == ["condensed", "random_real", "class_means", "centroids", "whole_set"]
     for each in found.values():
         assert len(each["runs"]) == TINY.evaluation_runs
         assert each["mean"] == pytest.approx(sum(each["runs"]) / 3)
@@ -440,9 +458,9 @@ def test_accuracies_are_those_on_the_test_images(flipped: bool) -> None:
     config = Condensation(
         ipc=4, model="mlp", width=16, inner_steps=100, inner_lr=0.1, evaluation_runs=1, whole_set_epochs=60
     )
-    images = condensation.random_real_images(config, data, 7, 0)
+    images = condensed.random_real_images(config, data, 7, 0)
     found = judged(config, data, images)
-    assert [found[name]["mean"] for name in found] == [0.0 if flipped else 1.0] * 3
+    assert [found[name]["mean"] for name in found] == [0.0 if flipped else 1.0] * 5
 
 
 def test_steps_of_the_trainings_that_judge() -> None:
@@ -460,22 +478,25 @@ def test_steps_of_the_trainings_that_judge() -> None:
 
 
 @pytest.mark.parametrize(
-    ("condensed", "words"),
+    ("images", "words"),
     [
-        (0.8, "10.0 points better than as many random real ones."),
+        (0.8, "10.0 points better than as many random real ones, and 5.0 points better than the mean images"),
+        (0.72, "2.0 points better than as many random real ones, and 3.0 points worse than the mean images"),
         (0.45, "25.0 points worse"),
         (0.7, "0.0 points worse"),
     ],
 )
 def test_the_report_says_whether_the_images_were_worth_learning(
-    condensed: float, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: float, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found(mean: float) -> dict[str, Any]:
         return {"mean": mean, "std": 0.0, "runs": [mean]}
 
     monkeypatch.setattr("bilevel.tasks.condensation.task.read_json", lambda path: {"ipc": 1})
-    monkeypatch.setattr("bilevel.tasks.condensation.task.load_images", lambda folder: torch.zeros(3, *SHAPE))
-    accuracy = {"condensed": found(condensed), "random_real": found(0.7), "whole_set": found(0.9)}
+    arrays = {"images": np.zeros((3, *SHAPE), np.float32), "class_names": np.array(["a", "b", "c"])}
+    monkeypatch.setattr("bilevel.tasks.condensation.task.load_images", lambda folder: arrays)
+    names = ("condensed", "random_real", "class_means", "whole_set")
+    accuracy = {name: found(mean) for name, mean in zip(names, (images, 0.7, 0.75, 0.9), strict=True)}
     first, *_ = CondensationTask().sections(tmp_path, {"accuracy": accuracy})
     assert words in first.words
 
@@ -485,13 +506,11 @@ def test_the_report_says_whether_the_images_were_worth_learning(
 
 @pytest.mark.parametrize("outer_steps", [1, 3, 8, 100])
 def test_images_are_kept_from_the_start_to_the_end(outer_steps: int, tmp_path: Path) -> None:
-    task, start = CondensationTask(), torch.zeros(3, *SHAPE)
-    callbacks = task.callbacks(tmp_path, outer_steps, start)
+    start = torch.zeros(3, *SHAPE)
+    callback = task_module._snapshots(tmp_path, outer_steps, {"images": start}, None)
     assert list(tmp_path.iterdir()) == []  # a run whose first step fails leaves nothing behind
     for number in range(1, outer_steps + 1):
-        step: Any = OuterStep(number, start + number, None, {})  # type: ignore[arg-type]
-        for callback in callbacks:
-            callback(step)
+        callback(OuterStep(number, {"images": start + number}, None, {}))  # type: ignore[arg-type]
     kept = {
         content["step"]: content["images"]
         for content in map(checkpoint_files.load, sorted(tmp_path.rglob("*.safetensors")))

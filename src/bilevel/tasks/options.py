@@ -24,8 +24,8 @@ class RunOptions:
     """Several estimators in turn, each for STEPS outer steps, or until the outer loss has not improved for PATIENCE."""
     outer_steps: int | None = None
     """Number of outer steps, without --phases; by default the preset's."""
-    accumulate: int = 1
-    """Number of estimates that are averaged in each outer step."""
+    accumulate: int | None = None
+    """Number of estimates that are averaged in each outer step; by default the preset's."""
     seed: int = 0
     """Seed that determines every random number of the run."""
     out: Path | None = None
@@ -61,18 +61,22 @@ def make_phases(preset: Preset[Any], options: RunOptions, settings: Mapping[str,
     """
     if options.phases is not None and (options.estimator is not None or options.outer_steps is not None):
         raise ValueError("--phases says which estimators run and for how long; drop --estimator and --outer-steps")
+    accumulate = preset.accumulate if options.accumulate is None else options.accumulate
+    earlier: list[Phase] = []
     if options.phases is not None:
         specs = [_phase_spec(text) for text in options.phases]
     else:
         steps = preset.outer_steps if options.outer_steps is None else options.outer_steps
         specs = [(options.estimator or names.describe(preset.estimator), steps, preset.patience)]
+        if options.estimator is None and options.outer_steps is None:
+            earlier = list(preset.before)
     if not specs:
         raise ValueError('--phases needs at least one ESTIMATOR:STEPS, such as --phases hessian-free:50 "reverse:100"')
-    phases, used = [], set()
+    phases, used = earlier, set()
     for text, steps, patience in specs:
         kind, own = registry.read(text)
         fitting = {k: v for k, v in settings.items() if k in names.settings_of(kind) and k not in own}
-        phases.append(Phase(registry.parse(text, **fitting), steps, options.accumulate, patience))
+        phases.append(Phase(registry.parse(text, **fitting), steps, accumulate, patience))
         used |= set(fitting)
     for name in settings:
         if name not in used:

@@ -113,7 +113,7 @@ def _settings(task: Task[Any], config: Any, options: RunOptions, phases: Sequenc
         **dataclasses.asdict(config),
         "phases": [describe(phase) for phase in phases],
         "outer_steps": sum(phase.steps for phase in phases),
-        "accumulate": options.accumulate,
+        "accumulate": phases[-1].accumulate,
         "seed": options.seed,
         **({} if options.compile is None else {"compile": options.compile}),
     }
@@ -146,7 +146,7 @@ class _Training:
             phases=self.phases,
             optimizer=setup.optimizer,
             update=setup.update,
-            callbacks=[*callbacks, *setup.callbacks],
+            callbacks=[*callbacks, *setup.callbacks, *(recorder(out) for recorder in setup.recorders)],
             out=RunFolder(
                 out,
                 resume=self.resume,

@@ -14,6 +14,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.report.page import Section
 from bilevel.training.accumulation import batch_of, batches_of
 from bilevel.training.outer_loop import OuterStep
+from bilevel.training.phases import Phase
 from bilevel.training.settings import OuterUpdate
 
 Config = TypeVar("Config")
@@ -29,6 +30,10 @@ class Preset(Generic[Config]):
     summary: str
     patience: int | None = None
     """End the run early if the outer loss has not improved for this many outer steps."""
+    accumulate: int = 1
+    """Number of estimates that are averaged in each outer step."""
+    before: tuple[Phase, ...] = ()
+    """Phases with other estimators before this one."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Setup:
     update: OuterUpdate = field(default_factory=OuterUpdate)
     callbacks: Sequence[Callable[[OuterStep], None]] = ()
     """Callbacks in addition to those of the task."""
+    recorders: Sequence[Callable[[Path], Callable[[OuterStep], None]]] = ()
+    """Functions from the run's folder to a callback that writes into it."""
 
     def inner_batches_of(self, draw: int) -> Any:
         """Return the inner batches of the estimate with this number."""

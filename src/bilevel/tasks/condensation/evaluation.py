@@ -1,4 +1,4 @@
-"""Evaluation of condensed images by the test accuracy of networks trained only on them, with two controls."""
+"""Evaluation of condensed images by the test accuracy of networks trained only on them, beside controls."""
 
 from __future__ import annotations
 
@@ -7,87 +7,83 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bilevel import randomness
+from bilevel.tasks.condensation import condensed
 from bilevel.tasks.condensation.config import Condensation
-from bilevel.tasks.condensation.pictures import NAMES
-from bilevel.tasks.condensation.problem import condensed_labels, network, random_real_images
-from bilevel.tasks.image_data import LabelledImages
+from bilevel.tasks.condensation.pictures import names_of
+from bilevel.tasks.condensation.training import Training, accuracy, on_condensed, on_real, trained
+from bilevel.tasks.images.labelled import LabelledImages
 from bilevel.tasks.trials import accuracies_of
+
+WATCHED = 2000
+"""The largest number of test images for evaluations during the outer loop."""
 
 
 def accuracies(
-    config: Condensation, data: LabelledImages, images: Tensor, seed: int, progress: bool
+    config: Condensation, data: LabelledImages, meta: condensed.Meta, seed: int, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """Compute the test accuracy, as a fraction, after training on the condensed images and on two controls.
+    """Compute the test accuracy, as a fraction, after training on the condensed images and on controls.
 
-    The controls are as many random real images, and the whole real set. All three train networks from the same
-    initialisations with the same SGD. The random real images are drawn anew for every run.
+    The controls are as many random real images, the mean image of each class, as many centres of clusters of the real
+    images (with several images per class), and the whole real set. All of them train networks from the same
+    initialisations with the same optimiser. The random real images are drawn anew for every run. The condensed images
+    are trained on with the labels and the rates that were learned with them. They are also evaluated by networks of
+    the kinds in `evaluation_models`.
     """
-    labels = condensed_labels(config, data)
-    steps = config.evaluation_steps or config.inner_steps
-    few = len(labels)
-    whole_batch = min(128, len(data.train_labels))
-    whole_steps = config.whole_set_epochs * (len(data.train_labels) // whole_batch)
+    controls = _controls(config, data, seed)
+    models = dict.fromkeys((config.model, *config.evaluation_models))
 
-    def condensed(number: int) -> float:
-        return _trained_accuracy(config, data, images, labels, few, steps, seed, number)
+    def trial(make: Callable[[int], Training]) -> Callable[[int], float]:
+        def run(number: int) -> float:
+            model = trained(config, data, make(number), seed, randomness.CONDENSATION_NETWORK, number)
+            return accuracy(model, data.test_images, data.test_labels)
 
-    def random_real(number: int) -> float:
-        real = random_real_images(config, data, seed, number)
-        return _trained_accuracy(config, data, real, labels, few, steps, seed, number)
+        return run
 
-    def whole_set(number: int) -> float:
-        return _trained_accuracy(
-            config, data, data.train_images, data.train_labels, whole_batch, whole_steps, seed, number
+    trials = {
+        "condensed" if model == config.model else f"condensed_{model}": trial(
+            lambda _, model=model: on_condensed(config, data, meta, model)
         )
-
-    trials: dict[str, Callable[[int], float]] = {
-        "condensed": condensed,
-        "random_real": random_real,
-        "whole_set": whole_set,
+        for model in models
     }
-    return accuracies_of(trials, NAMES, config.evaluation_runs, progress)
+    trials.update({name: trial(make) for name, make in controls.items()})
+    return accuracies_of(trials, names_of(trials), config.evaluation_runs, progress)
 
 
-def _trained_accuracy(
-    config: Condensation,
-    data: LabelledImages,
-    images: Tensor,
-    labels: Tensor,
-    batch: int,
-    steps: int,
-    seed: int,
-    number: int,
-) -> float:
-    """Compute the test accuracy of newly initialised network `number` after `steps` steps on these images."""
-    with randomness.torch_seeded(seed, randomness.CONDENSATION_NETWORK, number):
-        model = network(config, data)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.inner_lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    schedule = CosineAnnealingLR(optimizer, T_max=steps)
-    per_epoch = max(1, len(labels) // batch)
-    order = torch.arange(len(labels))
-    for step in range(steps):
-        if batch < len(labels):
-            if step % per_epoch == 0:
-                epoch_seed = randomness.derive(seed, randomness.CONDENSATION_ORDER, number, step // per_epoch)
-                order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch_seed))
-            first = (step % per_epoch) * batch
-            chosen = order[first : first + batch].to(labels.device)
-            loss = cross_entropy(model(images[chosen]), labels[chosen])
-        else:
-            loss = cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        hits = [
-            (model(x).argmax(1) == y).float().sum()
-            for x, y in zip(data.test_images.split(1000), data.test_labels.split(1000), strict=True)
-        ]
-    return float(torch.stack(hits).sum()) / len(data.test_labels)
+def _controls(config: Condensation, data: LabelledImages, seed: int) -> dict[str, Callable[[int], Training]]:
+    """Return the training of each control as a function of the number of the run."""
+    classes = condensed.classes_of(config, data)
+
+    def random_real(number: int) -> Training:
+        return on_real(config, condensed.random_real_images(config, data, seed, number), classes)
+
+    controls = {"random_real": random_real}
+    means = torch.stack([data.train_images[data.train_labels == label].mean(0) for label in range(data.classes)])
+    controls["class_means"] = lambda _: on_real(config, means, torch.arange(data.classes, device=classes.device))
+    if config.ipc > 1:
+        centres: list[Tensor] = []
+
+        def clusters(_: int) -> Training:
+            if not centres:
+                centres.append(condensed.mean_images(config, data, seed))
+            return on_real(config, centres[0], classes)
+
+        controls["centroids"] = clusters
+    if config.whole_set_epochs:
+        batch = min(128, len(data.train_labels))
+        steps = config.whole_set_epochs * (len(data.train_labels) // batch)
+        controls["whole_set"] = lambda _: on_real(config, data.train_images, data.train_labels, batch, steps)
+    return controls
+
+
+def watched_accuracy(config: Condensation, data: LabelledImages, meta: condensed.Meta, seed: int) -> float:
+    """Return the mean accuracy of `watch` new networks on at most 2,000 test images, evenly spaced in the test set."""
+    every = -(-len(data.test_labels) // WATCHED)
+    images, labels = data.test_images[::every], data.test_labels[::every]
+    training = on_condensed(config, data, meta, config.model)
+    found = [
+        accuracy(trained(config, data, training, seed, randomness.CONDENSATION_WATCH, number), images, labels)
+        for number in range(config.watch)
+    ]
+    return sum(found) / len(found)

@@ -6,9 +6,9 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-ModelName = Literal["convnet", "mlp"]
+ModelName = Literal["convnet", "mlp", "resnet"]
 
 
 def convnet(shape: tuple[int, int, int], classes: int, width: int, blocks: int) -> nn.Sequential:
@@ -57,7 +57,42 @@ def mlp(shape: tuple[int, int, int], classes: int, width: int) -> nn.Sequential:
     )
 
 
+class _Residual(nn.Module):
+    """Two 3×3 convolutions with batch norm, added to the input."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.relu(self.convolutions(images) + self.shortcut(images))
+
+
+def resnet(shape: tuple[int, int, int], classes: int, width: int) -> nn.Sequential:
+    """Return a small residual network with batch norm: three blocks of `width`, 2 and 4 times `width` filters."""
+    return nn.Sequential(
+        nn.Conv2d(shape[0], width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        _Residual(width, width, stride=1),
+        _Residual(width, 2 * width, stride=2),
+        _Residual(2 * width, 4 * width, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )
+
+
 def build(name: ModelName, shape: tuple[int, int, int], classes: int, width: int, blocks: int) -> nn.Module:
     """Return a newly initialised network by its name. It uses torch's global random number generator."""
     with torch.no_grad():
-        return convnet(shape, classes, width, blocks) if name == "convnet" else mlp(shape, classes, width)
+        if name == "convnet":
+            return convnet(shape, classes, width, blocks)
+        return mlp(shape, classes, width) if name == "mlp" else resnet(shape, classes, width)

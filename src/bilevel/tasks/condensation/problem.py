@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -14,46 +13,59 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 import bilevel
 from bilevel import randomness
 from bilevel.optim.update_rule import Optimizer
+from bilevel.tasks.condensation import augmentation, condensed
 from bilevel.tasks.condensation.config import Condensation
 from bilevel.tasks.condensation.models import build
-from bilevel.tasks.image_data import LabelledImages
+from bilevel.tasks.images.labelled import LabelledImages
 from bilevel.tasks.task import Setup
-
-# Counters that separate this task's random streams.
 
 
 def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: int) -> Setup:
     """Return the bilevel problem, the images at the start, the batches and the outer optimiser."""
-    labels = condensed_labels(config, data)
+    classes = condensed.classes_of(config, data)
     with randomness.torch_seeded(seed):
         network(config, data)  # settings for which a network or a control cannot be made are refused here
-    random_real_images(config, data, seed, 0)
+    condensed.random_real_images(config, data, seed, 0)
 
-    def inner_loss(model: Any, images: Tensor, chosen: Tensor | None) -> Tensor:
-        if chosen is None:
-            return cross_entropy(model(images), labels)
-        return cross_entropy(model(images[chosen]), labels[chosen])
+    def inner_loss(model: Any, meta: condensed.Meta, batch: Any) -> Tensor:
+        return condensed.loss(model, meta, classes, batch)
 
-    def outer_loss(model: Any, _images: Tensor, chosen: Tensor) -> Tensor:
-        return cross_entropy(model(data.train_images[chosen]), data.train_labels[chosen])
+    def outer_loss(model: Any, _meta: condensed.Meta, batch: Any) -> Tensor:
+        chosen, numbers = condensed.parts(batch)
+        images = data.train_images[chosen]
+        if numbers is not None:
+            images = augmentation.apply(images, numbers)
+        return cross_entropy(model(images), data.train_labels[chosen])
 
-    def outer_batch(draw: int) -> Tensor:
-        return _without_replacement(
+    def outer_batch(draw: int) -> Any:
+        chosen = _without_replacement(
             data.train_labels, config.outer_batch, randomness.derive(seed, randomness.CONDENSATION_OUTER, draw)
         )
+        if not config.augmented:
+            return chosen
+        generator = randomness.generator(seed, randomness.CONDENSATION_VIEWS, 1, draw)
+        return {"chosen": chosen, "numbers": augmentation.draw(config, len(chosen), generator).to(chosen.device)}
 
     return Setup(
-        problem=bilevel.GradientDescent(inner_loss, outer_loss, lambda images: network(config, data), sgd(config)),
-        meta=_starting_images(config, data, seed),
-        inner_batches=functools.partial(inner_batches, config, labels, seed),
+        problem=bilevel.GradientDescent(
+            inner_loss, outer_loss, lambda meta: network(config, data), inner_optimizer(config)
+        ),
+        meta=condensed.start(config, data, seed),
+        inner_batches=functools.partial(inner_batches, config, classes, seed),
         outer_batch=outer_batch,
         optimizer=bilevel.optimizer(
             torch.optim.Adam,
             lr=config.outer_lr,
             schedule=functools.partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=outer_steps),
         ),
-        update=bilevel.OuterUpdate(project=lambda images: images.clamp(0, 1)),
+        update=bilevel.OuterUpdate(
+            project=_bounded if config.bounded and not config.whiten else None, clip_norm=config.clip_norm or None
+        ),
     )
+
+
+def _bounded(meta: condensed.Meta) -> condensed.Meta:
+    return {**meta, "images": meta["images"].clamp(0, 1)}
 
 
 def network(config: Condensation, data: LabelledImages) -> nn.Module:
@@ -61,64 +73,50 @@ def network(config: Condensation, data: LabelledImages) -> nn.Module:
     return build(config.model, data.shape, data.classes, config.width, config.blocks).to(data.train_images.device)
 
 
-def sgd(config: Condensation) -> Optimizer:
-    """Return the inner optimiser: SGD with momentum and cosine decay over the inner steps."""
-    return bilevel.optimizer(
-        torch.optim.SGD,
-        lr=config.inner_lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        schedule=functools.partial(CosineAnnealingLR, T_max=config.inner_steps),
-    )
+def inner_optimizer(config: Condensation) -> Optimizer:
+    """Return the inner optimiser with its schedule, and with the learned factors of its learning rate."""
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay, "lr": config.inner_lr}
+    if config.learn_rates != "no":
+        settings["lr"] = lambda meta, step: (
+            condensed.rate(config, step, config.inner_steps) * condensed.factor(config, meta, step)
+        )
+    elif config.inner_schedule == "cosine":
+        settings["schedule"] = functools.partial(CosineAnnealingLR, T_max=config.inner_steps)
+    if config.inner_optimizer == "adam":
+        return bilevel.optimizer(torch.optim.Adam, betas=(config.momentum, 0.999), **settings)
+    return bilevel.optimizer(torch.optim.SGD, momentum=config.momentum, **settings)
 
 
-def condensed_labels(config: Condensation, data: LabelledImages) -> Tensor:
-    """Return the fixed labels of the condensed images, `[classes · ipc]`, class by class."""
-    return torch.arange(data.classes, device=data.train_labels.device).repeat_interleave(config.ipc)
-
-
-def inner_batches(config: Condensation, labels: Tensor, seed: int, draw: int) -> Any:
-    """Return T batches of indices into the condensed images.
+def inner_batches(config: Condensation, classes: Tensor, seed: int, draw: int) -> Any:
+    """Return the batches of condensed images for one estimate.
 
     Each epoch uses every image once. Its last batch holds the remaining images.
     """
-    count = len(labels)
-    if config.inner_batch == 0 or config.inner_batch >= count:
-        return bilevel.no_batches(config.inner_steps)
-    per_epoch = -(-count // config.inner_batch)
+    count, steps = len(classes), config.inner_steps
+    if config.least_inner_steps:
+        generator = randomness.generator(seed, randomness.CONDENSATION_STEPS, draw)
+        steps = int(generator.integers(config.least_inner_steps, config.inner_steps + 1))
+    whole = config.inner_batch == 0 or config.inner_batch >= count
+    if whole and not config.augmented:
+        return bilevel.no_batches(steps)
+    per_epoch = 1 if whole else -(-count // config.inner_batch)
 
-    def get(t: int) -> Tensor:
+    def chosen(t: int) -> Tensor | None:
+        if whole:
+            return None
         order = randomness.generator(seed, randomness.CONDENSATION_INNER, draw, t // per_epoch).permutation(count)
         first = (t % per_epoch) * config.inner_batch
-        return torch.from_numpy(order[first : first + config.inner_batch]).to(labels.device)
+        return torch.from_numpy(order[first : first + config.inner_batch]).to(classes.device)
 
-    return bilevel.batches(get, steps=config.inner_steps)
+    def get(t: int) -> Any:
+        images = chosen(t)
+        if not config.augmented:
+            return images
+        generator = randomness.generator(seed, randomness.CONDENSATION_VIEWS, 0, draw, t)
+        number = count if images is None else len(images)
+        return {"chosen": images, "numbers": augmentation.draw(config, number, generator).to(classes.device)}
 
-
-def random_real_images(config: Condensation, data: LabelledImages, seed: int, number: int) -> Tensor:
-    """Draw as many random real images as there are condensed images, class by class, as a control.
-
-    Raises:
-        ValueError: a class has too few real images.
-    """
-    generator = randomness.generator(seed, randomness.CONDENSATION_CONTROL, number)
-    labels = data.train_labels.cpu().numpy()
-    chosen = []
-    for label in range(data.classes):
-        of_class = np.flatnonzero(labels == label)
-        if len(of_class) < config.ipc:
-            raise ValueError(f"ipc={config.ipc}, but class {label} has {len(of_class)} real images")
-        chosen.append(generator.choice(of_class, config.ipc, replace=False))
-    return data.train_images[torch.from_numpy(np.concatenate(chosen)).to(data.train_images.device)]
-
-
-def _starting_images(config: Condensation, data: LabelledImages, seed: int) -> Tensor:
-    if config.start == "real":
-        return random_real_images(config, data, randomness.derive(seed, randomness.CONDENSATION_START), 0)
-    noise = randomness.generator(seed, randomness.CONDENSATION_START).random(
-        (data.classes * config.ipc, *data.shape), dtype=np.float32
-    )
-    return torch.from_numpy(noise).to(data.train_images.device)
+    return bilevel.batches(get, steps=steps)
 
 
 def _without_replacement(labels: Tensor, count: int, seed: int) -> Tensor:
