@@ -46,7 +46,7 @@ def double() -> Iterator[None]:
 @pytest.mark.parametrize("inner_batch", [0, 6])
 def test_the_hypergradient_is_the_derivative_of_the_plain_loop(inner_batch: int) -> None:
     config, seed, plain = replace(TINY, inner_batch=inner_batch), 3, some_data()
-    data = LabelledImages(*(t.double() if t.is_floating_point() else t for t in vars(plain).values()))
+    data = replace(plain, train_images=plain.train_images.double(), test_images=plain.test_images.double())
     made = cleaning.setup(config, data, seed)
     noisy = cleaning.noisy_labels(config, data, seed)
     phi = torch.randn(20, generator=torch.Generator().manual_seed(1))

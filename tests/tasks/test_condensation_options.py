@@ -52,19 +52,19 @@ def double() -> Iterator[None]:
 # -- the hypergradient of every option ---------------------------------------------------------------------------------
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "labels": {"learn_labels": True},
+    "labels": {"labels": "learned"},
     "one rate": {"learn_rates": "one"},
     "a rate for each step": {"learn_rates": "each", "inner_schedule": "constant"},
     "Adam": {"inner_optimizer": "adam", "inner_lr": 0.02},
     "Adam with everything": {
         "inner_optimizer": "adam",
         "inner_lr": 0.02,
-        "learn_labels": True,
+        "labels": "learned",
         "learn_rates": "each",
         "inner_batch": 4,
     },
     "augmentation": {"flip": True, "shift": 1, "rotate": 20.0},
-    "augmentation of batches": {"flip": True, "shift": 2, "inner_batch": 4, "learn_labels": True},
+    "augmentation of batches": {"flip": True, "shift": 2, "inner_batch": 4, "labels": "learned"},
     "random steps": {"least_inner_steps": 2},
     "resnet": {"model": "resnet", "width": 3},
 }
@@ -86,7 +86,7 @@ def plain_loss(config: Condensation, data: LabelledImages, meta: dict[str, Tenso
         images = meta["images"][which]
         if numbers is not None:
             images = by_grid_sample(images, numbers)
-        targets = meta["labels"][which].softmax(1) if config.learn_labels else classes[which]
+        targets = meta["labels"][which].softmax(1) if config.labels == "learned" else classes[which]
         rate = config.inner_lr
         if config.inner_schedule == "cosine":
             rate *= (1 + math.cos(math.pi * step / config.inner_steps)) / 2
@@ -247,7 +247,7 @@ def test_images_start_as_centres_of_clusters() -> None:
 
 
 def test_learned_labels_start_near_the_classes() -> None:
-    meta = condensed.start(replace(TINY, learn_labels=True, learn_rates="each"), some_data(), 0)
+    meta = condensed.start(replace(TINY, labels="learned", learn_rates="each"), some_data(), 0)
     labels = condensed.targets(meta, torch.arange(CLASSES).repeat_interleave(2))
     assert labels.argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
     assert labels.sum(1).tolist() == pytest.approx([1.0] * 6)
@@ -297,7 +297,7 @@ def test_other_networks_and_learned_labels_are_evaluated() -> None:
     data = some_data()
     config = replace(
         TINY,
-        learn_labels=True,
+        labels="learned",
         learn_rates="one",
         evaluation_models=("mlp", "resnet"),
         evaluation_runs=2,
@@ -359,7 +359,7 @@ def test_presets_have_the_settings_of_the_paper(cell: tuple[str, int]) -> None:
     assert (config.width, config.blocks, config.momentum, config.inner_lr) == (128, 3, 0.9, 0.01)
     assert (config.weight_decay, config.outer_batch, config.start) == (1e-4, 512, "noise")
     assert config.inner_batch == (100 if cell == ("cifar100", 50) else 0)
-    assert (config.learn_labels, config.augmented, config.whiten) == (False, False, False)
+    assert (config.labels, config.augmented, config.whiten) == ("fixed", False, False)
     assert (preset.outer_steps, preset.accumulate) == (10000, accumulate)
     assert names.describe(preset.estimator).startswith("forward-gradient(directions=32")
     assert [names.describe(phase.estimator) for phase in preset.before] == (["hessian-free"] if first else [])

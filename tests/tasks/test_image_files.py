@@ -341,7 +341,7 @@ NPZ_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("fault", NPZ_FAULTS)
 def test_faults_of_npz_files_are_named(fault: str, tmp_path: Path) -> None:
     arrays, message = NPZ_FAULTS[fault]
-    np.savez(tmp_path / "data.npz", **arrays)
+    np.savez(tmp_path / "data.npz", **arrays)  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError) as caught:
         image_data.load("npz", tmp_path)
     assert message in str(caught.value)

@@ -1,6 +1,6 @@
 """What is learned: the condensed images and, if wanted, their labels and the inner learning rates.
 
-The meta parameters are a dict. Its entry "images" is always there, "labels" with `learn_labels`, and "log_rates" with
+The meta parameters are a dict. Its entry "images" is always there, "labels" with learned labels, and "log_rates" with
 `learn_rates`.
 """
 
@@ -28,7 +28,7 @@ def start(config: Condensation, data: LabelledImages, seed: int) -> Meta:
     """Return the meta parameters before the first outer step."""
     meta = {"images": _starting_images(config, data, seed)}
     device = data.train_images.device
-    if config.learn_labels:
+    if config.labels == "learned":
         meta["labels"] = _CERTAINTY * one_hot(classes_of(config, data), data.classes).float()
     if config.learn_rates != "no":
         count = config.inner_steps if config.learn_rates == "each" else 1

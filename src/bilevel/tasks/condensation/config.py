@@ -22,8 +22,8 @@ class Condensation:
     start: Literal["noise", "real", "mean"] = "noise"
     """Start of the condensed images: uniform noise (as in the paper), random real images, or the mean images of the
     clusters that k-means finds in each class (with --ipc 1 the mean image of each class)."""
-    bounded: bool = True
-    """Keep the pixels between 0 and 1, as in the paper. Images that were whitened are never bounded."""
+    unbounded: bool = False
+    """Let pixels leave the range from 0 to 1, within which the paper keeps them. Whitened images have no range."""
     whiten: bool = False
     """ZCA-whiten all images with the covariance of the real ones (Nguyen et al., ICLR 2021)."""
     flip: bool = False
@@ -32,8 +32,9 @@ class Condensation:
     """Shift images, real and condensed, by up to so many pixels at random in each step."""
     rotate: float = 0.0
     """Rotate images, real and condensed, by up to so many degrees at random in each step."""
-    learn_labels: bool = False
-    """Learn a distribution over the classes for each condensed image (soft labels; Sucholutsky and Schonlau, 2021)."""
+    labels: Literal["fixed", "learned"] = "fixed"
+    """Labels of the condensed images: `fixed` ones, the classes, or `learned` ones, a distribution over the classes for
+    each image (soft labels; Sucholutsky and Schonlau, 2021)."""
     learn_rates: Literal["no", "one", "each"] = "no"
     """Learn the factor of the inner learning rate: `one` for all steps, or one for `each` step (Wang et al., 2018)."""
     model: ModelName = "convnet"

@@ -19,7 +19,7 @@ IMAGES_PER_CLASS = (1, 10, 50)
 
 RECIPE = Condensation(
     start="mean",
-    learn_labels=True,
+    labels="learned",
     blocks=3,
     inner_steps=30,
     inner_lr=0.03,
@@ -68,7 +68,7 @@ def _small(data: _Dataset, ipc: int) -> Preset[Condensation]:
         width=32 if data == "mnist" else 16,
     )
     if ipc > 1:
-        config = dataclasses.replace(config, inner_steps=20, learn_labels=False)
+        config = dataclasses.replace(config, inner_steps=20, labels="fixed")
     return Preset(
         config,
         estimator=Reverse(),

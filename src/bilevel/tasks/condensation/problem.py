@@ -59,7 +59,7 @@ def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: in
             schedule=functools.partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=outer_steps),
         ),
         update=bilevel.OuterUpdate(
-            project=_bounded if config.bounded and not config.whiten else None, clip_norm=config.clip_norm or None
+            project=None if config.unbounded or config.whiten else _bounded, clip_norm=config.clip_norm or None
         ),
     )
 

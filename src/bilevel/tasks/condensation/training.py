@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def trained(
 
 
 def _optimizer(config: Condensation, model: nn.Module) -> torch.optim.Optimizer:
-    settings = {"lr": config.inner_lr, "weight_decay": config.weight_decay}
+    settings: dict[str, Any] = {"lr": config.inner_lr, "weight_decay": config.weight_decay}
     if config.inner_optimizer == "adam":
         return torch.optim.Adam(model.parameters(), betas=(config.momentum, 0.999), **settings)
     return torch.optim.SGD(model.parameters(), momentum=config.momentum, **settings)

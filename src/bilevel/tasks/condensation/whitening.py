@@ -24,9 +24,9 @@ class Whitening:
     mean: Tensor
     """`[d]`."""
     forward: Tensor
-    """W, `[d, d]`."""
+    """The matrix W, `[d, d]`."""
     inverse: Tensor
-    """W⁻¹, `[d, d]`."""
+    """The inverse of W, `[d, d]`."""
 
     @staticmethod
     def of(images: Tensor) -> Whitening:

@@ -45,7 +45,8 @@ def read_mnist(folder: Path, class_names: tuple[str, ...] = ()) -> LabelledImage
         if len(images) == 0:
             raise DataError(f"{folder}: the {split} files hold no images")
         parts.append((images, labels))
-    return from_arrays(folder, *parts, class_names)
+    train, test = parts
+    return from_arrays(folder, train, test, class_names)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
