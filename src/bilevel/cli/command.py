@@ -1,4 +1,4 @@
-"""The command `bilevel`: list, run, compare, check, plan, report, completion."""
+"""The command `bilevel`: list, run, evaluate, compare, check, plan, report, completion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from bilevel import __version__, checks, distributed, trees
 from bilevel.checking.check import check
-from bilevel.cli import arguments, completion
+from bilevel.cli import arguments, completion, evaluate_command
 from bilevel.cli.check_options import CheckOptions
 from bilevel.cli.compare_options import CompareOptions
 from bilevel.cli.method_tables import Field, Row, print_methods
@@ -37,11 +37,13 @@ _USAGE = """usage: bilevel COMMAND ...
 
   list                    the tasks, their presets, and the estimators
   run TASK [options]      train, evaluate, write a folder with results and a report
+  evaluate DIR [options]  evaluate the result of a run again, with other networks or more repetitions
   compare TASK [options]  several estimators at one point, against the exact hypergradient
   check TASK [options]    the task's problem beside a plain PyTorch loop, and its derivatives beside differences
   plan TASK [options]     memory and time of every estimator, and which one to take
   plan --params 1.5e9 ... the same from sizes alone, for a machine that is not at hand
   report DIR              make the report of a finished run again, or that of a fit in your own script
+  report DIR DIR ...      a page with several runs of a task side by side
   completion bash         print a script that completes commands and options in a shell
 
 Several processes share a run: torchrun --nproc-per-node 2 --module bilevel run TASK [options]; with --max-restarts 3
@@ -74,6 +76,7 @@ def _main(argv: Sequence[str] | None) -> None:
     commands: dict[str, Callable[[list[str]], None]] = {
         "list": _list,
         "run": _run,
+        "evaluate": evaluate_command.run,
         "compare": _compare,
         "check": _check,
         "plan": _plan,
@@ -81,7 +84,9 @@ def _main(argv: Sequence[str] | None) -> None:
         "completion": _completion,
     }
     helps = ("-h", "--help")
-    if command in (*helps, "help") or (command in commands and command != "run" and rest[:1] in ([h] for h in helps)):
+    if command in (*helps, "help") or (
+        command in commands and command not in ("run", "evaluate") and rest[:1] in ([h] for h in helps)
+    ):
         print(_USAGE)
         return
     if command not in commands:
@@ -311,11 +316,15 @@ def _plan(rest: list[str]) -> None:
 
 
 def _report(rest: list[str]) -> None:
-    from bilevel.tasks import run_folder, running
+    from bilevel.tasks import run_folder, running, side_by_side
     from bilevel.tasks.registry import TASKS
 
-    if len(rest) != 1 or rest[0].startswith("-"):
-        raise ValueError("usage: bilevel report DIR, the folder of a finished run")
+    if not rest or any(word.startswith("-") for word in rest):
+        raise ValueError("usage: bilevel report DIR [DIR ...], the folders of finished runs")
+    if len(rest) > 1:
+        folders = [Path(word) for word in rest]
+        print(f"report: {side_by_side.write(Path('comparison.html'), TASKS, folders)}")
+        return
     folder = Path(rest[0])
     if not (folder / run_folder.CONFIG).exists() and metrics.exist(folder):  # fit in a script of the user's
         print(f"report: {run_page.write_run_page(folder)}")

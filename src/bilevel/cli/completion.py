@@ -13,7 +13,7 @@ from bilevel.cli.check_options import CheckOptions
 from bilevel.cli.compare_options import CompareOptions
 from bilevel.cli.plan_command import PlanOptions, SizeOptions
 
-COMMANDS = ("list", "run", "compare", "check", "plan", "report", "completion")
+COMMANDS = ("list", "run", "evaluate", "compare", "check", "plan", "report", "completion")
 _SCRIPT = """# Completion of the command bilevel in bash: source this file in ~/.bashrc.
 _bilevel() {
     local words="" current="${COMP_WORDS[COMP_CWORD]}"

@@ -100,7 +100,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     width = max(1, len(losses) // 30)
     if width > 1:
         left.plot(steps, losses, color="0.75", linewidth=0.8, label="each step")
-        left.plot(steps, _running_mean(losses, width), color="C0", label=f"mean of the last {width}")
+        left.plot(steps, running_mean(losses, width), color="C0", label=f"mean of the last {width}")
         left.legend(frameon=False)
     else:
         left.plot(steps, losses, color="C0", marker=dots)
@@ -148,5 +148,6 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _running_mean(values: Sequence[float], width: int) -> list[float]:
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Return the mean of each value and the `width - 1` values before it."""
     return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]

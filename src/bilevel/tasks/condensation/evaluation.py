@@ -60,9 +60,7 @@ def _controls(config: Condensation, data: LabelledImages, seed: int) -> dict[str
 
     controls = {"random_real": random_real}
     means = torch.stack([data.train_images[data.train_labels == label].mean(0) for label in range(data.classes)])
-    controls["class_means"] = lambda number: on_real(
-        config, means, torch.arange(data.classes, device=classes.device)
-    )
+    controls["class_means"] = lambda number: on_real(config, means, torch.arange(data.classes, device=classes.device))
     if config.ipc > 1:
         centres: list[Tensor] = []
 
@@ -75,9 +73,7 @@ def _controls(config: Condensation, data: LabelledImages, seed: int) -> dict[str
     if config.whole_set_epochs:
         batch = min(128, len(data.train_labels))
         steps = config.whole_set_epochs * (len(data.train_labels) // batch)
-        controls["whole_set"] = lambda number: on_real(
-            config, data.train_images, data.train_labels, batch, steps
-        )
+        controls["whole_set"] = lambda number: on_real(config, data.train_images, data.train_labels, batch, steps)
     return controls
 
 
