@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LinearLR
 from variance import ROOT, learning_rates
 
 import bilevel
-from bilevel import CoarserProblem, ForwardGradient, HessianFree, Reverse, RunningMean, TruncatedReverse
+from bilevel import CoarserProblem, ForwardGradient, HessianFree, Reverse, RunningMean, TruncatedReverse, trees
 from bilevel.estimators import names, variates
 from bilevel.report import page
 from bilevel.report.files import write_bytes, write_json, write_text
@@ -136,7 +136,7 @@ def measure(case: Case, options: Options, name: str) -> None:
     plain = _seconds(lambda: run.descend(run.start()))
     rows: list[dict[str, Any]] = []
     seeds = f"{options.seeds} seed{'s' * (options.seeds > 1)}"
-    sizes = f"N = {setup.meta.numel()}, T = {steps}, budget {case.budget} inner loops, {seeds}"
+    sizes = f"N = {trees.size(setup.meta)}, T = {steps}, budget {case.budget} inner loops, {seeds}"
     start = _judged(setup, setup.meta, options.judged)
     wanted = estimators(case, steps)
     with bar(name, len(wanted) * len(case.rates) * options.seeds) as shown:

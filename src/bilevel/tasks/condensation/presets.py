@@ -85,6 +85,22 @@ PRESETS: Mapping[str, Preset[Condensation]] = {
         outer_steps=200,
         summary="scikit-learn's 8x8 handwritten digits, one image per class; needs no files",
     ),
+    "digits-learned": Preset(
+        Condensation(
+            start="mean",
+            labels="learned",
+            unbounded=True,
+            model="mlp",
+            width=128,
+            inner_steps=50,
+            inner_lr=0.2,
+            outer_lr=0.03,
+            clip_norm=1.0,
+        ),
+        estimator=Reverse(),
+        outer_steps=600,
+        summary="the same with a wide MLP, learned labels and a start from class means: above 90 % in a minute or two",
+    ),
     **{
         f"{data}-{ipc}{ending}": make(data, ipc)
         for data in _NAMES
