@@ -53,6 +53,8 @@ def double() -> Iterator[None]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {"labels": "learned"},
+    "squared": {"inner_loss": "squared", "inner_lr": 0.005},
+    "squared with labels": {"inner_loss": "squared", "inner_lr": 0.005, "labels": "learned"},
     "one rate": {"learn_rates": "one"},
     "a rate for each step": {"learn_rates": "each", "inner_schedule": "constant"},
     "Adam": {"inner_optimizer": "adam", "inner_lr": 0.02},
@@ -87,6 +89,9 @@ def plain_loss(config: Condensation, data: LabelledImages, meta: dict[str, Tenso
         if numbers is not None:
             images = by_grid_sample(images, numbers)
         targets = meta["labels"][which].softmax(1) if config.labels == "learned" else classes[which]
+        if config.inner_loss == "squared":
+            fixed = 5 * torch.eye(CLASSES)[classes] - 5 / CLASSES
+            targets = meta["labels"][which] if config.labels == "learned" else fixed[which]
         rate = config.inner_lr
         if config.inner_schedule == "cosine":
             rate *= (1 + math.cos(math.pi * step / config.inner_steps)) / 2
@@ -94,7 +99,11 @@ def plain_loss(config: Condensation, data: LabelledImages, meta: dict[str, Tenso
             rate *= math.exp(meta["log_rates"][step if config.learn_rates == "each" else 0])
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        cross_entropy(network(images), targets).backward()
+        outputs = network(images)
+        if config.inner_loss == "squared":
+            (((outputs - targets) ** 2).sum() / 2 / len(outputs)).backward()
+        else:
+            cross_entropy(outputs, targets).backward()
         optimizer.step()
     outer = condensation.setup(config, data, 1, seed).outer_batch_of(draw)
     chosen, numbers = (outer["chosen"], outer["numbers"]) if isinstance(outer, dict) else (outer, None)
@@ -248,7 +257,7 @@ def test_images_start_as_centres_of_clusters() -> None:
 
 def test_learned_labels_start_near_the_classes() -> None:
     meta = condensed.start(replace(TINY, labels="learned", learn_rates="each"), some_data(), 0)
-    labels = condensed.targets(meta, torch.arange(CLASSES).repeat_interleave(2))
+    labels = condensed.targets(TINY, meta, torch.arange(CLASSES).repeat_interleave(2))
     assert labels.argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
     assert labels.sum(1).tolist() == pytest.approx([1.0] * 6)
     assert labels.max() > 0.9

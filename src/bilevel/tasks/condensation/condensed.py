@@ -22,6 +22,8 @@ from bilevel.tasks.images.labelled import LabelledImages
 Meta = dict[str, Tensor]
 _CERTAINTY = 4.0
 """The logit of the class of an image in its label before the first outer step. The other logits are 0."""
+_HEIGHT = 5.0
+"""The difference between the output for the class of an image and the other outputs, for the squared loss."""
 
 
 def start(config: Condensation, data: LabelledImages, seed: int) -> Meta:
@@ -29,7 +31,11 @@ def start(config: Condensation, data: LabelledImages, seed: int) -> Meta:
     meta = {"images": _starting_images(config, data, seed)}
     device = data.train_images.device
     if config.labels == "learned":
-        meta["labels"] = _CERTAINTY * one_hot(classes_of(config, data), data.classes).float()
+        classes = classes_of(config, data)
+        if config.inner_loss == "squared":
+            meta["labels"] = _rows_of(classes, data.classes)
+        else:
+            meta["labels"] = _CERTAINTY * one_hot(classes, data.classes).float()
     if config.learn_rates != "no":
         count = config.inner_steps if config.learn_rates == "each" else 1
         meta["log_rates"] = torch.zeros(count, device=device)
@@ -41,13 +47,11 @@ def classes_of(config: Condensation, data: LabelledImages) -> Tensor:
     return torch.arange(data.classes, device=data.train_labels.device).repeat_interleave(config.ipc)
 
 
-def loss(model: Any, meta: Meta, classes: Tensor, batch: Any) -> Tensor:
-    """Return the inner loss: the cross-entropy of a network on the condensed images of a batch.
-
-    A learned label is a row of logits, and its softmax is the distribution that the network is trained towards. Learned
-    targets without such a bound grow, which acts as a growing inner learning rate.
+def loss(config: Condensation, model: Any, meta: Meta, classes: Tensor, batch: Any) -> Tensor:
+    """Return the inner loss of a network on the condensed images of a batch, see `distance`.
 
     Args:
+        config: the settings.
         model: the network.
         meta: the meta parameters.
         classes: the class of each condensed image.
@@ -57,13 +61,35 @@ def loss(model: Any, meta: Meta, classes: Tensor, batch: Any) -> Tensor:
     images = meta["images"] if chosen is None else meta["images"][chosen]
     if numbers is not None:
         images = augmentation.apply(images, numbers)
-    return cross_entropy(model(images), targets(meta, classes, chosen))
+    found = targets(config, meta, classes)
+    return distance(config, model(images), found if chosen is None else found[chosen])
 
 
-def targets(meta: Meta, classes: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """Return what networks are trained towards: a distribution over the classes for each image, or its class."""
-    found = meta["labels"].softmax(1) if "labels" in meta else classes
-    return found if chosen is None else found[chosen]
+def targets(config: Condensation, meta: Meta, classes: Tensor) -> Tensor:
+    """Return what networks are trained towards.
+
+    With the cross-entropy these are the classes, or learned distributions over the classes, which are the softmax of
+    learned logits. With the squared loss they are rows of numbers, which are learned without a bound.
+    """
+    if "labels" not in meta:
+        return classes
+    return meta["labels"] if config.inner_loss == "squared" else meta["labels"].softmax(1)
+
+
+def distance(config: Condensation, outputs: Tensor, found: Tensor) -> Tensor:
+    """Return the loss of outputs `[n, classes]` with targets: classes `[n]`, or `[n, classes]`, see `targets`.
+
+    A class counts as a row of the squared loss that is 5 · (1 − 1/classes) for the class and −5/classes elsewhere.
+    """
+    if config.inner_loss == "cross-entropy":
+        return cross_entropy(outputs, found)
+    if found.ndim == 1:
+        found = _rows_of(found, outputs.shape[1], outputs.dtype)
+    return 0.5 * (outputs - found).square().sum(1).mean()
+
+
+def _rows_of(classes: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return _HEIGHT * (one_hot(classes, count).to(dtype) - 1 / count)
 
 
 def parts(batch: Any) -> tuple[Tensor | None, Tensor | None]:

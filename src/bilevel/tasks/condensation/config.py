@@ -37,6 +37,9 @@ class Condensation:
     each image (soft labels; Sucholutsky and Schonlau, 2021)."""
     learn_rates: Literal["no", "one", "each"] = "no"
     """Learn the factor of the inner learning rate: `one` for all steps, or one for `each` step (Wang et al., 2018)."""
+    inner_loss: Literal["cross-entropy", "squared"] = "cross-entropy"
+    """Loss of the trainings on condensed images: the cross-entropy, or half the squared distance between the outputs of
+    the network and targets, as in kernel-based condensation (Nguyen et al., NeurIPS 2021)."""
     model: ModelName = "convnet"
     """Network trained on the condensed images."""
     width: int = 32

@@ -28,7 +28,7 @@ def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: in
     condensed.random_real_images(config, data, seed, 0)
 
     def inner_loss(model: Any, meta: condensed.Meta, batch: Any) -> Tensor:
-        return condensed.loss(model, meta, classes, batch)
+        return condensed.loss(config, model, meta, classes, batch)
 
     def outer_loss(model: Any, _meta: condensed.Meta, batch: Any) -> Tensor:
         chosen, numbers = condensed.parts(batch)

@@ -120,7 +120,7 @@ def load_images(folder: Path) -> dict[str, np.ndarray]:
     Returns:
         "images" `[classes · ipc, channels, height, width]`, class by class, as they are shown; "training_images", the
         same as networks are trained on them (whitened, if the run whitens); "classes" `[classes · ipc]`; "class_names";
-        "labels", the learned distributions `[classes · ipc, classes]`, if any; and "rates", the learned inner learning
+        "labels", the learned targets `[classes · ipc, classes]`, if any; and "rates", the learned inner learning
         rates `[T]` or `[1]`, if any.
     """
     with (folder / IMAGES).open("rb") as stream, np.load(stream, allow_pickle=False) as opened:
@@ -137,7 +137,7 @@ def _write_images(
         "class_names": np.array(data.names),
     }
     if "labels" in meta:
-        arrays["labels"] = meta["labels"].detach().softmax(1).cpu().numpy()
+        arrays["labels"] = condensed.targets(config, meta, torch.empty(0)).detach().cpu().numpy()
     if "log_rates" in meta:
         arrays["rates"] = config.inner_lr * meta["log_rates"].detach().exp().cpu().numpy()
     stream = io.BytesIO()
@@ -219,10 +219,10 @@ def _labels(labels: np.ndarray, ipc: int, names: Sequence[str]) -> Section:
     for number, name in enumerate(names[:20]):
         label = labels[number * ipc]
         largest = np.argsort(-label)[:4]
-        rows.append((name, ", ".join(f"{names[i]} {100 * label[i]:.0f} %" for i in largest)))
+        rows.append((name, ", ".join(f"{names[i]}: {label[i]:.2f}" for i in largest)))
     return Section(
         "Learned labels",
-        "What the first image of each class stands for: the four largest entries of its learned distribution.",
+        "What the first image of each class stands for: the four largest entries of its learned label.",
         header=("image of class", "label"),
         rows=rows,
     )

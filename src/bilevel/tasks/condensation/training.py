@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from bilevel import randomness
 from bilevel.tasks.condensation import augmentation, condensed
@@ -40,7 +39,7 @@ def on_condensed(config: Condensation, data: LabelledImages, meta: condensed.Met
     meta = {name: value.detach() for name, value in meta.items()}
     return Training(
         meta["images"],
-        condensed.targets(meta, classes),
+        condensed.targets(config, meta, classes),
         config.inner_batch or len(classes),
         steps,
         lambda step: condensed.rate(config, step, steps) * float(condensed.factor(config, meta, step)),
@@ -89,7 +88,7 @@ def trained(
         for group in optimizer.param_groups:
             group["lr"] = training.rate(step)
         optimizer.zero_grad()
-        cross_entropy(model(images), targets).backward()
+        condensed.distance(config, model(images), targets).backward()
         optimizer.step()
     return model
 
