@@ -262,7 +262,7 @@ def test_mnist_from_idx_files(tmp_path: Path) -> None:
     run(tmp_path / "out", "--preset", "mnist-1-small", *flags, "--data-dir", str(tmp_path / "data"), small=False)
     config = config_of(tmp_path / "out")
     assert (config["data"], config["model"], config["blocks"]) == ("mnist", "convnet", 3)
-    assert config["phases"] == ["reverse:1"]
+    assert config["phases"] == ["reverse(checkpoints='graph'):1"]
 
 
 # -- estimators --------------------------------------------------------------------------------------------------------
@@ -594,6 +594,27 @@ def test_resuming_what_is_finished_changes_nothing(tmp_path: Path) -> None:
     before = numbers_of(tmp_path)
     run(tmp_path, "--outer-steps", "2", "--resume")
     assert numbers_of(tmp_path) == before
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("flags", [("--outer-steps",), ("--phases", "hessian-free:2")], ids=["steps", "phases"])
+def test_a_finished_run_can_be_made_longer(flags: tuple[str, ...], tmp_path: Path, capsys: Capture) -> None:
+    def of_length(steps: int) -> list[str]:
+        return [*flags, str(steps)] if len(flags) == 1 else [*flags, f"reverse:{steps}:50"]
+
+    run(tmp_path / "longer", *of_length(2))
+    run(tmp_path / "longer", *of_length(5), "--resume")
+    rows, config = rows_of(tmp_path / "longer"), config_of(tmp_path / "longer")
+    assert len(rows) == config["outer_steps"] == 5 + 2 * (len(flags) - 1)
+    # The outer learning rate falls to 0 over the whole length, so the first steps differ from those of one long run.
+    moved = [row["outer_loss"] for row in rows]
+    assert len(set(moved)) == len(moved)
+    capsys.readouterr()
+    before = contents(tmp_path / "longer")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "longer", *of_length(3), "--resume")
+    assert "steps of the last phase are done, and it has 3 now" in capsys.readouterr().err
+    assert contents(tmp_path / "longer") == before
 
 
 @pytest.mark.usefixtures("no_report")

@@ -16,6 +16,8 @@ from bilevel.training import metrics
 from bilevel.training.run_record import CHECKPOINT
 
 CONFIG, RESULTS, REPORT, STAGES = "config.json", "results.json", "report.html", "stages"
+LENGTHS = ("phases", "outer_steps")
+"""The entries of `config.json` that say how long a run is. The last phase of a run can be made longer."""
 
 
 def folder_of(task: Task[Any], options: RunOptions) -> Path:
@@ -44,6 +46,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[None]:
     """Context that writes the run's settings into its folder, and removes them if the run fails before its first step.
 
+    The settings of a run that is made longer are replaced at the end of the context.
+
     Args:
         folder: the run's folder.
         config: the run's settings.
@@ -61,8 +65,11 @@ def claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[N
     if path.exists():
         if not resume:
             raise FileExistsError(f"{folder} already holds a run; go on with it (--resume) or take another --out")
-        _require_same_config(folder, read_json(path), json.loads(json.dumps(config)))
+        old, new = read_json(path), json.loads(json.dumps(config))
+        _require_same_config(folder, old, new)
         yield
+        if old != new:
+            write_json(path, config)
         return
     if _has_begun(folder):
         raise FileExistsError(
@@ -83,10 +90,18 @@ def claimed(folder: Path, config: Mapping[str, Any], resume: bool) -> Iterator[N
 
 
 def _require_same_config(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    before, after = (_of_any_length(each) for each in (old, new))
+    differing = [k for k in {**before, **after} if before.get(k) != after.get(k)]
     if differing:
         lines = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in differing)
         raise CheckpointError(f"{folder} holds a run of another configuration ({lines}); take another --out")
+
+
+def _of_any_length(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings without the number of steps of the last phase, which "reverse:200:20" has in the middle."""
+    *earlier, last = config.get("phases") or [""]
+    head, *counts = str(last).split(":")
+    return {k: v for k, v in config.items() if k not in LENGTHS} | {"phases": [*earlier, head, counts[1:]]}
 
 
 def _has_begun(folder: Path) -> bool:

@@ -25,7 +25,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.report import page
 from bilevel.report.files import write_json
 from bilevel.tasks.options import RunOptions, describe, make_phases
-from bilevel.tasks.run_folder import CONFIG, REPORT, RESULTS, claimed, folder_of, read_json
+from bilevel.tasks.run_folder import CONFIG, LENGTHS, REPORT, RESULTS, claimed, folder_of, read_json
 from bilevel.tasks.task import Preset, Setup, Task, Trained
 from bilevel.training import metrics
 from bilevel.training.fit import FitResult, fit
@@ -152,7 +152,7 @@ class _Training:
                 resume=self.resume,
                 checkpoint_every=self.options.checkpoint_every,
                 tensorboard=self.options.tensorboard,
-                config={k: v for k, v in self.written.items() if k != "phases"},
+                config={k: v for k, v in self.written.items() if k not in LENGTHS},
             ),
             progress=progress,
             workers=workers,

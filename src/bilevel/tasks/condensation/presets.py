@@ -21,10 +21,9 @@ RECIPE = Condensation(
     start="mean",
     labels="learned",
     blocks=3,
-    inner_steps=30,
-    inner_lr=0.03,
-    inner_schedule="constant",
-    momentum=0.8,
+    inner_loss="squared",
+    inner_steps=40,
+    inner_lr=0.003,
     outer_lr=0.02,
     clip_norm=1.0,
     evaluation_runs=3,
@@ -68,10 +67,10 @@ def _small(data: _Dataset, ipc: int) -> Preset[Condensation]:
         width=32 if data == "mnist" else 16,
     )
     if ipc > 1:
-        config = dataclasses.replace(config, inner_steps=20, labels="fixed")
+        config = dataclasses.replace(config, inner_steps=20, labels="fixed", inner_loss="cross-entropy", inner_lr=0.02)
     return Preset(
         config,
-        estimator=Reverse(),
+        estimator=Reverse("graph" if ipc == 1 else "all"),
         outer_steps=200 if ipc == 1 else 60,
         summary=f"{_NAMES[data]}, {ipc} per class, exact hypergradients, a narrow network; minutes on two cores",
     )

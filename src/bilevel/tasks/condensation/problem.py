@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 import bilevel
 from bilevel import randomness
@@ -56,7 +56,8 @@ def setup(config: Condensation, data: LabelledImages, outer_steps: int, seed: in
         optimizer=bilevel.optimizer(
             torch.optim.Adam,
             lr=config.outer_lr,
-            schedule=functools.partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=outer_steps),
+            # A function of the step alone, so that a run that is made longer decays over its new length.
+            schedule=functools.partial(LambdaLR, lr_lambda=lambda step: max(0.0, 1 - step / outer_steps)),
         ),
         update=bilevel.OuterUpdate(
             project=None if config.unbounded or config.whiten else _bounded, clip_norm=config.clip_norm or None
