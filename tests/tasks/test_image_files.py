@@ -297,7 +297,8 @@ LABELS = np.arange(20) % 2
 )
 def test_npz(tmp_path: Path, names: tuple[str, ...], layout: tuple[str, Callable[[Any], Any]]) -> None:
     values = layout[1](IMAGES), LABELS[:, None], layout[1](IMAGES[:4]), LABELS[:4]
-    np.savez(tmp_path / "data.npz", **dict(zip(names, values, strict=True)))
+    arrays: dict[str, Any] = dict(zip(names, values, strict=True))
+    np.savez(tmp_path / "data.npz", **arrays)
     for path in (tmp_path, tmp_path / "data.npz"):
         data = image_data.load("npz", path)
         assert data.shape == (3, 6, 5)

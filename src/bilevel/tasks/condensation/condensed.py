@@ -143,7 +143,8 @@ def mean_images(config: Condensation, data: LabelledImages, seed: int) -> Tensor
     found = []
     for number, members in enumerate(_members(config, data)):
         state = randomness.derive(seed, randomness.CONDENSATION_MEANS, number) % 2**32
-        clusters = MiniBatchKMeans(config.ipc, random_state=state, n_init=1, batch_size=1024).fit(flat[members])
+        once: Any = 1  # the package's annotation names the word "auto" only
+        clusters = MiniBatchKMeans(config.ipc, random_state=state, n_init=once, batch_size=1024).fit(flat[members])
         found.append(torch.from_numpy(clusters.cluster_centers_))
     return torch.cat(found).to(data.train_images).reshape(-1, *data.shape)
 
