@@ -52,7 +52,7 @@ the run goes on from its checkpoint when one of them dies.
 
 _BROKEN_PIPE = 141
 """128 and the number of SIGPIPE, the exit code that a shell reports for a program whose reader has gone."""
-_OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "sklearn", "scipy", "tensorboard"}
+_OPTIONAL_PACKAGES = {"tyro", "docstring_parser", "jinja2", "matplotlib", "PIL", "sklearn", "scipy", "tensorboard"}
 _LANGUAGE_PACKAGES = {"transformers", "tokenizers", "peft"}
 
 
