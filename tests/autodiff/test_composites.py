@@ -143,6 +143,13 @@ for name, bags in {
         lambda f, w, s, kw=bags: f(weight=w, per_sample_weights=s.reshape(kw["input"].shape), mode="sum", **kw),
         *(SCORES.mT, normal(3, 3)),
     )
+for padding in (None, 1, -5):
+    add_one(
+        f"embedding, padding {padding}",
+        *(F.embedding, C.embedding),
+        lambda f, w, p=padding: f(WORDS, w.mT, p).square(),
+        SCORES,
+    )
 NORMS = [IMAGE, SCALE, SHIFT]
 add_one("layer norm", F.layer_norm, C.layer_norm, lambda f, x, w, b: f(x.mT, (4,), w, b), *NORMS)
 add_one("layer norm, torch.", torch.layer_norm, C.layer_norm, lambda f, x, w, b: f(x.mT, (4,), w, b), *NORMS)
@@ -203,7 +210,7 @@ def test_value_and_first_derivative_are_those_of_pytorch(name: str) -> None:
     torch.testing.assert_close(*gradients[::-1], rtol=rounding, atol=1e-12)
 
 
-CONVENTIONS = ("unnormalised", "impossible")
+CONVENTIONS = ("unnormalised", "impossible", "embedding, padding 1", "embedding, padding -5")
 """Cases in which the first derivative follows a convention of PyTorch, and is not that of the value."""
 
 

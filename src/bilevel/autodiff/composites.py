@@ -236,6 +236,26 @@ def linear_cross_entropy(
     )
 
 
+# -- operations that stop a gradient in reverse mode only --------------------------------------------------------------
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up rows of a table. The row `padding_idx` is a constant, to which PyTorch gives no gradient."""
+    found = functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if padding_idx is None:
+        return found
+    padded = input == padding_idx % len(weight)
+    return torch.where(padded.unsqueeze(-1), found.detach(), found)
+
+
 # -- operations whose second derivative is wrong in PyTorch ------------------------------------------------------------
 
 
@@ -271,9 +291,10 @@ FORWARD_MODE: Mapping[Operation, Operation] = {
     functional.mse_loss: mse_loss,
     functional.huber_loss: huber_loss,
     functional.dropout: dropout,
+    functional.embedding: embedding,
 }
-"""Operations whose backward pass has no forward-mode derivative, or that draw other random numbers there: replaced in
-forward mode."""
+"""Operations whose backward pass has no forward-mode derivative, that draw other random numbers there, or that stop a
+gradient in reverse mode only: replaced in forward mode."""
 
 THIRD_DERIVATIVE: Mapping[Operation, Operation] = {
     functional.layer_norm: layer_norm,
