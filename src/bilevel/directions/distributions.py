@@ -9,6 +9,7 @@ the relative variance E‖estimate − ∇h‖²/‖∇h‖², which is stated b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def _gaussian(seed: int, indices: Sequence[int], part: Part) -> Tensor:
 def _coordinate(seed: int, indices: Sequence[int], part: Part) -> Tensor:
     size, start, stop = _size(part.shapes), part.start, part.stop
     rows = torch.zeros(len(indices), stop - start, dtype=part.dtype, device=part.device)
-    for row, index in zip(rows, _order(seed, indices, size), strict=True):
+    for row, index in zip(rows, _order(seed, tuple(indices), size), strict=True):
         if start <= index < stop:
             row[index - start] = math.sqrt(size)
     return rows
@@ -89,7 +90,7 @@ def _coordinate(seed: int, indices: Sequence[int], part: Part) -> Tensor:
 def _orthogonal(seed: int, indices: Sequence[int], part: Part) -> Tensor:
     # The Hartley basis cos(2πkn/N) + sin(2πkn/N), orthogonal for every N and of length √N, under random signs.
     size = _size(part.shapes)
-    frequencies = torch.tensor(_order(seed, indices, size), device=part.device).unsqueeze(1)
+    frequencies = torch.tensor(_order(seed, tuple(indices), size), device=part.device).unsqueeze(1)
     rows = philox.signs(_key(seed), [0], part.start, part.stop, part=1, dtype=part.dtype, device=part.device)
     rows = rows.repeat(len(indices), 1)
     width = max(1, philox.CHUNK // max(1, len(indices)))
@@ -101,7 +102,8 @@ def _orthogonal(seed: int, indices: Sequence[int], part: Part) -> Tensor:
     return rows
 
 
-def _order(seed: int, indices: Sequence[int], size: int) -> list[int]:
+@functools.lru_cache(maxsize=4)  # every part of φ asks for it
+def _order(seed: int, indices: tuple[int, ...], size: int) -> list[int]:
     """Return the entries at these places of a random order of `size` entries."""
     order = randomness.generator(seed, randomness.DIRECTION).permutation(size)
     return order[np.asarray(indices) % size].tolist()

@@ -64,7 +64,8 @@ class _AtOnce:
 class _Beside:
     """Copies between page-locked memory of the host and a GPU, on a stream beside the one that computes.
 
-    The host waits for neither. The memory of both tensors may be used again only after `wait`.
+    The host waits for neither. Memory of the GPU may be used again only after `wait`. Page-locked memory needs no such
+    care: PyTorch's allocator gives a block out again only when the copies from and to it are over.
     """
 
     def __init__(self, device: torch.device) -> None:
