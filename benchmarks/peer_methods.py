@@ -136,7 +136,7 @@ class _Stream:
 
     def __init__(self, meta: Tensor, steps: int) -> None:
         self.weights = meta.clone()
-        self.device = torch.device("cpu")
+        self.device = meta.device
         self._steps = steps
 
     @property
@@ -151,7 +151,7 @@ class _Stream:
         return self._steps
 
     def __getitem__(self, t: int) -> dict[str, Tensor]:
-        return {"meta": self.weights, "input_ids": torch.zeros(1, 2)}
+        return {"meta": self.weights, "input_ids": torch.zeros(1, 2, device=self.device)}
 
 
 def through_bergson(subject: Subject, steps: int) -> Tensor:

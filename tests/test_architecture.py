@@ -18,7 +18,18 @@ from bilevel import errors, experimental
 SOURCE = Path(__file__).parent.parent / "src" / "bilevel"
 ENTRIES = {
     *("__init__", "__main__", "py.typed"),
-    *("problem", "vectorised_tasks", "batches", "epochs", "errors", "trees", "checks", "randomness", "experimental"),
+    *(
+        "problem",
+        "vectorised_tasks",
+        "batches",
+        "epochs",
+        "errors",
+        "trees",
+        "checks",
+        "randomness",
+        "philox",
+        "experimental",
+    ),
     *("autodiff", "models", "optim", "compilation", "solvers", "distributed", "unrolling", "directions", "estimators"),
     *("planning", "comparison", "checking", "training", "attribution", "integrations", "report", "cli", "tasks"),
 }

@@ -461,6 +461,25 @@ def test_without_a_compiler_inductor_says_what_it_needs(monkeypatch: pytest.Monk
         bilevel.Reverse()(case.compiled, case.meta, case.batches)
 
 
+def test_cuda_graphs_are_off_whatever_the_process_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import lookup_backend
+    from torch._inductor import config
+
+    seen: list[bool] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(config.triton.cudagraphs)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    case = one_parameter(lambda theta, meta, batch: (theta.sin() * meta.exp()).sum())
+    monkeypatch.setattr("torch._dynamo.lookup_backend", lambda name: backend)
+    with config.patch({"triton.cudagraphs": True}):
+        bilevel.Reverse()(case.compiled, case.meta, case.batches)
+        assert config.triton.cudagraphs
+    assert seen
+    assert not any(seen)
+
+
 @pytest.mark.slow
 def test_compile_time_is_reported_apart() -> None:
     problem, meta = mlp()

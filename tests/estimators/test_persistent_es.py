@@ -59,7 +59,7 @@ def truncated(k: int) -> np.ndarray:
 def every_outcome(estimator: PersistentES, monkeypatch: pytest.MonkeyPatch) -> list[list[np.ndarray]]:
     """The estimates of each window, for every value that the signs of three windows can take."""
     signs, drawn = [np.array([s], dtype=float) for s in itertools.product((-1, 1), repeat=2)], []
-    fixed = replace(module.DISTRIBUTIONS["rademacher"], sample=lambda seed, indices, shapes: drawn[0])
+    fixed = replace(module.DISTRIBUTIONS["rademacher"], sample=lambda seed, indices, part: torch.from_numpy(drawn[0]))
     monkeypatch.setitem(module.DISTRIBUTIONS, "rademacher", fixed)
     outcomes = []
     for rows in itertools.product(signs, repeat=WINDOWS):

@@ -117,7 +117,7 @@ def test_fresh_directions_are_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     """The expectation itself: over every value that the directions of three windows can take, one direction each."""
     signs = [np.array([s], dtype=float) for s in itertools.product((-1, 1), repeat=N)]
     drawn: list[np.ndarray] = []
-    fixed = replace(module.DISTRIBUTIONS["rademacher"], sample=lambda seed, indices, shapes: drawn[0])
+    fixed = replace(module.DISTRIBUTIONS["rademacher"], sample=lambda seed, indices, part: torch.from_numpy(drawn[0]))
     monkeypatch.setitem(module.DISTRIBUTIONS, "rademacher", fixed)
     mean = np.zeros(N)
     problem, estimator = make(torch.optim.SGD), StreamingForwardGradient(1)

@@ -99,6 +99,15 @@ VARIATES: dict[str, Any] = {
 }
 
 
+def always(name: str, rows: np.ndarray) -> module.Distribution:
+    """The distribution with this name, of which all draws are these rows `[b, N]`."""
+
+    def sample(seed: int, indices: Any, part: module.Part) -> torch.Tensor:
+        return torch.from_numpy(rows[list(indices), part.start : part.stop]).to(part.dtype)
+
+    return replace(module.DISTRIBUTIONS[name], sample=sample)
+
+
 def expectation(
     estimator: bilevel.Estimator,
     case: ClosedForm,
@@ -110,7 +119,7 @@ def expectation(
     name = name or estimator.distribution  # type: ignore[attr-defined]
     mean, squared, claimed = np.zeros(case.N), 0.0, 0.0
     for rows, probability in outcomes:
-        fixed = replace(module.DISTRIBUTIONS[name], sample=lambda seed, indices, shapes, rows=rows: rows[list(indices)])
+        fixed = always(name, rows)
         monkeypatch.setitem(module.DISTRIBUTIONS, name, fixed)
         estimate = case(estimator)
         grad = case.flat(estimate.grad).numpy()
@@ -181,7 +190,7 @@ def test_the_formula(name: str, size: int, count: int, m: int, monkeypatch: pyte
     mean, squared, claimed = np.zeros(size), 0.0, 0.0
     shape = (2, 2) if name == "low-rank" else (size,)
     for rows, probability in ENUMERATED[name](size, count):
-        fixed = replace(module.DISTRIBUTIONS[name], sample=lambda seed, indices, shapes, rows=rows: rows[list(indices)])
+        fixed = always(name, rows)
         monkeypatch.setitem(module.DISTRIBUTIONS, name, fixed)
         directions = Directions(name, 0, count, [torch.zeros(shape, dtype=torch.float64)])
         found = combine(directions, tensor(rows @ truth), [tensor(variates).reshape(m, *shape)])

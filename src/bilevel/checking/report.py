@@ -14,6 +14,7 @@ import torch
 
 from bilevel.report.files import write_json
 from bilevel.report.findings import Finding, Verdict, as_text, with_verdict
+from bilevel.report.tf32 import gpu_and_tf32
 
 
 @dataclass(frozen=True)
@@ -92,4 +93,5 @@ def versions() -> dict[str, str]:
         "optree": optree.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **gpu_and_tf32(),
     }

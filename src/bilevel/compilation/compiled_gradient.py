@@ -222,8 +222,9 @@ class CompiledGradient:
 
         inputs = [t.detach() for t in inputs]
         try:
-            # Random numbers are drawn in the same way as without compiling, so that they are equal.
-            with torch.no_grad(), config.patch(fallback_random=True):
+            # Random numbers are drawn in the same way as without compiling, so that they are equal. CUDA graphs would
+            # write the results of each call over those of the call before, and an inner loop keeps them.
+            with torch.no_grad(), config.patch({"fallback_random": True, "triton.cudagraphs": False}):
                 made: Any = lookup_backend(self.backend)(graph, inputs)
                 made(*inputs)
         except Exception as error:

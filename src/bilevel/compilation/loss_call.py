@@ -131,5 +131,6 @@ def _switches() -> tuple[Hashable, ...]:
         torch.backends.mha.get_fastpath_enabled(),
         torch._C._get_mkldnn_enabled(),
         torch.get_default_dtype(),
+        cuda.matmul.fp32_precision,  # TF32 is fixed in compiled products
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
     )

@@ -1,7 +1,7 @@
 """Random directions v in R^N, for forward gradients and zeroth-order estimates.
 
-Direction number i of a seed is a function of (seed, i) alone. Every chunk, worker and device gets the same numbers.
-Over the seeds, E[v vᵀ] = I.
+Direction number i of a seed is a function of (seed, i) alone. Every chunk, worker and device gets the same signs, and
+the same normal numbers to rounding. They are made on the device of φ. Over the seeds, E[v vᵀ] = I.
 
 With w_i = ∇h · v_i, the estimate (1/b) Σ w_i v_i is unbiased for each distribution below. The distributions differ in
 the relative variance E‖estimate − ∇h‖²/‖∇h‖², which is stated beside each of them.
@@ -9,26 +9,49 @@ the relative variance E‖estimate − ∇h‖²/‖∇h‖², which is stated b
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel import checks, randomness
+from bilevel import checks, philox, randomness
 
 Shapes = Sequence[tuple[int, ...]]
 """The shapes of the leaves of φ."""
+
+
+class Part(NamedTuple):
+    """Consecutive leaves of φ, of one type and on one device, whose entries of the directions are drawn together."""
+
+    shapes: Shapes
+    """The shapes of all leaves of φ."""
+    leaves: range
+    """The numbers of the leaves of this part."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def start(self) -> int:
+        """The first entry of the part."""
+        return _size(self.shapes[: self.leaves.start])
+
+    @property
+    def stop(self) -> int:
+        """The entry after the last one of the part."""
+        return self.start + _size([self.shapes[leaf] for leaf in self.leaves])
 
 
 @dataclass(frozen=True)
 class Distribution:
     """A way to draw directions."""
 
-    sample: Callable[[int, Sequence[int], Shapes], np.ndarray]
-    """`sample(seed, indices, shapes)` draws the directions with these numbers, `[len(indices), N]`."""
+    sample: Callable[[int, Sequence[int], Part], Tensor]
+    """`sample(seed, indices, part)` draws a part of the directions with these numbers, `[len(indices), entries]`."""
     excess: Callable[[Shapes, int], np.ndarray]
     """`excess(shapes, b)` returns the numbers κ_i `[b]` for which (1/b²) Σ κ_i w_i² is an unbiased estimate of
     E‖(1/b) Σ w_i v_i − ∇h‖²."""
@@ -43,50 +66,61 @@ def _size(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _signs(size: int, seed: int, *counters: int) -> np.ndarray:
-    bits = np.frombuffer(randomness.generator(seed, randomness.DIRECTION, *counters).bytes(-(-size // 8)), np.uint8)
-    return np.unpackbits(bits, count=size).astype(np.int8) * 2 - 1
+def _key(seed: int) -> int:
+    return randomness.derive(seed, randomness.DIRECTION)
 
 
-def _rademacher(seed: int, indices: Sequence[int], shapes: Shapes) -> np.ndarray:
-    return np.stack([_signs(_size(shapes), seed, index) for index in indices])
+def _rademacher(seed: int, indices: Sequence[int], part: Part) -> Tensor:
+    return philox.signs(_key(seed), indices, part.start, part.stop, dtype=part.dtype, device=part.device)
 
 
-def _gaussian(seed: int, indices: Sequence[int], shapes: Shapes) -> np.ndarray:
-    size = _size(shapes)
-    return np.stack([randomness.generator(seed, randomness.DIRECTION, i).standard_normal(size) for i in indices])
+def _gaussian(seed: int, indices: Sequence[int], part: Part) -> Tensor:
+    return philox.normals(_key(seed), indices, part.start, part.stop, dtype=part.dtype, device=part.device)
 
 
-def _coordinate(seed: int, indices: Sequence[int], shapes: Shapes) -> np.ndarray:
-    size = _size(shapes)
-    rows = np.zeros((len(indices), size), dtype=np.float64)
-    rows[np.arange(len(indices)), _order(seed, size)[np.asarray(indices) % size]] = np.sqrt(size)
+def _coordinate(seed: int, indices: Sequence[int], part: Part) -> Tensor:
+    size, start, stop = _size(part.shapes), part.start, part.stop
+    rows = torch.zeros(len(indices), stop - start, dtype=part.dtype, device=part.device)
+    for row, index in zip(rows, _order(seed, tuple(indices), size), strict=True):
+        if start <= index < stop:
+            row[index - start] = math.sqrt(size)
     return rows
 
 
-def _orthogonal(seed: int, indices: Sequence[int], shapes: Shapes) -> np.ndarray:
+def _orthogonal(seed: int, indices: Sequence[int], part: Part) -> Tensor:
     # The Hartley basis cos(2πkn/N) + sin(2πkn/N), orthogonal for every N and of length √N, under random signs.
-    size = _size(shapes)
-    frequencies = _order(seed, size)[np.asarray(indices) % size]
-    angles = 2 * np.pi / size * (np.multiply.outer(frequencies, np.arange(size)) % size)
-    return (np.cos(angles) + np.sin(angles)) * _signs(size, seed, 0, 0)
+    size = _size(part.shapes)
+    frequencies = torch.tensor(_order(seed, tuple(indices), size), device=part.device).unsqueeze(1)
+    rows = philox.signs(_key(seed), [0], part.start, part.stop, part=1, dtype=part.dtype, device=part.device)
+    rows = rows.repeat(len(indices), 1)
+    width = max(1, philox.CHUNK // max(1, len(indices)))
+    for number, columns in enumerate(rows.split(width, 1)):
+        first = part.start + number * width
+        entries = torch.arange(first, first + columns.shape[1], device=part.device)
+        angles = (frequencies * entries % size).double() * (2 * math.pi / size)
+        columns *= angles.cos() + angles.sin()
+    return rows
 
 
-def _order(seed: int, size: int) -> np.ndarray:
-    return randomness.generator(seed, randomness.DIRECTION).permutation(size)
+@functools.lru_cache(maxsize=4)  # every part of φ asks for it
+def _order(seed: int, indices: tuple[int, ...], size: int) -> list[int]:
+    """Return the entries at these places of a random order of `size` entries."""
+    order = randomness.generator(seed, randomness.DIRECTION).permutation(size)
+    return order[np.asarray(indices) % size].tolist()
 
 
-def _low_rank(seed: int, indices: Sequence[int], shapes: Shapes) -> np.ndarray:
+def _low_rank(seed: int, indices: Sequence[int], part: Part) -> Tensor:
     rows = []
-    for index in indices:
-        parts = []
-        for leaf, shape in enumerate(shapes):
-            first = shape[0] if len(shape) > 1 else 1
-            rest = math.prod(shape) // first if first else 0
-            left, right = _signs(first, seed, index, leaf, 0), _signs(rest, seed, index, leaf, 1)
-            parts.append(np.outer(left, right).reshape(-1))
-        rows.append(np.concatenate(parts))
-    return np.stack(rows)
+    for leaf in part.leaves:
+        shape = part.shapes[leaf]
+        first = shape[0] if len(shape) > 1 else 1
+        rest = math.prod(shape) // first if first else 0
+        left, right = (
+            philox.signs(_key(seed), indices, 0, length, part=1 + 2 * leaf + side, dtype=part.dtype, device=part.device)
+            for side, length in enumerate((first, rest))
+        )
+        rows.append((left.unsqueeze(2) * right.unsqueeze(1)).flatten(1))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 
 def leaf_of(seed: int, index: int, leaves: int) -> int:
@@ -97,14 +131,15 @@ def leaf_of(seed: int, index: int, leaves: int) -> int:
     return (int(randomness.generator(seed, randomness.DIRECTION).integers(leaves)) + index) % leaves
 
 
-def _block(seed: int, indices: Sequence[int], shapes: Shapes) -> np.ndarray:
-    rows = np.zeros((len(indices), _size(shapes)), dtype=np.float64)
-    starts = np.cumsum([0, *(math.prod(shape) for shape in shapes)])
-    for row, index in zip(rows, indices, strict=True):
-        leaf = leaf_of(seed, index, len(shapes))
-        part = slice(starts[leaf], starts[leaf + 1])
-        row[part] = np.sqrt(len(shapes)) * _signs(starts[leaf + 1] - starts[leaf], seed, index)
-    return rows
+def _block(seed: int, indices: Sequence[int], part: Part) -> Tensor:
+    drawn, count = _rademacher(seed, indices, part).mul_(math.sqrt(len(part.shapes))), len(part.shapes)
+    first = leaf_of(seed, 0, count)
+    for row, index in zip(drawn, indices, strict=True):
+        leaf = (first + index) % count
+        start = _size(part.shapes[:leaf]) - part.start
+        row[: max(start, 0)] = 0
+        row[max(start + math.prod(part.shapes[leaf]), 0) :] = 0
+    return drawn
 
 
 DISTRIBUTIONS = {
@@ -191,20 +226,31 @@ class Directions:
 
     def draw(self, indices: Sequence[int]) -> list[Tensor]:
         """Draw the directions with these numbers, `[len(indices), *leaf.shape]` for each leaf."""
-        shapes = self.shapes
-        flat = torch.from_numpy(self.distribution.sample(self.seed, indices, shapes))
-        result, start = [], 0
-        for number, leaf in enumerate(self.like):
-            stop = start + math.prod(shapes[number])
-            part = flat[:, start:stop].to(device=leaf.device, dtype=leaf.dtype)
-            if self.support is None:
-                result.append(part.reshape(len(indices), *leaf.shape))
-            else:
-                spread = leaf.new_zeros(len(indices), *leaf.shape)
-                spread[:, self.support[number]] = part
-                result.append(spread)
-            start = stop
+        result = []
+        for part in self._parts(len(indices)):
+            sizes = [math.prod(part.shapes[number]) for number in part.leaves]
+            drawn = self.distribution.sample(self.seed, indices, part).split(sizes, 1)
+            for number, entries in zip(part.leaves, drawn, strict=True):
+                leaf = self.like[number]
+                if self.support is not None:
+                    spread = leaf.new_zeros(len(indices), *leaf.shape)
+                    spread[:, self.support[number]] = entries
+                    entries = spread
+                result.append(entries.reshape(len(indices), *leaf.shape))
         return result
+
+    def _parts(self, count: int) -> Iterator[Part]:
+        """Divide the leaves for `count` directions. Small leaves are drawn together, which takes less time."""
+        shapes, first = self.shapes, 0
+        for stop in range(1, len(shapes) + 1):
+            here = self.like[first]
+            if stop < len(shapes):
+                following = self.like[stop]
+                fits = count * _size(shapes[first : stop + 1]) <= philox.CHUNK
+                if fits and (following.dtype, following.device) == (here.dtype, here.device):
+                    continue
+            yield Part(shapes, range(first, stop), here.dtype, here.device)
+            first = stop
 
     def variance(self, slopes: Tensor) -> float:
         """Return an unbiased estimate of E‖(1/b) Σ w_i v_i − ∇h‖² from the slopes w_i `[b]`.

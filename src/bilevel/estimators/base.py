@@ -22,6 +22,7 @@ from bilevel.models.module_view import modules_in
 from bilevel.models.numpy_forms import as_tensors, in_form_of
 from bilevel.models.sharing import leaves_once
 from bilevel.problem import BilevelProblem, GradientDescent, Unrollable, as_problem
+from bilevel.report import tf32
 from bilevel.trees import Tree
 from bilevel.unrolling import argument_checks, diagnosis, short_check, vectorised_steps
 from bilevel.unrolling.inner_loop import WindowEnd
@@ -52,7 +53,8 @@ class Estimate:
             no forward-mode derivative, `hessian_product_steps` and `double_reverse_passes` count the inner steps and
             functions whose tangents took another route. The same names with `_units` say what they cost in inner
             gradients. `checked` is a text that says what the short check verified for this kind of problem, and when
-            (see `bilevel.experimental.short_check`).
+            (see `bilevel.experimental.short_check`). On a GPU, `tf32` says whether products are computed
+            in TF32.
         carried: the end of the inner loop. If it is passed to the next call as `carried=`, that call goes on from
             there.
         compile_seconds: wall time spent on compiling, of a `GradientDescent(..., compile=True)` whose shapes came up
@@ -190,7 +192,12 @@ class Estimator(ABC):
             value=differentiable_value(found.value, gradients, original_tensors(as_tensors(meta))),
             grad=in_form_of(meta, found.grad),
             compile_seconds=compile_seconds() - before,
-            diagnostics={**found.diagnostics, **routes, **({} if checked is None else {"checked": checked})},
+            diagnostics={
+                **found.diagnostics,
+                **routes,
+                **({} if checked is None else {"checked": checked}),
+                **tf32.stated_for(trees.split(found.state).differentiable),
+            },
         )
 
     def require_derivatives_of(self, problem: BilevelProblem) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import checks, randomness, trees
+from bilevel import checks, philox, randomness, trees
 from bilevel.solvers.linear_solver import LinearSolver, MatrixProduct, Solution, Vector
 
 
@@ -89,10 +89,10 @@ class Nystrom(LinearSolver):
 def _random_basis(rank: int, seed: int, like: Sequence[Tensor]) -> Tensor:
     """Return an orthonormal basis of random normal vectors, `[M, min(rank, M)]`, in at least single precision."""
     size = sum(part.numel() for part in like)
-    draws = randomness.generator(seed).standard_normal((size, min(rank, size)))
     first = _flat(like)
     dtype = torch.promote_types(first.dtype, torch.float32)
-    return torch.linalg.qr(torch.from_numpy(draws).to(device=first.device, dtype=dtype))[0]
+    key, rows = randomness.derive(seed), range(min(rank, size))
+    return torch.linalg.qr(philox.normals(key, rows, 0, size, dtype=dtype, device=first.device).T)[0]
 
 
 def _nystrom_approximation(basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor, bool]:

@@ -24,6 +24,7 @@ from bilevel.estimators import names
 from bilevel.problem import BilevelProblem
 from bilevel.report import page
 from bilevel.report.files import write_json
+from bilevel.report.tf32 import gpu_and_tf32
 from bilevel.tasks.options import RunOptions, describe, make_phases
 from bilevel.tasks.run_folder import CONFIG, LENGTHS, REPORT, RESULTS, claimed, folder_of, read_json
 from bilevel.tasks.task import Preset, Setup, Task, Trained
@@ -229,4 +230,5 @@ def peak_memory_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Return the versions of the software on which the numbers of a run depend."""
-    return {"bilevel": metadata.version("bilevel"), "torch": torch.__version__, "python": platform.python_version()}
+    found = {"bilevel": metadata.version("bilevel"), "torch": torch.__version__, "python": platform.python_version()}
+    return {**found, **gpu_and_tf32()}

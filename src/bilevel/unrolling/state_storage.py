@@ -1,7 +1,7 @@
 """Storage of inner states for the backward pass: on their device, in the host's memory, or on disk.
 
-A store is a stack. States are pushed in the forward pass and popped in the backward pass. For states in the host's
-memory or on disk, a thread fetches the next state while the top one is in use.
+A store is a stack. States are pushed in the forward pass and popped in the backward pass. The next state is fetched
+while the top one is in use: by a thread from the disk, and by a second stream of a GPU from the host's memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -28,7 +28,7 @@ class StateStore:
     """A stack of states on their own device. It is a context manager, which discards all states at its end."""
 
     def __init__(self) -> None:
-        self._states: list[Tree] = []
+        self._states: list[Any] = []
 
     def push(self, state: Tree) -> None:
         """Keep a state."""
@@ -49,65 +49,157 @@ class StateStore:
         self._states.clear()
 
 
-class _Elsewhere(StateStore, ABC):
-    """A stack of states in another place. The next state is fetched while the top one is in use."""
+class _AtOnce:
+    """Copies between the host and a device that are complete when `copy` returns."""
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy each second tensor to the first one."""
+        for destination, source in pairs:
+            destination.copy_(source)
+
+    def wait(self, copied: Any) -> None:
+        """Let the device wait for the end of a copy."""
+
+
+class _Beside:
+    """Copies between page-locked memory of the host and a GPU, on a stream beside the one that computes.
+
+    The host waits for neither. Memory of the GPU may be used again only after `wait`. Page-locked memory needs no such
+    care: PyTorch's allocator gives a block out again only when the copies from and to it are over.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Copy each second tensor to the first one, after what has been computed so far; return an event for `wait`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for destination, source in pairs:
+                destination.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def wait(self, copied: Any) -> None:
+        """Let everything that is computed from now on wait for the end of a copy."""
+        torch.cuda.current_stream(self._device).wait_event(copied)
+
+
+def _copies_for(device: torch.device) -> _AtOnce | _Beside:
+    return _Beside(device) if device.type == "cuda" else _AtOnce()
+
+
+@dataclass
+class _Moved:
+    """A state of which the tensors of a device are being copied, or have been copied."""
+
+    spec: Any
+    leaves: list[Any]
+    """The leaves, with the copies in place of the tensors that they are copies of."""
+    devices: list[torch.device | None]
+    """The device on which each leaf belongs; `None` for numbers and for tensors of the host."""
+    copied: list[tuple[torch.device, Any]]
+    """What `wait` takes, for each device."""
+    originals: list[Any] | None
+    """The leaves that are copied, until it is known that the device has read them."""
+
+
+class _OnHost(StateStore):
+    """A stack of states in the host's memory. Tensors that are there already are kept as they are.
+
+    A GPU copies while it computes, and the host waits for no copy. The states pushed last stay on the GPU. Memory of an
+    earlier one is given up by letting the computation wait for the end of its copy, which has had two steps of time.
+    The next state for the way back is copied while the step from the top one is differentiated.
+    """
+
+    stay = 2
+    """The number of states pushed last that stay on the device."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._thread = ThreadPoolExecutor(1, "bilevel-prefetch")
-        self._coming: Future[Tree] | None = None
+        self._copies: dict[torch.device, _AtOnce | _Beside] = {}
+        self._coming: _Moved | None = None
 
-    @abstractmethod
-    def _bring_back(self, kept: Any) -> Tree:
-        """Return a state on its device from its entry in the stack."""
+    def push(self, state: Tree) -> None:
+        self._drop_what_comes()
+        leaves, spec = trees.flatten(state)
+        devices = [leaf.device if isinstance(leaf, Tensor) and leaf.device.type != "cpu" else None for leaf in leaves]
+        hosts = [
+            leaf if device is None else _host_memory_for(leaf) for leaf, device in zip(leaves, devices, strict=True)
+        ]
+        self._states.append(_Moved(spec, hosts, devices, self._copied(hosts, leaves, devices), leaves))
+        if len(self._states) > self.stay:
+            self._let_go(self._states[-1 - self.stay])
 
     def top(self) -> Tree:
+        kept: _Moved = self._states[-1]
+        if kept.originals is not None:
+            return trees.unflatten(kept.spec, kept.originals)
         if self._coming is None:
             self._fetch()
         assert self._coming is not None
-        return self._coming.result()
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self._coming = None
-        super().__exit__()
-
-    def _fetch(self) -> None:
-        self._coming = self._thread.submit(self._bring_back, self._states[-1]) if self._states else None
-
-    def _wait(self) -> None:
-        if self._coming is not None:
-            self._coming.result()
-
-
-class _OnHost(_Elsewhere):
-    """A stack of states in the host's memory, page-locked if they come from a GPU. Without a GPU, it saves nothing."""
-
-    def push(self, state: Tree) -> None:
-        self._wait()
-        self._coming = None
-        leaves, spec = trees.flatten(state)
-        self._states.append((spec, [_to_host(leaf) if isinstance(leaf, Tensor) else (leaf, None) for leaf in leaves]))
+        self._wait(self._coming)
+        return trees.unflatten(kept.spec, self._coming.leaves)
 
     def pop(self) -> None:
-        self._wait()
-        self._states.pop()
-        self._fetch()
+        self._drop_what_comes()
+        self._let_go(self._states.pop())
+        if self._states and self._states[-1].originals is None:
+            self._fetch()
 
-    def _bring_back(self, kept: Any) -> Tree:
-        spec, leaves = kept
-        return trees.unflatten(spec, [leaf if device is None else leaf.to(device) for leaf, device in leaves])
+    def __exit__(self, *error: object) -> None:
+        self._drop_what_comes()
+        for kept in self._states:
+            self._let_go(kept)
+        super().__exit__(*error)
+
+    def _fetch(self) -> None:
+        """Begin to copy the state kept last to its devices."""
+        kept: _Moved = self._states[-1]
+        leaves = [
+            host if device is None else torch.empty_like(host, device=device, pin_memory=False)
+            for host, device in zip(kept.leaves, kept.devices, strict=True)
+        ]
+        copied = self._copied(leaves, kept.leaves, kept.devices)
+        self._coming = _Moved(kept.spec, leaves, kept.devices, copied, kept.leaves)
+
+    def _drop_what_comes(self) -> None:
+        if self._coming is not None:
+            self._let_go(self._coming)
+            self._coming = None
+
+    def _let_go(self, moved: _Moved) -> None:
+        """Give up the memory that was copied from, on the device after the end of the copy."""
+        if moved.originals is not None:
+            self._wait(moved)
+            moved.originals = None
+
+    def _wait(self, moved: _Moved) -> None:
+        for device, copied in moved.copied:
+            self._copies[device].wait(copied)
+
+    def _copied(
+        self, to: Sequence[Any], from_: Sequence[Any], devices: Sequence[torch.device | None]
+    ) -> list[tuple[torch.device, Any]]:
+        """Copy the leaves that belong on a device."""
+        pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for destination, source, device in zip(to, from_, devices, strict=True):
+            if device is not None:
+                pairs.setdefault(device, []).append((destination, source))
+        for device in pairs:
+            if device not in self._copies:
+                self._copies[device] = _copies_for(device)
+        return [(device, self._copies[device].copy(each)) for device, each in pairs.items()]
 
 
-def _to_host(tensor: Tensor) -> tuple[Tensor, torch.device | None]:
-    """Return the tensor in the host's memory, and the device to which it will be returned."""
-    if tensor.device.type == "cpu":
-        return tensor, None
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor), tensor.device
+def _host_memory_for(tensor: Tensor) -> Tensor:
+    """Return memory of the host like a tensor, page-locked for a GPU."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
 
 
-class _OnDisk(_Elsewhere):
+class _OnDisk(StateStore):
     """A stack of states in a temporary file without a name, which disappears with the process in any case.
+
+    A thread reads the next state while the top one is in use.
 
     There may be many states, so the entry of each is small: its position in the file, and its numbers. The layout of
     the tensors is the same for all states and is stored once.
@@ -115,6 +207,8 @@ class _OnDisk(_Elsewhere):
 
     def __init__(self) -> None:
         super().__init__()
+        self._thread = ThreadPoolExecutor(1, "bilevel-prefetch")
+        self._coming: Future[Tree] | None = None
         self._file = tempfile.TemporaryFile(prefix="bilevel-", buffering=0)  # noqa: SIM115  (closed in __exit__)
         self._layouts: list[_Layout] = []
 
@@ -141,9 +235,24 @@ class _OnDisk(_Elsewhere):
             self._layouts.pop()
         self._fetch()
 
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
+    def top(self) -> Tree:
+        if self._coming is None:
+            self._fetch()
+        assert self._coming is not None
+        return self._coming.result()
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._coming = None
+        super().__exit__(*error)
         self._file.close()
+
+    def _fetch(self) -> None:
+        self._coming = self._thread.submit(self._bring_back, self._states[-1]) if self._states else None
+
+    def _wait(self) -> None:
+        if self._coming is not None:
+            self._coming.result()
 
     def _bring_back(self, kept: Any) -> Tree:
         start, layout, numbers = kept
