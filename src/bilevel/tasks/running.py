@@ -146,6 +146,7 @@ class _Training:
             phases=self.phases,
             optimizer=setup.optimizer,
             update=setup.update,
+            stream=setup.stream,
             callbacks=[*callbacks, *setup.callbacks],
             out=RunFolder(
                 out,

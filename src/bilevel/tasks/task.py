@@ -43,6 +43,8 @@ class Setup:
     update: OuterUpdate = field(default_factory=OuterUpdate)
     callbacks: Sequence[Callable[[OuterStep], None]] = ()
     """Callbacks in addition to those of the task."""
+    stream: bool | int = False
+    """Whether each estimate goes on from the state in which the one before ended."""
 
     def inner_batches_of(self, draw: int) -> Any:
         """Return the inner batches of the estimate with this number."""
