@@ -85,6 +85,18 @@ CLEANING_CHOICE, CLEANING_WRONG, CLEANING_INNER = range(300, 303)
 CLEANING_NETWORK, CLEANING_BATCHES = range(400, 402)
 """The initial network and the seed of its batches in the evaluation."""
 
+(
+    MIXTURE_RULES,
+    MIXTURE_EXAMPLES,
+    MIXTURE_INNER,
+    MIXTURE_OUTER,
+    MIXTURE_NETWORK,
+    MIXTURE_ORDER,
+    MIXTURE_SEARCH,
+) = range(300, 307)
+"""The rules of made-up sources and their examples, inner and outer batches, the initial network and the order of the
+examples in the evaluation, and the proportions that a random search tries."""
+
 PDE_NOISE, PDE_START, PDE_NETWORK, PDE_POINTS = range(300, 304)
 """Noise of the observations, start values, the initial network, and the points of a training step."""
 

@@ -27,6 +27,7 @@ def exit_code(*argv: str) -> int:
     [
         CONDENSATION,
         ("cleaning", "--examples", "60", "--trusted", "20", "--width", "8", "--inner-steps", "4"),
+        ("mixture", "--tokens", "4", "--examples", "200", "--inner-steps", "4", "--batch", "16", "--inner-lr", "2"),
         pytest.param(
             ("pde", "--preset", "coefficients", "--points", "64", "--inner-steps", "20"), marks=pytest.mark.slow
         ),

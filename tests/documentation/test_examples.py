@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-NAMES = ["attribution", "example_weights"]
+NAMES = ["attribution", "example_weights", "mixture"]
 
 
 @pytest.mark.parametrize("name", NAMES)

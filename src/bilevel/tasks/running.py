@@ -147,6 +147,7 @@ class _Training:
             phases=self.phases,
             optimizer=setup.optimizer,
             update=setup.update,
+            stream=setup.stream,
             callbacks=[*callbacks, *setup.callbacks, *(recorder(out) for recorder in setup.recorders)],
             out=RunFolder(
                 out,

@@ -50,6 +50,8 @@ class Setup:
     """Callbacks in addition to those of the task."""
     recorders: Sequence[Callable[[Path], Callable[[OuterStep], None]]] = ()
     """Functions from the run's folder to a callback that writes into it."""
+    stream: bool | int = False
+    """Whether each estimate goes on from the state in which the one before ended."""
 
     def inner_batches_of(self, draw: int) -> Any:
         """Return the inner batches of the estimate with this number."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import randomness
+from bilevel.tasks.cleaning import files
 from bilevel.tasks.cleaning.config import Cleaning
 from bilevel.tasks.cleaning.pictures import NAMES
 from bilevel.tasks.cleaning.problem import NoisyLabels, inner_batches, network, weighted_loss, weights
@@ -24,6 +25,8 @@ def evaluate(
     config: Cleaning, data: LabelledImages, noisy: NoisyLabels, phi: Tensor, seed: int, progress: bool
 ) -> dict[str, Any]:
     """Return the entries of `results.json`: `auc`, `test_accuracy`, the weights and others."""
+    if not noisy.known:
+        return _without_truth(config, data, noisy, phi, seed, progress)
     from sklearn.metrics import roc_auc_score, roc_curve
 
     learnt, wrong = weights(phi).cpu(), noisy.wrong.cpu()
@@ -49,16 +52,39 @@ def accuracies(
     practice), and on the trusted examples only (which are known). All of them train networks from the same
     initialisations, for the same number of steps, with the same learning rate.
     """
-    images, labels, right, alike = noisy.images, noisy.labels, ~noisy.wrong, torch.ones_like(phi)
+    images, labels, alike = noisy.images, noisy.labels, torch.ones_like(phi)
     trusted_alike = torch.ones_like(noisy.trusted_labels, dtype=phi.dtype)
     examples = {
         "cleaned": (weights(phi), images, labels),
         "everything": (alike, images, labels),
-        "clean_part": (alike[right], images[right], labels[right]),
         "trusted_alone": (trusted_alike, noisy.trusted_images, noisy.trusted_labels),
     }
+    if noisy.known:
+        right = ~noisy.wrong
+        clean = {"clean_part": (alike[right], images[right], labels[right])}
+        examples = {**{name: examples[name] for name in ("cleaned", "everything")}, **clean, **examples}
     trials = {name: partial(_trained_accuracy, config, data, those, seed) for name, those in examples.items()}
     return accuracies_of(trials, NAMES, config.evaluation_runs, progress)
+
+
+def _without_truth(
+    config: Cleaning, data: LabelledImages, noisy: NoisyLabels, phi: Tensor, seed: int, progress: bool
+) -> dict[str, Any]:
+    """Return the entries about a file: nobody knows which of its labels are wrong."""
+    found, learnt = files.load(config, seed), weights(phi).cpu()
+    suspects = torch.argsort(phi.cpu(), stable=True).tolist()
+    return {
+        "test_accuracy": accuracies(config, data, noisy, phi, seed, progress),
+        "weights": {"all": _rounded(learnt.numpy())},
+        "suspects": [
+            {
+                "row": found.rows[number],
+                "weight": round(float(learnt[number]), 4),
+                "label": found.names[int(noisy.labels[number])],
+            }
+            for number in suspects
+        ],
+    }
 
 
 def _trained_accuracy(

@@ -15,8 +15,10 @@ def histograms(weights: Mapping[str, Sequence[float]]) -> str:
     """Plot a histogram of the weights, separately for wrong and right labels."""
     fig, axis = page.figure(figsize=(6, 3))
     edges = np.linspace(0, 1, 31)
-    for name, colour in (("right", "C0"), ("wrong", "C3")):
-        axis.hist(weights[name], edges, color=colour, alpha=0.6, label=f"{name} label ({len(weights[name])})")
+    for name, colour in (("right", "C0"), ("wrong", "C3"), ("all", "C0")):
+        if name in weights:
+            what = "all rows" if name == "all" else f"{name} label"
+            axis.hist(weights[name], edges, color=colour, alpha=0.6, label=f"{what} ({len(weights[name])})")
     axis.set(xlabel="weight", ylabel="examples", xlim=(0, 1))
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 import bilevel
 from bilevel import randomness
+from bilevel.tasks import image_data
+from bilevel.tasks.cleaning import files
 from bilevel.tasks.cleaning.config import Cleaning
 from bilevel.tasks.image_data import LabelledImages
 from bilevel.tasks.task import Setup
@@ -33,6 +36,8 @@ class NoisyLabels:
     """True labels `[N]`, which are used only for evaluation."""
     trusted_images: Tensor
     trusted_labels: Tensor
+    known: bool = True
+    """Whether the true labels are known. Those of a file are not, and `true_labels` are then the labels it has."""
 
     @property
     def wrong(self) -> Tensor:
@@ -75,9 +80,21 @@ def noisy_labels(config: Cleaning, data: LabelledImages, seed: int) -> NoisyLabe
     )
 
 
-def setup(config: Cleaning, data: LabelledImages, seed: int) -> Setup:
+def loaded(config: Cleaning, data_dir: Path | None, seed: int) -> tuple[LabelledImages, NoisyLabels]:
+    """Return the data, and the examples with labels that may be wrong. The labels of a file are taken as they are."""
+    if files.is_file(config.data):
+        found = files.load(config, seed)
+        images, labels = found.images.train_images, found.images.train_labels
+        return found.images, NoisyLabels(
+            images, labels, labels, found.trusted_images, found.trusted_labels, known=False
+        )
+    data = image_data.load("mnist" if config.data == "mnist" else "digits", data_dir, config.device)
+    return data, noisy_labels(config, data, seed)
+
+
+def setup(config: Cleaning, data: LabelledImages, seed: int, noisy: NoisyLabels | None = None) -> Setup:
     """Return the bilevel problem, equal weights as the start, the batches and the outer optimiser."""
-    noisy = noisy_labels(config, data, seed)
+    noisy = noisy_labels(config, data, seed) if noisy is None else noisy
 
     def inner_loss(model: Any, phi: Tensor, chosen: Tensor | None) -> Tensor:
         here = slice(None) if chosen is None else chosen
@@ -93,7 +110,7 @@ def setup(config: Cleaning, data: LabelledImages, seed: int) -> Setup:
             lambda phi: network(config, data),
             bilevel.optimizer(torch.optim.SGD, lr=config.inner_lr, momentum=config.momentum),
         ),
-        meta=torch.zeros(config.examples, device=data.train_labels.device),
+        meta=torch.zeros(len(noisy.labels), device=data.train_labels.device),
         inner_batches=functools.partial(inner_batches, config, noisy.labels, seed),
         outer_batch=None,
         optimizer=bilevel.optimizer(torch.optim.Adam, lr=config.outer_lr),

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.estimators import Reverse
+from bilevel.report.files import write_text
 from bilevel.report.page import Section
-from bilevel.tasks import image_data
 from bilevel.tasks.cleaning import pictures
 from bilevel.tasks.cleaning.config import Cleaning
-from bilevel.tasks.cleaning.evaluation import evaluate
-from bilevel.tasks.cleaning.problem import noisy_labels, setup
-from bilevel.tasks.task import Preset, Setup, Task
+from bilevel.tasks.cleaning.evaluation import SHOWN, evaluate
+from bilevel.tasks.cleaning.problem import loaded, setup
+from bilevel.tasks.task import Preset, Setup, Task, Trained
 from bilevel.tasks.trials import accuracy_rows, percent, picture_of_accuracies
 from bilevel.training.outer_loop import OuterStep
 
@@ -45,18 +45,28 @@ class CleaningTask(Task[Cleaning]):
     }
 
     def setup(self, config: Cleaning, data_dir: Path | None, outer_steps: int, seed: int) -> Setup:  # noqa: ARG002
-        return setup(config, image_data.load(config.data, data_dir, config.device), seed)
+        data, noisy = loaded(config, data_dir, seed)
+        return setup(config, data, seed, noisy)
 
     def callbacks(self, folder: Path, outer_steps: int, start: Any) -> list[Callable[[OuterStep], None]]:  # noqa: ARG002
         return []
 
     def evaluate(self, config: Cleaning, data_dir: Path | None, meta: Any, seed: int, progress: bool) -> dict[str, Any]:
-        data = image_data.load(config.data, data_dir, config.device)
-        return evaluate(config, data, noisy_labels(config, data, seed), meta, seed, progress)
+        data, noisy = loaded(config, data_dir, seed)
+        return evaluate(config, data, noisy, meta, seed, progress)
+
+    def judge(self, run: Trained[Cleaning]) -> dict[str, Any]:
+        """Evaluate, and write the weights of a file's rows to `weights.csv`, the smallest first."""
+        results = super().judge(run)
+        if "auc" in results:
+            return results
+        lines = [f"{each['row']},{each['weight']}" for each in results["suspects"]]
+        write_text(run.folder / "weights.csv", "\n".join(["row,weight", *lines]) + "\n")
+        return {**results, "suspects": results["suspects"][:SHOWN]}
 
     def headline(self, results: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [
-            ("area under the ROC curve", f"{results['auc']:.3f}"),
+            *([("area under the ROC curve", f"{results['auc']:.3f}")] if "auc" in results else []),
             *(
                 (f"test accuracy, trained on {pictures.NAMES[name]}", f"{percent(found)} %")
                 for name, found in results["test_accuracy"].items()
@@ -65,6 +75,8 @@ class CleaningTask(Task[Cleaning]):
 
     def sections(self, folder: Path, results: Mapping[str, Any]) -> list[Section]:  # noqa: ARG002
         accuracy = results["test_accuracy"]
+        if "auc" not in results:
+            return _sections_of_file(results)
         count = len(results["weights"]["wrong"])
         return [
             Section(
@@ -83,11 +95,33 @@ class CleaningTask(Task[Cleaning]):
                 "In quotation marks the label that the example came with. Smallest weight first.",
                 pictures.suspects(results["suspects"]),
             ),
-            Section(
-                "Test accuracy",
-                "Fresh networks, trained alike, judged on test images with right labels. Mean ± standard deviation.",
-                picture_of_accuracies(accuracy, pictures.NAMES),
-                ("trained on", "test accuracy, %", "each run"),
-                accuracy_rows(accuracy, pictures.NAMES),
-            ),
+            _accuracies(accuracy, "test images with right labels"),
         ]
+
+
+def _sections_of_file(results: Mapping[str, Any]) -> list[Section]:
+    rows = [(str(each["row"]), each["label"], f"{each['weight']:.4f}") for each in results["suspects"]]
+    return [
+        Section(
+            "Weights",
+            "Rows with a small weight made the network worse on the trusted rows.",
+            pictures.histograms(results["weights"]),
+        ),
+        Section(
+            "The most suspicious rows",
+            "Smallest weight first. Rows are counted from 0, without the header. The file weights.csv has all of them.",
+            header=("row", "label", "weight"),
+            rows=rows,
+        ),
+        _accuracies(results["test_accuracy"], "a fifth of the trusted rows, which took no part in the training"),
+    ]
+
+
+def _accuracies(accuracy: Mapping[str, Mapping[str, Any]], on: str) -> Section:
+    return Section(
+        "Test accuracy",
+        f"Fresh networks, trained alike, judged on {on}. Mean ± standard deviation.",
+        picture_of_accuracies(accuracy, pictures.NAMES),
+        ("trained on", "test accuracy, %", "each run"),
+        accuracy_rows(accuracy, pictures.NAMES),
+    )
