@@ -89,7 +89,7 @@ def test_streams_that_serve_one_run_have_different_numbers() -> None:
     for name, value in streams.items():
         tasks.get(name.split("_")[0], library)[name] = value
     together = [*(tasks[kind] for kind in kinds[:4]), tasks["GRAMMAR"] | tasks["LM"]]
-    assert len(library) == 16
+    assert len(library) == 20
     for own in together:
         assert own
         numbers = [*library.values(), *own.values()]

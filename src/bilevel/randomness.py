@@ -70,6 +70,9 @@ SUBSETS, BOOTSTRAP, WEIGHT_DIRECTIONS = 14, 15, 16
 
 CALIBRATION = 17
 """Further starts of a calibration."""
+SOURCE_ORDER, SOURCE_EXAMPLES, TARGET_EXAMPLES, ALIGNMENT = 18, 19, 20, 21
+"""A mixture of sources in a training of a user's own: the order of its examples, the examples of each source and of the
+target for an update of the proportions, and the random numbers of the gradients for it."""
 
 # -- streams of the tasks. A run is of one task, so two tasks may have the same numbers.
 

@@ -82,12 +82,12 @@ class MixedSources(IterableDataset[Any]):
 
     def example_numbers(self, name: str, count: int, counter: int) -> Sequence[int]:
         """Return `count` random numbers of examples of a source, a function of the seed and a counter."""
-        generator = randomness.generator(self.seed, 1, self.names.index(name), counter)
+        generator = randomness.generator(self.seed, randomness.SOURCE_EXAMPLES, self.names.index(name), counter)
         return generator.integers(0, len(self.sources[name]), count).tolist()
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        generator = randomness.generator(self.seed, 0, 0 if worker is None else worker.id)
+        generator = randomness.generator(self.seed, randomness.SOURCE_ORDER, 0 if worker is None else worker.id)
         orders = {name: _endless(len(source), generator) for name, source in self.sources.items()}
         names = self.names
         while True:

@@ -148,7 +148,8 @@ class MixtureCallback(TrainerCallback):
         """
         kept = [parameter.grad for parameter in self._parameters()]
         try:
-            numbers = randomness.generator(self.seed, 2, counter).integers(0, len(self.target), self.batch_size)
+            drawn = randomness.generator(self.seed, randomness.TARGET_EXAMPLES, counter)
+            numbers = drawn.integers(0, len(self.target), self.batch_size)
             of_target = self._gradient(self.target, numbers.tolist(), counter, "the target")
             products, norms = [], []
             for name in self.sources.names:
@@ -174,7 +175,7 @@ class MixtureCallback(TrainerCallback):
             parameter.grad = None
         examples = [_for_model(data[i], trainer) for i in numbers]
         inputs: Any = send_to_device(trainer.data_collator(examples), trainer.accelerator.device)
-        with randomness.torch_seeded(self.seed, 3, counter), torch.enable_grad():
+        with randomness.torch_seeded(self.seed, randomness.ALIGNMENT, counter), torch.enable_grad():
             with trainer.compute_loss_context_manager():
                 loss: Any = trainer.compute_loss(model, inputs)
             loss.backward()
