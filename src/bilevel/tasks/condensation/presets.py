@@ -21,9 +21,10 @@ RECIPE = Condensation(
     start="mean",
     labels="learned",
     blocks=3,
-    inner_loss="squared",
-    inner_steps=40,
-    inner_lr=0.003,
+    inner_steps=30,
+    inner_lr=0.03,
+    inner_schedule="constant",
+    momentum=0.8,
     outer_lr=0.02,
     clip_norm=1.0,
     evaluation_runs=3,
@@ -67,7 +68,7 @@ def _small(data: _Dataset, ipc: int) -> Preset[Condensation]:
         width=32 if data == "mnist" else 16,
     )
     if ipc > 1:
-        config = dataclasses.replace(config, inner_steps=20, labels="fixed", inner_loss="cross-entropy", inner_lr=0.02)
+        config = dataclasses.replace(config, inner_steps=20, labels="fixed")
     return Preset(
         config,
         estimator=Reverse("graph" if ipc == 1 else "all"),
